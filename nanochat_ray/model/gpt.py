@@ -1,0 +1,228 @@
+"""The Transformer: rotary positions, QK norm, ReLU² MLP, value embeddings, smear and backout, no biases.
+
+The same module trains and generates. Weights load from nanochat unchanged.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from nanochat_ray.model.attention import attention
+
+SMEAR_CHANNELS = 24  # how many channels of the embedding decide how much of the previous token is mixed in
+VALUE_GATE_CHANNELS = 12  # how many channels of a layer's input gate its value embedding
+LOGIT_SOFTCAP = 15.0
+ROTARY_REACH = 10  # inputs may be this many times longer than sequence_len
+
+
+@dataclass
+class GPTConfig:
+    sequence_len: int = 2048
+    vocab_size: int = 32768
+    n_layer: int = 12
+    n_head: int = 6
+    n_kv_head: int = 6
+    n_embd: int = 768
+    window_pattern: str = "SSSL"  # tiled over layers: S a quarter of the context, L all of it; the last is always L
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
+            raise ValueError(f"n_embd {self.n_embd} over n_head {self.n_head} must be an even head size")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head {self.n_kv_head} must divide n_head {self.n_head}")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(f"window_pattern {self.window_pattern!r} may hold only the letters S and L")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return math.ceil(self.vocab_size / 64) * 64  # tables in multiples of 64 rows: matmuls and shards divide evenly
+
+    @property
+    def window_sizes(self) -> list[int]:
+        """Per layer, how many positions before its own a query sees."""
+        short = math.ceil(self.sequence_len / 4 / 128) * 128
+        letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)] + ["L"]
+        return [short if letter == "S" else self.sequence_len for letter in letters]
+
+    def has_value_embedding(self, layer: int) -> bool:
+        return layer % 2 == (self.n_layer - 1) % 2  # every other layer, the last one among them
+
+
+def norm(x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Linear(nn.Linear):
+    """Holds fp32 master weights and multiplies in the dtype of its input."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (arXiv:2104.09864) on half-splits. x is (B, T, H, D); cos, sin are (…, T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos + b * sin, -a * sin + b * cos], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        C, D = config.n_embd, config.head_dim
+        self.layer, self.head_dim, self.window = layer, D, config.window_sizes[layer]
+        self.c_q = Linear(C, config.n_head * D)
+        self.c_k = Linear(C, config.n_kv_head * D)
+        self.c_v = Linear(C, config.n_kv_head * D)
+        self.c_proj = Linear(C, C)
+        self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if config.has_value_embedding(layer) else None
+
+    def forward(self, u, value_embedding, cos, sin, cache):
+        B, T, _ = u.shape
+        q = self.c_q(u).view(B, T, -1, self.head_dim)
+        k = self.c_k(u).view(B, T, -1, self.head_dim)
+        v = self.c_v(u).view(B, T, -1, self.head_dim)
+        if value_embedding is not None:
+            # Value residual (arXiv:2410.17897): the token's own embedding, gated per head between 0 and 3.
+            gate = 3 * torch.sigmoid(self.ve_gate(u[..., :VALUE_GATE_CHANNELS]))
+            v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, -1, self.head_dim)
+        # QK norm, scaled by 1.2 each: a little sharper than unit vectors would be.
+        q, k = 1.2 * norm(rotate(q, cos, sin)), 1.2 * norm(rotate(k, cos, sin))
+        y = attention(q, k, v, self.window) if cache is None else cache.attention(self.layer, q, k, v, self.window)
+        return self.c_proj(y.reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.relu(self.c_fc(x)).square())  # ReLU² (arXiv:2109.08668)
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.attn = Attention(config, layer)
+        self.mlp = MLP(config)
+
+    def forward(self, x, value_embedding, cos, sin, cache):
+        x = x + self.attn(norm(x), value_embedding, cos, sin, cache)
+        return x + self.mlp(norm(x))
+
+
+class GPT(nn.Module):
+    """Call it with idx (B, T) of token ids for logits (B, T, V) in fp32, or with targets too for the loss."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        V, C, L = config.padded_vocab_size, config.n_embd, config.n_layer
+        self.transformer = nn.ModuleDict(
+            {"wte": nn.Embedding(V, C), "h": nn.ModuleList([Block(config, layer) for layer in range(L)])}
+        )
+        self.lm_head = Linear(C, V)
+        self.resid_lambdas = nn.Parameter(torch.ones(L))
+        self.x0_lambdas = nn.Parameter(torch.zeros(L))
+        self.smear_gate = Linear(SMEAR_CHANNELS, 1)
+        self.smear_lambda = nn.Parameter(torch.zeros(1))
+        self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
+        kv_dim = config.n_kv_head * config.head_dim
+        self.value_embeds = nn.ModuleDict(
+            {str(i): nn.Embedding(V, kv_dim) for i in range(L) if config.has_value_embedding(i)}
+        )
+        cos, sin = self._rotary()
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def _rotary(self) -> tuple[torch.Tensor, torch.Tensor]:
+        D = self.config.head_dim
+        frequencies = 100_000.0 ** (-torch.arange(0, D, 2, dtype=torch.float32) / D)
+        angles = torch.outer(torch.arange(ROTARY_REACH * self.config.sequence_len, dtype=torch.float32), frequencies)
+        return angles.cos(), angles.sin()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        bound = math.sqrt(3 / self.config.n_embd)  # a uniform's bound for a standard deviation of 1/sqrt(C)
+        nn.init.normal_(self.transformer.wte.weight, std=0.8)
+        nn.init.normal_(self.lm_head.weight, std=0.001)
+        for block in self.transformer.h:
+            for projection in (block.attn.c_q, block.attn.c_k, block.attn.c_v):
+                nn.init.uniform_(projection.weight, -bound, bound)
+            nn.init.uniform_(block.mlp.c_fc.weight, -0.4 * bound, 0.4 * bound)
+            nn.init.zeros_(block.attn.c_proj.weight)  # every block starts as the identity
+            nn.init.zeros_(block.mlp.c_proj.weight)
+            if block.attn.ve_gate is not None:
+                nn.init.uniform_(block.attn.ve_gate.weight, 0, 0.02)
+        for embedding in self.value_embeds.values():
+            nn.init.uniform_(embedding.weight, -bound, bound)
+        nn.init.uniform_(self.smear_gate.weight, 0, 0.02)
+        self.resid_lambdas.copy_(torch.linspace(1.15, 1.05, self.config.n_layer))
+        self.x0_lambdas.copy_(torch.linspace(0.20, 0.05, self.config.n_layer))
+        self.smear_lambda.zero_()
+        self.backout_lambda.fill_(0.2)
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> "GPT":
+        """Matmuls run in `dtype` and embeddings are stored in it; every other weight stays fp32."""
+        for embedding in (self.transformer.wte, *self.value_embeds.values()):
+            embedding.to(dtype)
+        return self
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.transformer.wte.weight.dtype
+
+    def hidden(self, idx: torch.Tensor, cache=None) -> torch.Tensor:
+        """The final hidden states (B, T, C), before the head.
+
+        With a cache (inference/kv_cache.py) idx holds the next tokens of each of its rows, and the cache gives their
+        positions, the embedding before them for the smear, and attention over what came before.
+        Raises ValueError when a sequence is longer than ROTARY_REACH · sequence_len.
+        """
+        T = idx.size(1)
+        if T > self.cos.size(0):
+            raise ValueError(f"input of {T} tokens is longer than {self.cos.size(0)}, the reach of rotary positions")
+        positions = slice(0, T) if cache is None else cache.positions(T)
+        x = norm(self.transformer.wte(idx))
+        cos = self.cos[positions].unsqueeze(-2).to(x.dtype)
+        sin = self.sin[positions].unsqueeze(-2).to(x.dtype)
+        previous = F.pad(x, (0, 0, 1, -1)) if cache is None else cache.previous_embedding(x)
+        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        x = x + self.smear_lambda.to(x.dtype) * gate * previous
+        x0, x_mid = x, x
+        for i, block in enumerate(self.transformer.h):
+            x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
+            value_embedding = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
+            x = block(x, value_embedding, cos, sin, cache)
+            if i == self.config.n_layer // 2:
+                x_mid = x
+        return norm(x - self.backout_lambda.to(x.dtype) * x_mid)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(…, C) hidden states to (…, V) logits in fp32, softly capped at ±15 (arXiv:2408.00118)."""
+        logits = self.lm_head(hidden)[..., : self.config.vocab_size].float()
+        return LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, loss_reduction: str = "mean"):
+        """Logits (B, T, V), or with targets (B, T) the cross entropy in nats: () for "mean", (B, T) for "none".
+
+        Targets of −1 are ignored: they have no part in the mean and a loss of 0.
+        """
+        logits = self.logits(self.hidden(idx))
+        if targets is None:
+            return logits
+        loss = F.cross_entropy(
+            logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1, reduction=loss_reduction
+        )
+        return loss.view(targets.shape) if loss_reduction == "none" else loss

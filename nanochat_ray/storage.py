@@ -1,0 +1,100 @@
+"""Where things are kept: NANOCHAT_RAY_HOME, a local folder or any fsspec URI (s3://bucket/x, gs://…)."""
+
+import hashlib
+import json
+import os
+import posixpath
+import shutil
+import tempfile
+from pathlib import Path
+
+import fsspec
+
+
+def home() -> str:
+    """The root of everything written: NANOCHAT_RAY_HOME, by default ~/.cache/nanochat_ray."""
+    root = os.environ.get("NANOCHAT_RAY_HOME") or "~/.cache/nanochat_ray"
+    return root if "://" in root else os.path.abspath(os.path.expanduser(root))
+
+
+def is_remote(uri: str) -> bool:
+    return "://" in str(uri) and not str(uri).startswith("file://")
+
+
+def join(uri: str, *parts: str) -> str:
+    return posixpath.join(str(uri), *parts)
+
+
+def exists(uri: str) -> bool:
+    fs, path = fsspec.core.url_to_fs(str(uri))
+    return fs.exists(path)
+
+
+def listdir(uri: str) -> list[str]:
+    """Sorted names in a folder; empty when there is no such folder. Never a cached listing."""
+    fs, path = fsspec.core.url_to_fs(str(uri))
+    fs.invalidate_cache()
+    return sorted(posixpath.basename(p.rstrip("/")) for p in fs.ls(path, detail=False)) if fs.isdir(path) else []
+
+
+def read_json(uri: str):
+    with fsspec.open(str(uri), "r", encoding="utf-8") as f:
+        return json.load(f)
+
+
+def write_json(uri: str, value) -> None:
+    """Write JSON so that a reader finds the old file or the new one, never half of it."""
+    write_bytes(uri, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a file whole or not at all: a temporary name, then a rename (object stores put whole objects)."""
+    fs, path = fsspec.core.url_to_fs(str(uri))
+    if is_remote(uri):
+        fs.pipe_file(path, data)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=os.path.dirname(path))
+    try:
+        with os.fdopen(descriptor, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def publish(local_file: str | Path, uri: str) -> None:
+    """Move a finished local file to its final place, whole or not at all."""
+    fs, path = fsspec.core.url_to_fs(str(uri))
+    if is_remote(uri):
+        fs.put_file(str(local_file), path)
+        os.unlink(local_file)
+        return
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    staged = path + ".tmp"  # the source may be on another disk: copy beside the target, then rename
+    shutil.move(str(local_file), staged)
+    os.replace(staged, path)
+
+
+def localize(uri: str) -> Path:
+    """A local path with the file's content, to map into memory: the file itself, or a copy in this node's cache."""
+    fs, path = fsspec.core.url_to_fs(str(uri))
+    if not is_remote(uri):
+        return Path(path)
+    cache = Path(tempfile.gettempdir()) / "nanochat_ray_cache"
+    copy = cache / (fingerprint(str(uri), str(fs.checksum(path))) + "-" + posixpath.basename(path))
+    if not copy.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        partial = copy.with_name(f"{copy.name}.{os.getpid()}.tmp")
+        fs.get_file(path, str(partial))
+        os.replace(partial, copy)
+    return copy
+
+
+def fingerprint(*parts) -> str:
+    """16 hex digits of a sha256 over the parts' JSON: the same inputs give the same name."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,37 @@
+"""Fixtures every test may use: the golden numbers, the data beside the repository, one Ray for the session."""
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    return REPOSITORY / "tests" / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Data and large references kept beside the repository; a user's machine has none, so those tests skip."""
+    folder = REPOSITORY.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("no ../shared folder beside the repository")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nanochat_ray_home(tmp_path, monkeypatch):
+    """Every test writes to a home of its own."""
+    monkeypatch.setenv("NANOCHAT_RAY_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture(scope="session")
+def ray_session():
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

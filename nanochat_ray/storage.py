@@ -6,6 +6,7 @@ import os
 import posixpath
 import shutil
 import tempfile
+from datetime import datetime
 from pathlib import Path
 
 import fsspec
@@ -30,6 +31,11 @@ def exists(uri: str) -> bool:
     return fs.exists(path)
 
 
+def modified(uri: str) -> datetime:
+    fs, path = fsspec.core.url_to_fs(str(uri))
+    return fs.modified(path)
+
+
 def listdir(uri: str) -> list[str]:
     """Sorted names in a folder; empty when there is no such folder. Never a cached listing."""
     fs, path = fsspec.core.url_to_fs(str(uri))
@@ -37,9 +43,13 @@ def listdir(uri: str) -> list[str]:
     return sorted(posixpath.basename(p.rstrip("/")) for p in fs.ls(path, detail=False)) if fs.isdir(path) else []
 
 
-def read_json(uri: str):
+def read_text(uri: str) -> str:
     with fsspec.open(str(uri), "r", encoding="utf-8") as f:
-        return json.load(f)
+        return f.read()
+
+
+def read_json(uri: str):
+    return json.loads(read_text(uri))
 
 
 def write_json(uri: str, value) -> None:
@@ -78,6 +88,12 @@ def publish(local_file: str | Path, uri: str) -> None:
     staged = path + ".tmp"  # the source may be on another disk: copy beside the target, then rename
     shutil.move(str(local_file), staged)
     os.replace(staged, path)
+
+
+def remove(uri: str) -> None:
+    """Delete a file or a folder with all that is in it."""
+    fs, path = fsspec.core.url_to_fs(str(uri))
+    fs.rm(path, recursive=True)
 
 
 def localize(uri: str) -> Path:

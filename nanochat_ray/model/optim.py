@@ -86,7 +86,8 @@ def muon_update(p, grad, momentum_buffer, second_moment, *, lr, momentum, weight
     row_norm = u.norm(dim=-1, keepdim=True)
     u = u * (u.norm(dim=(-2, -1), keepdim=True) / math.sqrt(r) / row_norm.clamp(min=1e-6))
     X = orthogonalize(u, matmul_dtype)
-    X = X * (math.sqrt(min(r, c)) / X.norm(dim=(-2, -1), keepdim=True))
+    # A zero gradient stays zero: at the first step most are, as the projections after them are initialized to zero.
+    X = X * (math.sqrt(min(r, c)) / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
 
     axis = -1 if r >= c else -2
     d = p.size(axis)

@@ -162,3 +162,8 @@ def muon_momentum(step: int, num_iterations: int) -> float:
 
 def muon_weight_decay(step: int, num_iterations: int, weight_decay: float) -> float:
     return weight_decay * 0.5 * (1 + math.cos(math.pi * step / num_iterations))
+
+
+def finetune_lr_multiplier(step: int, num_iterations: int) -> float:
+    """Constant, then linear to 0 over the second half."""
+    return min(1.0, 2 * (1 - step / num_iterations))

@@ -1,0 +1,300 @@
+"""One self-contained HTML page from run folders alone: curves, plans, numbers, wall time, samples, chat answers.
+
+python -m experiments.report RUN_FOLDER [RUN_FOLDER …] --out report.html
+"""
+
+import io
+import json
+import math
+import posixpath
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import matplotlib
+import numpy as np
+import tyro
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+from nanochat_ray import storage
+from nanochat_ray.train.metrics import read_metrics
+
+# Drawn in these colours, which the page's style sheet then decides, for light and dark and print.
+INK, GRID = "#00000a", "#00000b"
+SERIES = [f"#0000a{i}" for i in range(8)]
+CSS_COLORS = {INK: "currentColor", GRID: "var(--grid)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES)}
+DASHES = ["-", (0, (4, 2)), (0, (1, 1.5))]  # tells a ninth run from the first
+NICE_STEPS = [1, 2, 2.5, 5, 10]  # between ticks
+MAX_POINTS = 400  # of a curve: more than a small chart can show
+STEEP_START = 0.1  # of the steps: charts are not stretched to show it
+
+CURVES = {
+    "train/loss": "Training loss, nats per token",
+    "val/bpb": "Validation, bits per byte",
+    "core_metric": "CORE",
+    "chatcore_metric": "ChatCORE",
+}
+X_AXES = {"step": "step", "total_training_time": "training time", "total_training_flops": "training FLOPs"}
+
+
+@dataclass
+class Run:
+    """What a run folder holds; empty where a file is missing, with a note where one can't be read."""
+
+    uri: str
+    config: dict
+    metrics: list[dict]
+    samples: str
+    stages: list[dict]
+    chat: list[dict]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return posixpath.basename(self.uri.rstrip("/")) or self.uri
+
+
+def read_run(uri: str) -> Run:
+    """Read config.json, metrics.jsonl, samples.md, stages.json and chat.json, as many as there are.
+
+    Raises FileNotFoundError when there is no such folder."""
+    if not storage.exists(uri):
+        raise FileNotFoundError(f"there is no run folder {uri}: give a folder with a metrics.jsonl or config.json")
+    notes = []
+
+    def json_or(name: str, default):
+        try:
+            return storage.read_json(storage.join(uri, name))
+        except FileNotFoundError:
+            return default
+        except json.JSONDecodeError as error:
+            notes.append(f"{name} is left out, it is not JSON: {error}")
+            return default
+
+    samples = storage.join(uri, "samples.md")
+    return Run(
+        uri=str(uri),
+        config=json_or("config.json", {}),
+        metrics=_by_step(read_metrics(uri)),
+        samples=storage.read_text(samples).strip() if storage.exists(samples) else "",
+        stages=json_or("stages.json", []),
+        chat=json_or("chat.json", []),
+        notes=notes,
+    )
+
+
+def _by_step(lines: list[dict]) -> list[dict]:
+    """One line a step, in order; what was logged last counts."""
+    steps = {}
+    for line in lines:
+        steps[line["step"]] = steps.get(line["step"], {}) | line
+    return [steps[step] for step in sorted(steps)]
+
+
+def series(run: Run, *keys: str) -> list[tuple[float, ...]]:
+    """The finite values of some metrics at the steps that logged all of them."""
+    rows = (tuple(line.get(key) for key in keys) for line in run.metrics)
+    return [row for row in rows if all(isinstance(v, int | float) and math.isfinite(v) for v in row)]
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+# Numbers as text
+
+
+def show(value) -> str:
+    """A setting or a number as a reader wants it: 16,384, 4.331e19, 0.02, yes."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    if isinstance(value, list):
+        return ", ".join(map(show, value))
+    if not isinstance(value, int | float):
+        return str(value)
+    if value and not 1e-3 <= abs(value) < 1e12:
+        return f"{value:.4g}".replace("e+", "e").replace("e-0", "e-")
+    return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 1000 else f"{value:.5g}"
+
+
+def duration(seconds: float) -> str:
+    """12.3 s, 3 min 12 s, 2 h 05 min."""
+    if seconds < 59.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+NUMBERS: dict[str, tuple[str, Callable, Callable]] = {  # metric: label, which of its values, as text
+    "val/bpb": ("validation bits per byte", lambda v: v[-1], "{:.4f}".format),
+    "core_metric": ("CORE", lambda v: v[-1], "{:.4f}".format),
+    "chatcore_metric": ("ChatCORE", lambda v: v[-1], "{:.4f}".format),
+    "train/loss": ("training loss, nats per token", lambda v: v[-1], "{:.4f}".format),
+    "step": ("steps", lambda v: v[-1], show),
+    "total_training_time": ("training time", lambda v: v[-1], duration),
+    "total_training_flops": ("training FLOPs", lambda v: v[-1], show),
+    "train/tok_per_sec": ("tokens per second, median", median, "{:,.0f}".format),
+    "train/mfu": ("MFU, median", median, "{:.1%}".format),
+    "train/peak_memory_mb": ("peak memory, MB", max, "{:,.0f}".format),
+}
+
+
+def numbers(run: Run) -> dict[str, str]:
+    """Label -> text: the depth, the parameters and what the run measured."""
+    found = {}
+    plan = run.config.get("plan", {})
+    if "depth" in plan or "depth" in run.config:
+        found["depth"] = show(plan.get("depth", run.config.get("depth")))
+    if total := plan.get("param_counts", {}).get("total"):
+        found["parameters"] = show(total)
+    for key, (label, choose, text) in NUMBERS.items():
+        if values := [v for (v,) in series(run, key)]:
+            found[label] = text(choose(values))
+    return found
+
+
+# Charts
+
+
+def svg(figure: Figure, name: str) -> Markup:
+    """A figure as inline SVG in the page's colours and font. The same data give the same bytes."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    for drawn, color in CSS_COLORS.items():
+        text = text.replace(drawn, color)
+    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(name)}"', 1))
+
+
+def chart(runs: list[Run], metric: str, x: str) -> Markup | None:
+    """One metric of every run against step, time or FLOPs; None when no run has it."""
+    curves = [series(run, "step", x, metric) for run in runs]
+    if x == "total_training_flops":  # on a logarithmic scale there is no zero
+        curves = [[point for point in curve if point[1] > 0] for curve in curves]
+    if not any(curves):
+        return None
+    figure = Figure(figsize=(4.2, 2.9))
+    figure.patch.set_alpha(0)
+    axes = figure.add_axes((0.12, 0.18, 0.85, 0.78))
+    unit, scale = _x_unit(x, max(point[1] for curve in curves for point in curve))
+    for i, curve in enumerate(curves):
+        kept = sorted({round(j) for j in np.linspace(0, len(curve) - 1, min(len(curve), MAX_POINTS))})
+        axes.plot(
+            [curve[j][1] / scale for j in kept],
+            [curve[j][2] for j in kept],
+            color=SERIES[i % len(SERIES)],
+            linestyle=DASHES[i // len(SERIES) % len(DASHES)],
+            marker="o" if len(curve) <= 30 else None,
+            markersize=3.5,
+            linewidth=1.7,
+        )
+    _limit(axes, [point for curve in curves for point in curve if point[0] >= STEEP_START * curve[-1][0]], x)
+    _style(axes, f"{X_AXES[x]}{unit}", x)
+    return svg(figure, f"{CURVES[metric]}, against {X_AXES[x]}")
+
+
+def _x_unit(x: str, largest: float) -> tuple[str, float]:
+    """What to write after the label and what to divide by."""
+    if x != "total_training_time":
+        return "", 1
+    if largest < 300:
+        return " (s)", 1
+    return (" (min)", 60) if largest < 7200 else (" (h)", 3600)
+
+
+def _limit(axes: Axes, shown: list[tuple[float, ...]], x: str) -> None:
+    """Fit the axes to what comes after the steep start, beside which everything else would look flat."""
+    low, high = (choose(point[2] for point in shown) for choose in (min, max))
+    if high > low:
+        axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    if x == "total_training_flops":
+        axes.set_xscale("log")
+        axes.set_xlim(min(point[1] for point in shown) / 1.3, max(point[1] for point in shown) * 1.3)
+    else:
+        axes.set_xlim(left=0)
+
+
+def _style(axes: Axes, label: str, x: str) -> None:
+    axes.patch.set_alpha(0)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelsize=10, labelcolor=INK, pad=5)
+    axes.set_xlabel(label, color=INK, fontsize=10.5)
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=NICE_STEPS))
+    if x == "total_training_flops":
+        low, high = axes.get_xlim()
+        decades = math.log10(high / low)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.7 else (1, 3) if decades < 3 else (1,)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=NICE_STEPS, integer=x == "step"))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if x == "step" else "{x:g}"))
+
+
+# The page
+
+
+def write_report(run_folders: list[str], out: str, title: str = "nanochat-ray") -> None:
+    """Write the page. run_folders and out are paths or URIs. Raises FileNotFoundError for a folder that isn't there."""
+    if not run_folders:
+        raise ValueError("a report needs at least one run folder")
+    runs = [read_run(uri) for uri in run_folders]
+    charts = {label: [chart(runs, metric, x) for x in X_AXES] for metric, label in CURVES.items()}
+    measured = [numbers(run) for run in runs]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,  # samples are a model's text
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"show": show, "duration": duration, "flatten": flatten}
+    html = environment.get_template("report.html.jinja").render(
+        title=title,
+        steep_start=f"{STEEP_START:.0%}",
+        runs=runs,
+        measured=measured,
+        columns=list(dict.fromkeys(label for values in measured for label in values)),
+        charts={label: drawn for label, charted in charts.items() if (drawn := [c for c in charted if c])},
+    )
+    storage.write_bytes(out, html.encode())
+
+
+def main(
+    run_folders: Annotated[list[str], tyro.conf.Positional], /, out: str = "report.html", title: str = "nanochat-ray"
+) -> None:
+    """Write one HTML page about any number of runs, from their folders alone.
+
+    Args:
+        run_folders: Folders with metrics.jsonl, config.json and so on, as paths or URIs.
+        out: The page to write.
+        title: Its heading.
+    """
+    try:
+        write_report(run_folders, out, title)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from error
+    print(out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

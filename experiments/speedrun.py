@@ -1,0 +1,211 @@
+"""From raw text to a talking model: source, tokenizer, rows, pretraining, finetuning, chat answers, report.
+
+    python -m experiments.speedrun                 a laptop: embedded Ray, minutes
+    ray job submit --working-dir . -- python -m experiments.speedrun --preset gpu
+
+Every stage is skipped when its output is there for the same inputs, so a speedrun that was stopped goes on.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import ray
+import torch
+import tyro
+
+from experiments.report import write_report
+from nanochat_ray import storage
+from nanochat_ray.cli import one_line_errors, start_ray
+from nanochat_ray.data import prepare, sources
+from nanochat_ray.evals.tasks import offline_mixture
+from nanochat_ray.inference.engine import Engine
+from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.model.scaling import RunPlan, plan_run
+from nanochat_ray.train import checkpoint, pretrain, sft
+from nanochat_ray.train.metrics import peak_flops
+
+QUESTIONS = ("What is 12 * 34?", "How many times does the letter r occur in strawberry?", "What does `json.dumps` do?")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a machine can do in one go; the depth decides the rest."""
+
+    depth: int
+    source: str
+    vocab_size: int
+    sequence_len: int
+    head_dim: int
+    window_pattern: str
+    ratio: float | None  # tokens per scaling parameter, or
+    minutes: float | None  # as much pretraining as this machine does in so long
+    sft_minutes: float | None
+    total_batch_size: int | None
+    eval_tokens: int
+
+
+PRESETS = {
+    "cpu": Preset(4, "pydocs", 8192, 512, 64, "L", None, 4.5, 1.5, 8192, 65_536),
+    "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, None, 10_485_760),
+}
+SUSTAINED_MFU = 0.5  # of the measured peak, when minutes are turned into FLOPs
+TOKENS_PER_CLIMBMIX_SHARD = 34_000_000  # 250 million characters at 4.8 a token, a third lost to cropping
+
+
+@dataclass
+class SpeedrunOptions:
+    depth: int | None = None
+    """The one dial; the default is 4 without GPUs and 24 with."""
+    preset: Literal["auto", "cpu", "gpu"] = "auto"
+    """cpu: minutes on a laptop, on docstrings of the installed packages. gpu: hours on 8 GPUs, on climbmix."""
+    source: str | None = None
+    """pydocs, climbmix, or a folder of parquet, jsonl or txt files; the default is the preset's."""
+    workers: int | None = None
+    """Training workers; the default is every GPU of the cluster, else one on all CPUs."""
+    run: str | None = None
+    """Name of the run folder; the default is made of the options."""
+
+
+class Stages:
+    """Runs the stages in turn and keeps the wall time and result of each in stages.json."""
+
+    def __init__(self, run_dir: str):
+        self.uri = storage.join(run_dir, "stages.json")
+        self.records = storage.read_json(self.uri) if storage.exists(self.uri) else []
+
+    def run(self, name: str, stage: Callable, describe: Callable[[object], dict]):
+        print(f"\n=== {name}", flush=True)
+        started = time.monotonic()
+        result = stage()
+        seconds = time.monotonic() - started
+        before = next((record["seconds"] for record in self.records if record["stage"] == name), 0.0)
+        record = {"stage": name, "seconds": before + seconds, "result": describe(result)}
+        self.records = [r for r in self.records if r["stage"] != name] + [record]
+        storage.write_json(self.uri, self.records)
+        return result
+
+
+def run(options: SpeedrunOptions) -> str:
+    """Run all stages; returns the uri of the report. Raises what the stages raise."""
+    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    preset = PRESETS[("gpu" if has_gpu else "cpu") if options.preset == "auto" else options.preset]
+    depth, source = options.depth or preset.depth, options.source or preset.source
+    name = options.run or f"speedrun-d{depth}-{storage.fingerprint(depth, source, asdict(preset))[:6]}"
+    run_dir = storage.join(storage.home(), "runs", name)
+    plan = find_plan(run_dir, depth, preset)
+    stages = Stages(run_dir)
+    print(f"speedrun: depth {depth}, {plan.num_iterations} steps of {plan.total_batch_size:,} tokens, in {run_dir}")
+
+    shards = min(math.ceil(plan.total_tokens / TOKENS_PER_CLIMBMIX_SHARD), sources.CLIMBMIX_LAST)
+    text = stages.run(
+        "source", lambda: sources.resolve(source, shards=shards), lambda s: {"files": len(s.train) + len(s.val)}
+    )
+    prepare_options = prepare.PrepareOptions(
+        source=source, shards=shards, vocab_size=preset.vocab_size, sequence_len=preset.sequence_len
+    )
+    stages.run("tokenizer", lambda: prepare.find_or_train_tokenizer(prepare_options, text), lambda t: {"folder": t[0]})
+    prepared = stages.run("rows", lambda: prepare.run(prepare_options), lambda p: p.manifest["splits"]["train"])
+    base = stages.run(
+        "pretrain",
+        lambda: pretrain.run(pretrain_options(preset, plan, prepared.rows, name, options.workers)),
+        lambda r: {"steps": r.step, "val/bpb": r.val_bpb},
+    )
+    pydocs_shards = [shard.uri for shard in sources.resolve("pydocs").train]
+    conversations = {split: offline_mixture(split, pydocs_shards) for split in ("train", "val")}
+    tuned = stages.run(
+        "sft",
+        lambda: sft.run(sft_options(preset, plan, base.checkpoint, name, options.workers), *conversations.values()),
+        lambda r: {"steps": r.step, "val/bpb of the assistant": r.val_bpb},
+    )
+    answers = stages.run("chat", lambda: ask(tuned.checkpoint), lambda a: {"answers": len(a)})
+    storage.write_json(storage.join(run_dir, "chat.json"), answers)
+    report = storage.join(run_dir, "report.html")
+    write_report([run_dir], report, title=f"Speedrun, depth {depth}")
+    summarize(run_dir, base.val_bpb, answers, stages.records, report, tuned.checkpoint)
+    return report
+
+
+def find_plan(run_dir: str, depth: int, preset: Preset) -> RunPlan:
+    """The plan of the depth, or on a second start the one that the first decided on."""
+    uri = storage.join(run_dir, "config.json")
+    decided = storage.read_json(uri)["plan"]["num_iterations"] if storage.exists(uri) else None
+    flops = minutes_to_flops(preset.minutes) if preset.minutes and not decided else None
+    return plan_run(
+        depth,
+        target_param_data_ratio=preset.ratio or 12,
+        sequence_len=preset.sequence_len,
+        vocab_size=preset.vocab_size,
+        head_dim=preset.head_dim,
+        window_pattern=preset.window_pattern,
+        total_batch_size=preset.total_batch_size,
+        num_iterations=decided,
+        target_flops=flops,
+    )
+
+
+def minutes_to_flops(minutes: float) -> float:
+    """What this machine's CPUs train in so many minutes, from the speed of a matmul measured now."""
+    device = torch.device("cpu")
+    return minutes * 60 * SUSTAINED_MFU * peak_flops(device, checkpoint.compute_dtype(None, device))
+
+
+def pretrain_options(preset: Preset, plan: RunPlan, rows: str, name: str, workers: int | None):
+    return pretrain.PretrainOptions(
+        depth=plan.depth,
+        rows=rows,
+        run=name,
+        head_dim=preset.head_dim,
+        window_pattern=preset.window_pattern,
+        target_param_data_ratio=preset.ratio or 12,
+        total_batch_size=plan.total_batch_size,
+        num_iterations=plan.num_iterations,
+        workers=workers,
+        eval_every=max(plan.num_iterations // 4, 1) if preset.minutes else 250,
+        eval_tokens=preset.eval_tokens,
+        save_every=max(plan.num_iterations // 2, 1) if preset.minutes else 1000,
+    )
+
+
+def sft_options(preset: Preset, plan: RunPlan, base: str, name: str, workers: int | None) -> sft.SftOptions:
+    steps = None
+    if preset.sft_minutes:
+        steps = max(1, round(plan.num_iterations * preset.sft_minutes / preset.minutes))
+    return sft.SftOptions(base, run=f"{name}-sft", num_iterations=steps, workers=workers, eval_every=0, save_every=0)
+
+
+def ask(folder: str) -> list[dict]:
+    """Greedy answers of the finished model to a few questions."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer, _ = checkpoint.load_model(folder, device)
+    conversations = [{"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
+    prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
+    completions = Engine(model, tokenizer).generate(prompts, SamplingParams(max_tokens=64, temperature=0.0))
+    return [
+        {"prompt": question, "answer": tokenizer.decode(completion.tokens)}
+        for question, completion in zip(QUESTIONS, completions, strict=True)
+    ]
+
+
+def summarize(run_dir: str, val_bpb: float, answers: list[dict], records: list[dict], report: str, tuned: str) -> None:
+    samples = storage.read_text(storage.join(run_dir, "samples.md")).rpartition("## ")[2]
+    print(f"\n=== samples at {samples.strip()}\n\n=== chat")
+    for answer in answers:
+        print(f"> {answer['prompt']}\n{answer['answer']}")
+    print("\n=== done")
+    for record in records:
+        print(f"{record['stage']:<10}{record['seconds']:8.1f} s")
+    print(f"val/bpb   {val_bpb:10.4f}\nreport    {report}\ntalk      nanochat-ray chat --checkpoint {tuned}")
+
+
+@one_line_errors
+def main() -> None:
+    options = tyro.cli(SpeedrunOptions, prog="python -m experiments.speedrun", description=__doc__)
+    start_ray()
+    run(options)
+
+
+if __name__ == "__main__":
+    main()

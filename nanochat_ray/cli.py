@@ -1,0 +1,146 @@
+"""nanochat-ray: every stage as a command. `nanochat-ray STAGE --help` lists a stage's options."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+
+import tyro
+from tyro.conf import Positional
+
+
+def prepare(args: list[str]) -> None:
+    """text -> tokenizer and packed token rows"""
+    from nanochat_ray.data.prepare import PrepareOptions, run
+
+    options = parse("prepare", PrepareOptions, args)
+    start_ray()
+    prepared = run(options)
+    print(f"rows       {prepared.rows}\ntokenizer  {prepared.tokenizer}")
+
+
+def pretrain(args: list[str]) -> None:
+    """rows -> a base model"""
+    from nanochat_ray.train.pretrain import PretrainOptions, run
+
+    options = parse("pretrain", PretrainOptions, args)
+    start_ray()
+    result = run(options)
+    print(f"val/bpb    {result.val_bpb:.4f}\ncheckpoint {result.checkpoint}")
+
+
+def sft(args: list[str]) -> None:
+    """a base model and conversations -> a chat model"""
+    from nanochat_ray.data import sources
+    from nanochat_ray.evals.tasks import offline_mixture
+    from nanochat_ray.train.sft import SftOptions, run
+
+    options = parse("sft", SftOptions, args)
+    start_ray()
+    pydocs = [shard.uri for shard in sources.resolve("pydocs").train]
+    result = run(options, offline_mixture("train", pydocs), offline_mixture("val", pydocs))
+    print(f"val/bpb    {result.val_bpb:.4f} over the assistant's tokens\ncheckpoint {result.checkpoint}")
+
+
+def evaluate(args: list[str]) -> None:
+    """a checkpoint -> its bits per byte"""
+    from nanochat_ray.evals.bpb import BpbOptions, run
+
+    options = parse("eval", BpbOptions, args)
+    print(f"val/bpb    {run(options):.6f}")
+
+
+def plan(args: list[str]) -> None:
+    """what a depth decides: sizes, memory, time, cost"""
+    from nanochat_ray.train.plan import PlanOptions, run
+
+    run(parse("plan", PlanOptions, args))
+
+
+def chat(args: list[str]) -> None:
+    """talk to a checkpoint"""
+    from nanochat_ray.inference.chat import ChatOptions
+    from nanochat_ray.inference.chat import chat as talk
+    from nanochat_ray.train.checkpoint import load_model
+
+    options = parse("chat", ChatOptions, args)
+    model, tokenizer, _ = load_model(options.checkpoint, options.device, options.dtype)
+    talk(model, tokenizer, options)
+
+
+@dataclass
+class ImportOptions:
+    src: Positional[str]
+    """nanochat's checkpoint folder, with model_000600.pt and meta_000600.json."""
+    out: Positional[str]
+    """Folder to write the checkpoint to."""
+    tokenizer: str
+    """Folder of the tokenizer: nanochat's tokenizer.pkl, or tokenizer.tiktoken and tokenizer.json."""
+    step: int | None = None
+    """Which step to import; the newest by default."""
+
+
+def import_(args: list[str]) -> None:
+    """a nanochat checkpoint -> ours"""
+    options = parse("import", ImportOptions, args)
+    from nanochat_ray.train.checkpoint import import_nanochat
+
+    print(import_nanochat(options.src, options.out, options.tokenizer, options.step))
+
+
+STAGES = {
+    "prepare": prepare,
+    "pretrain": pretrain,
+    "sft": sft,
+    "eval": evaluate,
+    "chat": chat,
+    "plan": plan,
+    "import": import_,
+}
+
+
+def parse(stage: str, options: type, args: list[str]):
+    return tyro.cli(options, args=args, prog=f"nanochat-ray {stage}", description=STAGES[stage].__doc__)
+
+
+def start_ray() -> None:
+    """The cluster that RAY_ADDRESS names, as in a job; else a local Ray of this process."""
+    import ray
+
+    ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+
+
+def usage() -> str:
+    lines = [f"  {name:<9} {stage.__doc__}" for name, stage in STAGES.items()]
+    return "\n".join(["usage: nanochat-ray STAGE [options]   (STAGE --help lists them)", "", *lines])
+
+
+def one_line_errors(command: Callable[[], None]) -> Callable[[], None]:
+    """What a user can mend is one line on stderr and exit code 1; Ctrl-C is exit code 130."""
+
+    @wraps(command)
+    def wrapped() -> None:
+        try:
+            command()
+        except (ValueError, FileNotFoundError) as error:
+            sys.exit(f"error: {error}")
+        except KeyboardInterrupt as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(130)
+
+    return wrapped
+
+
+@one_line_errors
+def main() -> None:
+    stage, *args = sys.argv[1:] or ["--help"]
+    if stage in ("-h", "--help"):
+        print(usage())
+    elif stage in STAGES:
+        STAGES[stage](args)
+    else:
+        raise ValueError(f"no stage {stage!r}; there are {', '.join(STAGES)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""Memory-mapped rows -> batches. The order is a seeded permutation per epoch, and a position in it is one integer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from nanochat_ray import storage
+
+if TYPE_CHECKING:
+    import torch
+
+
+def write_rows(path: str | Path, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
+    """Write token rows (n, T+1), and the mask of the same shape, as an Arrow IPC file of one record batch."""
+    if tokens.dtype not in (np.uint16, np.uint32):
+        tokens = tokens.astype(np.uint16 if tokens.max(initial=0) < 1 << 16 else np.uint32)
+    columns = {"tokens": tokens} if mask is None else {"tokens": tokens, "mask": mask.astype(np.uint8)}
+    row_len = tokens.shape[1]
+    arrays = [pa.FixedSizeListArray.from_arrays(pa.array(c.reshape(-1)), row_len) for c in columns.values()]
+    batch = pa.record_batch(arrays, names=list(columns))
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+
+
+class Rows:
+    """All rows_*.arrow of a split folder, in name order, as one table of token rows mapped into memory."""
+
+    def __init__(self, folder: str):
+        """Raises FileNotFoundError when the folder has no row files, ValueError for a damaged or an odd one."""
+        names = [n for n in storage.listdir(folder) if n.startswith("rows_") and n.endswith(".arrow")]
+        if not names:
+            raise FileNotFoundError(f"no rows_*.arrow in {folder}: run `nanochat-ray prepare` first")
+        files = [_map_columns(storage.join(folder, name)) for name in names]
+        self.tokens = [columns["tokens"] for columns in files]
+        self.masks = [columns["mask"] for columns in files if "mask" in columns]
+        self.row_len = self.tokens[0].shape[1]
+        if {tokens.shape[1] for tokens in self.tokens} != {self.row_len} or len(self.masks) not in (0, len(names)):
+            raise ValueError(f"{folder}: its row files differ in row length or columns; prepare them again")
+        self.ends = np.cumsum([len(tokens) for tokens in self.tokens])
+        if not len(self):
+            raise ValueError(f"{folder} has no rows: use more text or a shorter sequence_len")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, indices) -> np.ndarray:
+        """Rows by global index: int64 (n, T+1)."""
+        return self._gather(self.tokens, indices)
+
+    def mask(self, indices) -> np.ndarray | None:
+        """int64 (n, T+1), 1 where a token is learned; None when every token is."""
+        return self._gather(self.masks, indices) if self.masks else None
+
+    def _gather(self, files: list[np.ndarray], indices) -> np.ndarray:
+        indices = np.asarray(indices, dtype=np.int64)
+        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+            raise IndexError(f"row indices {indices.min()} … {indices.max()} are not all in 0 … {len(self) - 1}")
+        owner = np.searchsorted(self.ends, indices, side="right")
+        gathered = np.empty((len(indices), self.row_len), dtype=np.int64)
+        for file in np.unique(owner):
+            chosen = owner == file
+            gathered[chosen] = files[file][indices[chosen] - (self.ends[file] - len(files[file]))]
+        return gathered
+
+    def batch(self, indices) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """(idx, targets), each an int64 tensor (n, T); targets are -1 where the mask is 0."""
+        import torch  # here, because prepare's workers write rows without it and it takes seconds to import
+
+        rows, mask = torch.from_numpy(self[indices]), self.mask(indices)
+        idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+        return idx, targets if mask is None else targets.masked_fill(torch.from_numpy(mask)[:, 1:] == 0, -1)
+
+
+def _map_columns(uri: str) -> dict[str, np.ndarray]:
+    try:
+        with pa.memory_map(str(storage.localize(uri))) as source:  # arrays keep the mapping, not the file descriptor
+            batch = pa.ipc.open_file(source).get_batch(0)
+        return {
+            name: column.flatten().to_numpy().reshape(-1, column.type.list_size)
+            for name, column in zip(batch.schema.names, batch.columns, strict=True)
+        }
+    except (pa.ArrowInvalid, AttributeError) as error:
+        raise ValueError(f"{uri} is not a file of rows ({error}): remove it and prepare again") from None
+
+
+class Loader:
+    """Row k of a run is permutation(seed, k // n)[k % n]; a step takes the next rows_per_step, a rank its slice."""
+
+    def __init__(self, rows: Rows, rows_per_step: int, rank: int = 0, world_size: int = 1, seed: int = 1337):
+        if rows_per_step % world_size:
+            raise ValueError(f"{rows_per_step} rows a step can't be shared equally by {world_size} workers")
+        self.rows, self.seed = rows, seed
+        self.rows_per_rank = rows_per_step // world_size
+        self.offset = rank * self.rows_per_rank
+        self._epoch, self._order = -1, None
+
+    def step(self, position: int) -> tuple["torch.Tensor", "torch.Tensor"]:
+        """This rank's (idx, targets), int64 (rows_per_step / world_size, T), of the step that begins at `position`.
+
+        position: rows consumed by all ranks since the run began. A step may straddle epochs.
+        """
+        return self.rows.batch(self.indices(position))
+
+    def indices(self, position: int) -> np.ndarray:
+        """int64 (rows_per_step / world_size,): which rows this rank takes."""
+        epochs, within = np.divmod(position + self.offset + np.arange(self.rows_per_rank), len(self.rows))
+        return np.concatenate([self._permutation(epoch)[within[epochs == epoch]] for epoch in np.unique(epochs)])
+
+    def epoch(self, position: int) -> float:
+        return position / len(self.rows)
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            generator = np.random.Generator(np.random.PCG64([self.seed, int(epoch)]))
+            self._epoch, self._order = epoch, generator.permutation(len(self.rows))
+        return self._order
+
+
+def evaluation_batches(
+    rows: Rows, num_rows: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
+    """A fixed random num_rows of the rows (all, when there are fewer), every world_size-th to this rank, in batches.
+
+    Random, because packing puts rows of long documents first.
+    """
+    sample = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))[:num_rows]
+    mine = sample[rank::world_size]
+    for start in range(0, len(mine), batch_size):
+        yield rows.batch(mine[start : start + batch_size])

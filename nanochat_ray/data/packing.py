@@ -1,0 +1,105 @@
+"""Best-fit packing: documents or conversations of any length into rows of one length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PackCounts:
+    """Where the tokens went: used + cropped + dropped is all there were."""
+
+    used: int  # in rows
+    cropped: int  # cut off a document's end because nothing fit whole
+    dropped: int  # of the last row, which could not be filled
+
+
+class LengthBuckets:
+    """Items by length. The longest that fits and the shortest are each one operation on an integer used as a bitset.
+
+    Items longer than a row share the last bucket, shortest first; equal lengths leave in the order they came.
+    """
+
+    def __init__(self, lengths: np.ndarray, row_len: int):
+        self.order = np.argsort(lengths, kind="stable").tolist()
+        ends = np.searchsorted(np.minimum(np.sort(lengths), row_len + 1), np.arange(row_len + 2), side="right")
+        self.ends = ends.tolist()
+        self.heads = [0, *self.ends[:-1]]
+        self.filled = sum(1 << length for length in range(row_len + 2) if self.heads[length] < self.ends[length])
+
+    def pop_longest(self, space: int) -> int | None:
+        """Remove the longest item of at most `space` tokens; None when there is none."""
+        fitting = self.filled & ((2 << space) - 1)
+        return self._pop(fitting.bit_length() - 1) if fitting else None
+
+    def pop_shortest(self) -> int:
+        return self._pop((self.filled & -self.filled).bit_length() - 1)
+
+    def _pop(self, length: int) -> int:
+        head = self.heads[length]
+        self.heads[length] = head + 1
+        if head + 1 == self.ends[length]:
+            self.filled ^= 1 << length
+        return self.order[head]
+
+
+def pack_documents(documents: Sequence[np.ndarray], row_len: int) -> tuple[np.ndarray, PackCounts]:
+    """Fill rows with documents (each a token array that begins with bos), the longest that fits first.
+
+    When none fits, the shortest one is cropped to fill the row: it has least to lose. A last row that can't be filled
+    is dropped. Returns rows (n, row_len) in the documents' dtype.
+    """
+    lengths = np.array([len(document) for document in documents], dtype=np.int64)
+    if len(lengths) and lengths.min() == 0:
+        raise ValueError(f"document {int(lengths.argmin())} has no tokens: every document begins with bos")
+    buckets = LengthBuckets(lengths, row_len)
+    pieces, space, cropped = [], row_len, 0
+    while buckets.filled:
+        index = buckets.pop_longest(space)
+        if index is None:
+            index = buckets.pop_shortest()
+            cropped += int(lengths[index]) - space
+        pieces.append(documents[index][:space])
+        space = space - len(pieces[-1]) or row_len
+    dropped = row_len - space
+    while space < row_len:
+        space += len(pieces.pop())
+    dtype = documents[0].dtype if len(documents) else np.uint16
+    # rows have no gaps, so laying the pieces end to end is the whole copy
+    rows = np.concatenate([np.empty(0, dtype), *pieces]).reshape(-1, row_len)
+    return rows, PackCounts(used=rows.size, cropped=cropped, dropped=dropped)
+
+
+def pack_conversations(
+    conversations: Sequence[tuple[Sequence[int], Sequence[int]]], row_len: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Fill rows with whole (ids, mask) pairs, the longest that fits first; the rest of a row is bos with mask 0.
+
+    Returns tokens int32 (n, row_len) and mask uint8 (n, row_len). Raises ValueError when one is longer than a row.
+    """
+    lengths = np.array([len(ids) for ids, _ in conversations], dtype=np.int64)
+    if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= row_len:
+        wrong = int(np.flatnonzero((lengths < 1) | (lengths > row_len))[0])
+        raise ValueError(f"conversation {wrong} has {lengths[wrong]} tokens, a row holds 1 to {row_len}: cut it first")
+    buckets = LengthBuckets(lengths, row_len)
+    bos = conversations[0][0][0] if len(conversations) else 0
+    ids, masks, space = [], [], row_len
+
+    def pad() -> None:
+        ids.append(np.full(space, bos))
+        masks.append(np.zeros(space))
+
+    while buckets.filled:
+        index = buckets.pop_longest(space)
+        if index is None:
+            pad()
+            space = row_len
+            continue
+        ids.append(conversations[index][0])
+        masks.append(conversations[index][1])
+        space = space - len(ids[-1]) or row_len
+    if space < row_len:
+        pad()
+    tokens = np.concatenate([[], *ids]).astype(np.int32).reshape(-1, row_len)
+    return tokens, np.concatenate([[], *masks]).astype(np.uint8).reshape(-1, row_len)

@@ -1,0 +1,234 @@
+"""The Ray Data job of `nanochat-ray prepare`: read documents, tokenize, pack, write row files and a manifest."""
+
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import ray
+import ray.data
+
+from nanochat_ray import storage
+from nanochat_ray.data import sources
+from nanochat_ray.data.loader import write_rows
+from nanochat_ray.data.packing import pack_documents
+from nanochat_ray.data.tokenizer import Tokenizer, compression, train
+
+CHUNK_CHARS = 1_000_000  # encoded at a time: enough for the threads, little to hold as Python integers
+COMPRESSION_SAMPLE = 1_000  # validation documents
+
+
+@dataclass
+class PrepareOptions:
+    source: str = "pydocs"
+    """pydocs, climbmix, or a path or URI of a folder of parquet, jsonl or txt files."""
+    text_column: str | None = None
+    """The column with the text, when it is not `text` or the only string column."""
+    shards: int = 8
+    """How many climbmix shards to train on."""
+    vocab_size: int = 32768
+    """Tokens in the vocabulary, special tokens included."""
+    sequence_len: int = 2048
+    """T: a row holds T+1 tokens."""
+    tokenizer: str | None = None
+    """Folder of a tokenizer to use; without it one is trained on the source."""
+    max_chars: int = 2_000_000_000
+    """At most this many characters are read to train the tokenizer."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    rows: str  # folder with train/, val/ and manifest.json
+    tokenizer: str  # folder
+    manifest: dict
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard of documents to one file of rows."""
+
+    shard: sources.Shard
+    split: str
+    uri: str  # of the row file; its counts are kept beside it, as .json
+
+    @property
+    def counts_uri(self) -> str:
+        return self.uri.removesuffix(".arrow") + ".json"
+
+
+def run(options: PrepareOptions) -> Prepared:
+    """Prepare rows, or return those that the same inputs gave before. Unfinished shards alone are done again.
+
+    Raises ValueError when a split has too little text for one row, and what sources and the tokenizer raise.
+    """
+    if options.sequence_len < 1:
+        raise ValueError(f"sequence_len {options.sequence_len}: a row needs at least one token to predict")
+    source = sources.resolve(options.source, text_column=options.text_column, shards=options.shards)
+    tokenizer_uri, tokenizer = find_or_train_tokenizer(options, source)
+    rows_uri = storage.join(storage.home(), "rows", f"{source.name}-{tokenizer.sha[:8]}-T{options.sequence_len}")
+    inputs = {
+        "source": source.name,
+        "source_fingerprint": source.fingerprint,
+        "tokenizer_sha256": tokenizer.sha,
+        "vocab_size": tokenizer.vocab_size,
+        "sequence_len": options.sequence_len,
+    }
+    jobs = _begin(rows_uri, source, inputs)
+    manifest_uri = storage.join(rows_uri, "manifest.json")
+    if storage.exists(manifest_uri):
+        print(f"prepare: nothing to do, {rows_uri} is complete", flush=True)
+        return Prepared(rows_uri, tokenizer_uri, storage.read_json(manifest_uri))
+    _report_compression(tokenizer, source)
+    unfinished = [job for job in jobs if not storage.exists(job.counts_uri)]
+    if unfinished:
+        _run_jobs(unfinished, len(jobs), tokenizer, options.sequence_len + 1)
+    manifest = {**inputs, "tokenizer": tokenizer_uri, "splits": _collect(jobs, options.sequence_len + 1, source.name)}
+    storage.write_json(manifest_uri, manifest)
+    for split, total in manifest["splits"].items():
+        print(
+            f"prepare: {split} {total['rows']:,} rows, {total['tokens']:,} tokens "
+            f"({total['cropped_tokens'] / (total['tokens'] + total['cropped_tokens']):.1%} cropped)",
+            flush=True,
+        )
+    return Prepared(rows_uri, tokenizer_uri, manifest)
+
+
+def find_or_train_tokenizer(options: PrepareOptions, source: sources.Source) -> tuple[str, Tokenizer]:
+    """(folder, tokenizer): the one the options name, or the one trained on this source, now or before."""
+    if options.tokenizer:
+        named = options.tokenizer
+        uri = named if storage.is_remote(named) else os.path.abspath(os.path.expanduser(named))
+        return uri, Tokenizer.load(uri)
+    inputs = storage.fingerprint(source.fingerprint, options.max_chars)
+    uri = storage.join(storage.home(), "tokenizers", f"{source.name}-{options.vocab_size}-{inputs[:8]}")
+    if storage.exists(storage.join(uri, "tokenizer.json")):
+        return uri, Tokenizer.load(uri)
+    start = time.monotonic()
+    tokenizer = train(_sample(source, options.max_chars), options.vocab_size)
+    tokenizer.save(uri)
+    print(
+        f"prepare: tokenizer of {tokenizer.vocab_size:,} tokens in {time.monotonic() - start:.1f} s: {uri}", flush=True
+    )
+    return uri, tokenizer
+
+
+def _sample(source: sources.Source, max_chars: int) -> Iterator[str]:
+    for shard in source.train:
+        for text in sources.read_documents(shard):
+            yield text[:max_chars]
+            max_chars -= len(text)
+            if max_chars <= 0:
+                return
+
+
+def _report_compression(tokenizer: Tokenizer, source: sources.Source) -> None:
+    ratios = compression(tokenizer, list(islice(sources.read_documents(source.val[0]), COMPRESSION_SAMPLE)))
+    listed = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
+    note = "" if len(ratios) > 1 else " (gpt2 and cl100k_base are not in tiktoken's cache, so not compared)"
+    print(f"prepare: bytes per token on validation text: {listed}{note}", flush=True)
+
+
+def _begin(rows_uri: str, source: sources.Source, inputs: dict) -> list[Job]:
+    """The jobs of this folder. What other inputs left in it is deleted first, so that rows never mix."""
+    inputs_uri = storage.join(rows_uri, "inputs.json")
+    if storage.exists(rows_uri) and not (storage.exists(inputs_uri) and storage.read_json(inputs_uri) == inputs):
+        fs, path = fsspec.core.url_to_fs(rows_uri)
+        fs.rm(path, recursive=True)
+    if not storage.exists(inputs_uri):
+        storage.write_json(inputs_uri, inputs)
+    return [
+        Job(shard, split, storage.join(rows_uri, split, f"rows_{i:05d}.arrow"))
+        for split, shards in (("train", source.train), ("val", source.val))
+        for i, shard in enumerate(shards)
+    ]
+
+
+def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int) -> None:
+    """One Ray task a shard. Only counts come back: tokens go from the task to the file, past the object store."""
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the lines below say what its own would, in less
+    context = ray.data.DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    # Twice as many threads as cores: a lone shard uses them all, and the last ones do not leave them idle.
+    num_threads = math.ceil(2 * ray.cluster_resources()["CPU"] / len(jobs))
+    constants = {"jobs": jobs, "tokenizer": tokenizer, "row_len": row_len, "num_threads": num_threads}
+    start, tokens = time.monotonic(), 0
+    with ray.data.DataContext.current(context):
+        indices = ray.data.from_items(list(range(len(jobs))), override_num_blocks=len(jobs))
+        results = indices.map(_run_job, fn_kwargs=constants, num_cpus=1).iter_rows()
+        for done, result in enumerate(results, num_all - len(jobs) + 1):
+            if result["error"]:
+                raise ValueError(result["error"])
+            tokens += result["tokens"]
+            speed = tokens / (time.monotonic() - start)
+            print(f"prepare: {done}/{num_all} shards, {tokens:,} tokens, {speed:,.0f} tokens/s", flush=True)
+
+
+def _run_job(row: dict, *, jobs: list[Job], **constants) -> dict:
+    """What is wrong with a file is returned, not raised: Ray would wrap one clear line in pages of its own trace."""
+    try:
+        counts = write_shard(jobs[row["item"]], **constants)
+    except ValueError as error:
+        return {"tokens": 0, "error": str(error)}
+    return {"tokens": counts["tokens"] + counts["cropped_tokens"] + counts["dropped_tokens"], "error": ""}
+
+
+def write_shard(job: Job, *, tokenizer: Tokenizer, row_len: int, num_threads: int) -> dict:
+    """Tokenize and pack one shard into its row file. Holds the tokens of the shard, its text only by chunks."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    num_threads = min(num_threads, os.cpu_count())
+    documents, num_bytes = [], 0
+    for chunk in _chunks(sources.read_documents(job.shard)):
+        num_bytes += sum(len(text.encode(errors="replace")) for text in chunk)
+        for ids in tokenizer.encode_batch(chunk, num_threads):
+            documents.append(np.array([tokenizer.bos_id, *ids], dtype=dtype))
+    rows, tokens = pack_documents(documents, row_len)
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "rows.arrow"
+        write_rows(file, rows)
+        storage.publish(file, job.uri)
+    counts = {
+        "rows": len(rows),
+        "tokens": tokens.used,
+        "cropped_tokens": tokens.cropped,
+        "dropped_tokens": tokens.dropped,
+        "documents": len(documents),
+        "bytes": num_bytes,
+    }
+    storage.write_json(job.counts_uri, counts)  # after the rows: where it is, the shard is finished
+    return counts
+
+
+def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
+    chunk, chars = [], 0
+    for text in texts:
+        chunk.append(text)
+        chars += len(text)
+        if chars >= CHUNK_CHARS:
+            yield chunk
+            chunk, chars = [], 0
+    if chunk:
+        yield chunk
+
+
+def _collect(jobs: list[Job], row_len: int, name: str) -> dict:
+    """{split: summed counts and rows per file}. Raises ValueError when a split has no rows."""
+    splits = {}
+    for split in ("train", "val"):
+        counts = {Path(job.uri).name: storage.read_json(job.counts_uri) for job in jobs if job.split == split}
+        total = {key: sum(c[key] for c in counts.values()) for key in next(iter(counts.values()))}
+        if not total["rows"]:
+            raise ValueError(
+                f"the {split} split of {name} has {total['dropped_tokens']} tokens, fewer than a row of {row_len}: "
+                "use more text or a smaller sequence_len"
+            )
+        splits[split] = {**total, "files": {file: c["rows"] for file, c in counts.items()}}
+    return splits

@@ -1,0 +1,384 @@
+"""Where documents come from: docstrings of this environment, the ClimbMix dataset, or a folder of files."""
+
+import ast
+import gc
+import hashlib
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import posixpath
+import re
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from nanochat_ray import storage
+from nanochat_ray.data.download import fetch_all
+
+FILE_NAME = re.compile(r"(?P<stem>[^.].*)\.(?:(?P<parquet>parquet)|(?P<lines>jsonl?|txt)(?:\.gz|\.zst)?)", re.I | re.S)
+LONE_FILE_VAL_EVERY = 20  # of a source of one file, every 20th document is validation
+TXT_SEPARATOR = "<|endoftext|>"
+
+CLIMBMIX = "karpathy/climbmix-400b-shuffle"
+CLIMBMIX_LAST = 6542  # the last shard: validation
+
+PYDOCS_MIN_CHARS = 200
+PYDOCS_SHARDS = 9
+PYDOCS_CHUNK_BYTES = 2_000_000  # of source code in one task: packages differ a hundredfold in size
+PYDOCS_SCHEMA = pa.schema([(column, pa.string()) for column in ("module", "name", "text", "origin")])
+LONG_STRING = re.compile(rb"^[ \t]*[rRuU]?(\"\"\"|''').*?\1", re.M | re.S)
+DEFINES = re.compile(rb"^(?:class|def|async def) ", re.M)
+DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of documents. text_column is None for txt. part is "all", or "train" or "val" for a lone file's halves."""
+
+    uri: str
+    text_column: str | None
+    part: str = "all"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents in order, the last file held out. The fingerprint changes when the content does."""
+
+    name: str
+    train: tuple[Shard, ...]
+    val: tuple[Shard, ...]
+    fingerprint: str
+
+
+def resolve(source: str, *, text_column: str | None = None, shards: int = 8) -> Source:
+    """Find a source's files; pydocs are made and climbmix is downloaded first where missing.
+
+    source: "pydocs", "climbmix", or a path or URI of a folder or a file. text_column: by default `text`, else the
+    only string column. shards: climbmix shards to train on; the validation shard comes on top.
+    Raises FileNotFoundError for what is missing and ValueError for what can't be used, naming the file."""
+    if source == "pydocs":
+        return pydocs()
+    if source == "climbmix":
+        return climbmix(shards)
+    return folder(source, text_column)
+
+
+def folder(uri: str, text_column: str | None = None) -> Source:
+    """The parquet, jsonl, json-lines and txt files (also .gz, .zst, not parquet) of a folder, sorted, or one file."""
+    uri = uri.rstrip("/") if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+    fs, path = fsspec.core.url_to_fs(uri)
+    fs.invalidate_cache()
+    if not fs.exists(path):
+        raise FileNotFoundError(f"{uri} does not exist: name pydocs, climbmix, or a folder or file that does")
+    if fs.isdir(path):
+        infos = {storage.join(uri, posixpath.basename(i["name"])): i for i in fs.ls(path, detail=True)}
+    else:
+        infos = {uri: fs.info(path)}
+    uris = sorted(u for u in infos if infos[u]["type"] != "directory" and FILE_NAME.fullmatch(posixpath.basename(u)))
+    if not uris:
+        raise FileNotFoundError(f"{uri} holds no .parquet, .jsonl, .json or .txt file (the last three also .gz, .zst)")
+    with ThreadPoolExecutor(16) as pool:  # on an object store each look takes a round trip
+        shards = list(pool.map(lambda u: _inspect(u, infos[u]["size"], text_column), uris))
+    train, val = shards[:-1], shards[-1:]
+    if not train:
+        train, val = [replace(shards[0], part="train")], [replace(shards[0], part="val")]
+        if next(read_documents(train[0]), None) is None:
+            raise ValueError(f"{uris[0]} has one document: at least two are needed, one of them for validation")
+    base = posixpath.basename(uri) if uri not in infos else FILE_NAME.fullmatch(posixpath.basename(uri))["stem"]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip(".-") or "source"
+    contents = [(posixpath.basename(s.uri), s.text_column, *_version(infos[s.uri])) for s in shards]
+    return Source(name, tuple(train), tuple(val), storage.fingerprint(contents))
+
+
+def _version(info: dict) -> tuple:
+    """Size, and an object store's tag of the content or else the time of writing."""
+    return info["size"], next((info[key] for key in ("ETag", "etag", "mtime", "created") if info.get(key)), None)
+
+
+def _inspect(uri: str, size: int, text_column: str | None) -> Shard:
+    """Choose the text column and see that there is something to read."""
+    if size == 0:
+        raise ValueError(f"{uri} is empty: remove or replace it")
+    if _kind(uri) == "parquet":
+        with _naming(uri), fsspec.open(uri, "rb") as f:
+            file = pq.ParquetFile(f)
+            columns = {field.name: _is_string(field.type) for field in file.schema_arrow}
+            documents = file.metadata.num_rows
+        shard = Shard(uri, _choose_column(uri, columns, text_column))
+    elif _kind(uri) == "txt":
+        shard = Shard(uri, None)
+        documents = next(read_documents(shard), None)
+    else:
+        with _naming(uri):
+            _, documents = next(_json_records(uri), (0, None))
+        columns = {key: isinstance(value, str | None) for key, value in (documents or {}).items()}
+        shard = Shard(uri, _choose_column(uri, columns, text_column) if documents else None)
+    if not documents:
+        raise ValueError(f"{uri} has no documents: remove or replace it")
+    return shard
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+def _choose_column(uri: str, columns: dict[str, bool], wanted: str | None) -> str:
+    strings = [name for name, is_string in columns.items() if is_string]
+    choice = wanted or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
+    if choice in strings:
+        return choice
+    what = f"no text column {wanted!r}" if wanted else "no column `text` and not just one string column"
+    listed = ", ".join(name if is_string else f"{name} (not a string)" for name, is_string in columns.items())
+    raise ValueError(f"{uri} has {what}: name one of its columns with --text-column: {listed}")
+
+
+def read_documents(shard: Shard) -> Iterator[str]:
+    """Stream the documents that are not empty.
+
+    A txt file is split at <|endoftext|> when its first MiB has one, else at blank lines.
+    Raises ValueError naming the file, and the line where there are lines, when it is corrupt."""
+    documents = (text for text in _documents(shard) if text.strip())
+    for index, text in enumerate(documents):
+        if shard.part == "all" or (shard.part == "val") == (index % LONE_FILE_VAL_EVERY == 0):
+            yield text
+
+
+def _documents(shard: Shard) -> Iterator[str]:
+    with _naming(shard.uri):
+        if _kind(shard.uri) == "parquet":
+            with fsspec.open(shard.uri, "rb") as f:
+                file = pq.ParquetFile(f, pre_buffer=False)  # buffering would hold the whole file
+                for batch in file.iter_batches(256, columns=[shard.text_column]):
+                    yield from (text or "" for text in batch.column(0).to_pylist())
+        elif _kind(shard.uri) == "txt":
+            with _open(shard.uri) as f:
+                marked = TXT_SEPARATOR.encode() in f.read(1 << 20)
+            yield from _split_txt(_lines(shard.uri), marked)
+        else:
+            for number, record in _json_records(shard.uri):
+                text = record.get(shard.text_column, ...)
+                if not isinstance(text, str | None):
+                    raise ValueError(f"line {number} has no string {shard.text_column!r}")
+                # JSON can spell half a surrogate pair, which UTF-8 can't hold.
+                yield (text or "").encode(errors="replace").decode()
+
+
+def _split_txt(lines: Iterator[str], marked: bool) -> Iterator[str]:
+    document = []
+    for line in lines:
+        end, *rest = line.split(TXT_SEPARATOR) if marked else ([line] if line.strip() else ["", ""])
+        document.append(end)
+        for start in rest:
+            yield "".join(document).strip()
+            document = [start]
+    yield "".join(document).strip()
+
+
+def _json_records(uri: str) -> Iterator[tuple[int, dict]]:
+    for number, line in enumerate(_lines(uri), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is not JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"line {number} is not a JSON object (a file has one object a line)")
+            yield number, record
+
+
+def _lines(uri: str) -> Iterator[str]:
+    with _open(uri) as f:
+        for number, line in enumerate(f, 1):
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"line {number} is not UTF-8: {error.reason} at byte {error.start}") from error
+
+
+@contextmanager
+def _open(uri: str) -> Iterator[io.BufferedReader]:
+    """The file's bytes, decompressed. Arrow's streams notice a cut file and read on after the first member."""
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(posixpath.splitext(uri)[1].lower())
+    with fsspec.open(uri, "rb") as f:
+        yield io.BufferedReader(pa.CompressedInputStream(f, codec), 1 << 20) if codec else f
+
+
+@contextmanager
+def _naming(uri: str):
+    """Turn any failure to read into one line with the file's name."""
+    try:
+        yield
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise ValueError(f"cannot read {uri}: {' '.join(str(error).split())}") from error
+
+
+def _kind(uri: str) -> str:
+    match = FILE_NAME.fullmatch(posixpath.basename(uri))
+    return (match["parquet"] or match["lines"]).lower()
+
+
+def climbmix(shards: int) -> Source:
+    """The first `shards` files of the Hub's ClimbMix and its last one; downloads those that are not there.
+
+    Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE."""
+    if not 1 <= shards <= CLIMBMIX_LAST:
+        raise ValueError(f"climbmix has 1 to {CLIMBMIX_LAST} training shards, not {shards}: change --shards")
+    names = [f"shard_{i:05d}.parquet" for i in (*range(shards), CLIMBMIX_LAST)]
+    place = storage.join(storage.home(), "sources", "climbmix")
+    present = set(storage.listdir(place))
+    missing = [name for name in names if name not in present]
+    if missing and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise FileNotFoundError(
+            f"{storage.join(place, missing[0])} is missing and HF_HUB_OFFLINE is set: unset it to download "
+            f"{len(missing)} of {len(names)} shards, or copy them there"
+        )
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    base = f"{endpoint}/datasets/{CLIMBMIX}/resolve/main"
+    if missing:
+        fetch_all([(f"{base}/{n}", storage.join(place, n)) for n in missing], os.environ.get("HF_TOKEN"))
+    files = [Shard(storage.join(place, name), "text") for name in names]
+    return Source("climbmix", tuple(files[:-1]), tuple(files[-1:]), storage.fingerprint(CLIMBMIX, names))
+
+
+def pydocs(roots: Sequence[str] | None = None) -> Source:
+    """Docstrings of the standard library and the installed packages, as parquet with columns text and name.
+
+    roots: folders to search, by default this environment's. Nothing is done when the same packages were read before."""
+    roots = roots or sorted({sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")})
+    packages = sorted({(d.name, d.version) for d in importlib.metadata.distributions(path=list(roots)) if d.name})
+    print_of = storage.fingerprint(packages, platform.python_version(), PYDOCS_MIN_CHARS, PYDOCS_SHARDS)
+    place = storage.join(storage.home(), "sources", f"pydocs-{print_of}")
+    if not storage.exists(storage.join(place, "manifest.json")):
+        _make_pydocs(roots, place)
+    shards = [Shard(storage.join(place, f"shard_{i:05d}.parquet"), "text") for i in range(PYDOCS_SHARDS)]
+    return Source("pydocs", tuple(shards[:-1]), tuple(shards[-1:]), print_of)
+
+
+def _make_pydocs(roots: Sequence[str], place: str) -> None:
+    start = time.monotonic()
+    # The sources travel to the tasks: other nodes may have other packages.
+    chunks = [ray.put(chunk) for chunk in _python_sources(roots)]
+    found = ray.data.from_arrow_refs(chunks).map_batches(_docstrings, batch_format="pyarrow", batch_size=None)
+    rows = [row for batch in found.iter_batches(batch_format="pyarrow", batch_size=None) for row in batch.to_pylist()]
+    importers = defaultdict(set)
+    for row in rows:
+        if row["origin"]:
+            importers[row["origin"], row["name"]].add(row["module"])
+    names = {}
+    for row in rows:
+        if row["text"]:
+            name = f"{_public_module(row['module'], row['name'], importers)}.{row['name']}".rstrip(".")
+            names[row["text"]] = min(names.get(row["text"], name), name, key=lambda n: (n.count("."), n))
+    # Sorted by hash: shuffled, and the same whatever order the files were read in.
+    texts = sorted(names, key=lambda text: hashlib.sha256(text.encode()).digest())
+    if len(texts) < PYDOCS_SHARDS:
+        raise ValueError(f"only {len(texts)} docstrings in {', '.join(roots)}: use another source")
+    with tempfile.TemporaryDirectory() as scratch:
+        for i in range(PYDOCS_SHARDS):
+            part = texts[len(texts) * i // PYDOCS_SHARDS : len(texts) * (i + 1) // PYDOCS_SHARDS]
+            file = Path(scratch) / f"shard_{i:05d}.parquet"
+            pq.write_table(pa.table({"text": part, "name": [names[t] for t in part]}), file, compression="zstd")
+            storage.publish(file, storage.join(place, file.name))
+    characters = sum(map(len, texts))
+    storage.write_json(storage.join(place, "manifest.json"), {"documents": len(texts), "characters": characters})
+    seconds = time.monotonic() - start
+    print(f"pydocs: {len(texts):,} docstrings, {characters:,} characters in {seconds:.0f} s", flush=True)
+
+
+def _python_sources(roots: Sequence[str]) -> Iterator[pa.Table]:
+    """Tables of (module, is_package, source) of the files that may have docstrings or re-exports."""
+    chunk, size = [], 0
+    for root in roots:
+        for path, folders, files in os.walk(root):
+            # What has no module name is left out, and tests: a sixth of the work for a fortieth of the text.
+            folders[:] = sorted(f for f in folders if f.isidentifier() and f not in ("__pycache__", "test", "tests"))
+            for name in sorted(f.removesuffix(".py") for f in files if f.endswith(".py")):
+                is_package = name == "__init__"
+                module = ".".join([*Path(path).relative_to(root).parts, *([] if is_package else [name])])
+                if not name.isidentifier() or not module:
+                    continue
+                try:
+                    source = Path(path, f"{name}.py").read_bytes()
+                except OSError:
+                    continue
+                chunk.append({"module": module, "is_package": is_package, "source": source})
+                size += len(source)
+                if size >= PYDOCS_CHUNK_BYTES:
+                    yield pa.Table.from_pylist(chunk)
+                    chunk, size = [], 0
+    if chunk:
+        yield pa.Table.from_pylist(chunk)
+
+
+def _docstrings(sources: pa.Table) -> pa.Table:
+    """Parse modules: a row for each docstring (text), and one for each name taken from a module beside it (origin)."""
+    rows = []
+    gc.disable()  # a tree has no cycles; looking for them costs a seventh of the time
+    for module, is_package, source in zip(*(sources[key].to_pylist() for key in sources.column_names), strict=True):
+        long_string = any(len(m[0]) >= PYDOCS_MIN_CHARS for m in LONG_STRING.finditer(source))
+        if not (long_string or is_package or DEFINES.search(source) is None):
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of invalid escapes in other people's strings
+                tree = ast.parse(source)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue
+        for node, name in _walk(tree):
+            if not isinstance(node, ast.ImportFrom):
+                text = ast.get_docstring(node) or ""
+                if len(text) >= PYDOCS_MIN_CHARS:
+                    # A literal can hold half a surrogate pair, UTF-8 can't.
+                    rows.append((module, name, text.encode(errors="replace").decode(), None))
+            elif not name and (origin := _origin(node, module, is_package)):
+                rows += [(module, item.name, None, origin) for item in node.names if item.asname in (None, item.name)]
+    gc.enable()
+    return pa.Table.from_pylist([dict(zip(PYDOCS_SCHEMA.names, row, strict=True)) for row in rows], PYDOCS_SCHEMA)
+
+
+def _origin(node: ast.ImportFrom, module: str, is_package: bool) -> str | None:
+    """The full name of the module imported from, when it belongs to the same top-level package."""
+    parts = module.split(".")
+    parents = parts[: len(parts) - node.level + is_package] if node.level else []
+    origin = ".".join(filter(None, [*parents, node.module]))
+    return origin if origin.split(".")[0] == parts[0] else None
+
+
+def _walk(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+    """The module, its classes and functions with their dotted names, and its `from … import …`."""
+    stack = [(tree, "")]
+    while stack:
+        node, name = stack.pop()
+        if isinstance(node, DEFINITION):
+            name = f"{name}.{node.name}".lstrip(".")
+        if isinstance(node, (ast.Module, *DEFINITION, ast.ImportFrom)):
+            yield node, name
+        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
+            stack += [(child, name) for child in getattr(node, block, ())]
+
+
+def _public_module(module: str, name: str, importers: dict[tuple[str, str], set[str]]) -> str:
+    """The highest parent package that `name` can be imported from: numpy for numpy._core.fromnumeric's argsort.
+
+    importers: (module, name or "*") -> the modules that say `from module import name`."""
+    leaf = name.split(".")[0]
+    reached, frontier = {module}, [module] if leaf else []
+    while frontier:
+        origin = frontier.pop()
+        new = importers.get((origin, leaf), set()) | importers.get((origin, "*"), set())
+        frontier += new - reached
+        reached |= new
+    return min((m for m in reached if f"{module}.".startswith(f"{m}.")), key=len)

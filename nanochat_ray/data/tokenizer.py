@@ -1,0 +1,253 @@
+"""Byte-level BPE: train, load, encode, decode, and turn a conversation into token ids and a loss mask."""
+
+import base64
+import binascii
+import hashlib
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+
+import fsspec
+import numpy as np
+import rustbpe
+import tiktoken
+
+from nanochat_ray import storage
+
+# GPT-4's split pattern, but digits in groups of one or two: a small vocabulary is not spent on numbers.
+PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = (
+    "<|bos|>",
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",
+    "<|python_end|>",
+    "<|output_start|>",
+    "<|output_end|>",
+)
+# The regex engines of tiktoken and rustbpe overflow their stack on a run of a million whitespace characters.
+PIECE_CHARS = 500_000
+# Which files tiktoken downloads for an encoding; it keeps each under the sha1 of its address.
+PUBLISHED = {
+    "gpt2": (
+        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json",
+    ),
+    "cl100k_base": ("https://openaipublic.blob.core.windows.net/encodings/cl100k_base.tiktoken",),
+}
+
+
+class Tokenizer:
+    """Mergeable ranks 0 … n-1, then the special tokens; encodes with tiktoken. Picklable, so Ray tasks can take it."""
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN, special_tokens: dict[str, int] | None = None):
+        """Raises ValueError when a byte or a special token is missing, or the ids have gaps."""
+        if special_tokens is None:
+            special_tokens = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
+        if missing := [token for token in SPECIAL_TOKENS if token not in special_tokens]:
+            raise ValueError(f"tokenizer: special tokens {', '.join(missing)} are missing")
+        if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:
+            raise ValueError(f"tokenizer: {len(missing)} of the 256 single bytes have no token, first {missing[0]}")
+        if sorted([*ranks.values(), *special_tokens.values()]) != list(range(len(ranks) + len(special_tokens))):
+            raise ValueError(f"tokenizer: ids are not 0 … {len(ranks) + len(special_tokens) - 1}, each once")
+        self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
+        self.vocab_size = len(ranks) + len(special_tokens)
+        self.bos_id = special_tokens["<|bos|>"]
+        self._encoding = tiktoken.Encoding(
+            "nanochat_ray", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
+        )
+
+    def __reduce__(self):
+        return Tokenizer, (self.ranks, self.pattern, self.special_tokens)
+
+    @classmethod
+    def load(cls, folder: str) -> "Tokenizer":
+        """Read tokenizer.tiktoken and tokenizer.json. Raises FileNotFoundError, or ValueError for damaged files."""
+        path, meta_path = (storage.join(folder, name) for name in ("tokenizer.tiktoken", "tokenizer.json"))
+        for needed in (path, meta_path):
+            if not storage.exists(needed):
+                raise FileNotFoundError(f"no tokenizer in {folder}: {needed} is missing")
+        with fsspec.open(path, "rb") as f:
+            content = f.read()
+        try:
+            meta = storage.read_json(meta_path)
+            pattern, special_tokens = meta["pattern"], meta["special_tokens"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{meta_path}: expected JSON with pattern and special_tokens ({error!r})") from None
+        if "sha256" in meta and meta["sha256"] != hashlib.sha256(content).hexdigest():
+            raise ValueError(f"{path}: its sha256 is not the one in tokenizer.json; the file was changed or damaged")
+        try:
+            lines = (line.split() for line in content.splitlines() if line)
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        except (ValueError, binascii.Error) as error:
+            raise ValueError(f"{path}: expected a base64 token and a rank on each line ({error})") from None
+        return cls(ranks, pattern, special_tokens)
+
+    def save(self, folder: str) -> None:
+        """Write tokenizer.tiktoken, then tokenizer.json: whoever finds the second has both."""
+        storage.write_bytes(storage.join(folder, "tokenizer.tiktoken"), self._content)
+        meta = {"pattern": self.pattern, "special_tokens": self.special_tokens, "sha256": self.sha}
+        storage.write_json(storage.join(folder, "tokenizer.json"), meta)
+
+    @cached_property
+    def _content(self) -> bytes:
+        by_rank = sorted(self.ranks.items(), key=lambda item: item[1])
+        return b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in by_rank)
+
+    @property
+    def sha(self) -> str:
+        """sha256 of tokenizer.tiktoken, in hex: names the rows made with this tokenizer."""
+        return hashlib.sha256(self._content).hexdigest()
+
+    def special(self, token: str) -> int:
+        """The id of a special token such as "<|assistant_end|>"."""
+        if token not in self.special_tokens:
+            raise ValueError(f"no special token {token!r}; there are {', '.join(self.special_tokens)}")
+        return self.special_tokens[token]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without bos; special tokens written in it are plain text."""
+        if len(text) <= PIECE_CHARS:
+            return self._encoding.encode_ordinary(text)
+        return [token for piece in _pieces(text) for token in self._encoding.encode_ordinary(piece)]
+
+    def encode_batch(self, texts: Sequence[str], num_threads: int = 8) -> list[list[int]]:
+        """Token ids of each text, in order."""
+        if num_threads > 1 and max(map(len, texts), default=0) <= PIECE_CHARS:
+            return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads)
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of the ids; special tokens by name, invalid UTF-8 as U+FFFD."""
+        return self._encoding.decode(ids)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return self._encoding.decode_bytes(ids)
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 (vocab_size,): how many bytes of text each id stands for; 0 for special tokens."""
+        counts = np.zeros(self.vocab_size, dtype=np.int32)
+        counts[list(self.ranks.values())] = [len(token) for token in self.ranks]
+        return counts
+
+    def render_conversation(self, conversation: dict, max_tokens: int | None = 2048) -> tuple[list[int], list[int]]:
+        """Ids and mask of {"messages": [{"role", "content"}, …]}; mask 1 on the tokens the assistant is to learn.
+
+        Content is a string or parts {"type": text | python | python_output, "text"}. Both lists are cut to
+        max_tokens (None: not cut). Raises ValueError for a malformed conversation.
+        """
+        ids, mask = [self.bos_id], [0]
+
+        def add(tokens: list[int], supervised: int) -> None:
+            ids.extend(tokens)
+            mask.extend([supervised] * len(tokens))
+
+        def wrap(name: str, text: str) -> list[int]:
+            return [self.special(f"<|{name}_start|>"), *self.encode(text), self.special(f"<|{name}_end|>")]
+
+        for role, parts in _turns(conversation):
+            if role == "user":
+                add(wrap("user", "".join(part["text"] for part in parts)), 0)
+                continue
+            add([self.special("<|assistant_start|>")], 0)
+            for part in parts:
+                if part["type"] == "text":
+                    add(self.encode(part["text"]), 1)
+                elif part["type"] == "python":
+                    add(wrap("python", part["text"]), 1)
+                else:  # what the tool said: the model reads it, it does not learn to make it up
+                    add(wrap("output", part["text"]), 0)
+            add([self.special("<|assistant_end|>")], 1)
+        return ids[:max_tokens], mask[:max_tokens]
+
+    def render_for_completion(self, conversation: dict) -> list[int]:
+        """Ids of a conversation up to and including assistant_start: the assistant speaks next.
+
+        Raises ValueError when the last message is not the user's.
+        """
+        ids, _ = self.render_conversation(conversation, max_tokens=None)
+        if (role := conversation["messages"][-1]["role"]) != "user":
+            raise ValueError(f"conversation: the last message is by {role!r}; to be answered it must be the user's")
+        return [*ids, self.special("<|assistant_start|>")]
+
+
+def _turns(conversation: dict) -> list[tuple[str, list[dict]]]:
+    """Alternating (role, parts), the user first; a system message is joined to the first user message."""
+    messages = conversation.get("messages") if isinstance(conversation, dict) else None
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError('conversation: expected {"messages": [{"role": …, "content": …}, …]}')
+    system, turns = "", []
+    for i, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role == "system" and i == 0 and isinstance(content, str):
+            system = content + "\n\n"
+            continue
+        expected = "assistant" if len(turns) % 2 else "user"
+        if role != expected:
+            raise ValueError(f"conversation: message {i} has role {role!r}, expected {expected!r}")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        kinds = ("text",) if role == "user" else ("text", "python", "python_output")
+        if not isinstance(parts, list) or not all(
+            isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts
+        ):
+            raise ValueError(f"conversation: message {i} needs a string, or a list of parts with a type and a text")
+        for part in parts:
+            if part.get("type") not in kinds:
+                raise ValueError(
+                    f"conversation: message {i} has a part of type {part.get('type')!r}, expected {' or '.join(kinds)}"
+                )
+        turns.append((role, [{"type": "text", "text": system}, *parts] if system and not turns else parts))
+    if not turns:
+        raise ValueError("conversation: no user message")
+    return turns
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a very long text where the split pattern always cuts: between a visible character and a space."""
+    while len(text) > PIECE_CHARS:
+        boundaries = [match.end() for match in re.finditer(r"\S(?= )", text[:PIECE_CHARS])]
+        cut = boundaries[-1] if boundaries else PIECE_CHARS
+        yield text[:cut]
+        text = text[cut:]
+    yield text
+
+
+def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Learn a vocabulary of exactly vocab_size tokens (bytes, merges and the special tokens). Deterministic.
+
+    Raises ValueError when vocab_size has no room for the bytes, or the text has too few pairs to merge.
+    """
+    num_ranks = vocab_size - len(SPECIAL_TOKENS)
+    if num_ranks < 256:
+        raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens")
+    # rustbpe rejects lone surrogates, which JSON can smuggle in
+    pieces = (piece.encode(errors="replace").decode() for text in texts for piece in _pieces(text))
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(pieces, num_ranks, pattern=PATTERN)
+    ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    if len(ranks) < num_ranks:
+        most = len(ranks) + len(SPECIAL_TOKENS)
+        raise ValueError(f"vocab_size {vocab_size}: this text gives only {most} tokens, use a smaller one or more text")
+    return Tokenizer(ranks)
+
+
+def compression(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, float]:
+    """Bytes per token of the tokenizer ("ours") and of each published encoding that tiktoken has cached."""
+    num_bytes = sum(len(text.encode(errors="replace")) for text in texts)
+    encoders = {"ours": tokenizer.encode}
+    encoders |= {name: tiktoken.get_encoding(name).encode_ordinary for name in PUBLISHED if _is_cached(name)}
+    return {name: num_bytes / max(1, sum(len(encode(text)) for text in texts)) for name, encode in encoders.items()}
+
+
+def _is_cached(name: str) -> bool:
+    """Whether tiktoken can load an encoding without the network."""
+    default = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    files = [os.path.join(folder, hashlib.sha1(url.encode()).hexdigest()) for url in PUBLISHED[name]]
+    return bool(folder) and all(map(os.path.exists, files))

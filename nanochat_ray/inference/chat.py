@@ -1,0 +1,117 @@
+"""Chat in the terminal: one question, or a conversation."""
+
+import codecs
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Annotated
+
+import torch
+import tyro
+
+from nanochat_ray.inference.engine import Engine
+from nanochat_ray.inference.sampling import SamplingParams
+
+SHOWN_AS = {
+    "<|python_start|>": "[calculator: ",
+    "<|python_end|>": "]",
+    "<|output_start|>": "[result: ",
+    "<|output_end|>": "]",
+}
+
+
+@dataclass
+class ChatOptions:
+    """Talk to a checkpoint."""
+
+    checkpoint: str
+    """Folder of the checkpoint."""
+    prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
+    """Answer this and exit; without it, chat."""
+    temperature: float = 0.6
+    """0 always takes the likeliest token."""
+    top_k: int | None = 50
+    """Sample among this many likeliest tokens."""
+    max_tokens: int = 512
+    """Longest answer, in tokens."""
+    seed: int = 42
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype: str | None = None
+    """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
+
+
+def chat(model, tokenizer, options: ChatOptions) -> None:
+    """Answer options.prompt, or else each line of stdin with the conversation so far as context, on stdout.
+
+    The oldest turns are forgotten when the conversation outgrows the context. Raises ValueError for bad options.
+    """
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 loses characters, not the chat
+    engine = Engine(model, tokenizer, max_batch_size=1)
+    params = SamplingParams(options.max_tokens, options.temperature, options.top_k, seed=options.seed)
+    if options.prompt is not None:
+        answer(engine, [], options.prompt, params)
+        return
+    if sys.stdin.isatty():
+        print("Ctrl-C stops an answer, /clear starts over, /quit leaves.")
+    turns = []  # token ids of each question with its answer
+    while (line := _read_line()) not in (None, "/quit"):
+        if line == "/clear":
+            turns = []
+        elif line:
+            try:
+                turns = answer(engine, turns, line, params)
+            except ValueError as error:  # a question beyond the model's reach: ask another
+                print(f"error: {error}")
+
+
+def answer(engine: Engine, turns: list[list[int]], question: str, params: SamplingParams) -> list[list[int]]:
+    """Print the answer as it is generated; returns the turns that were in context and the new one."""
+    tokenizer, context = engine.tokenizer, engine.model.config.sequence_len
+    bos, *turn = tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
+    # A short context keeps half of itself for the conversation, however long an answer may be.
+    turns = fit_turns(turns, context - min(params.max_tokens, context // 2) - len(turn) - 1)
+    tokens = engine.stream([bos, *chain.from_iterable(turns), *turn], params)
+    try:
+        for text in decode_stream(_recorded(tokens, turn), tokenizer):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        pass  # what was said so far stays in the conversation
+    print()
+    return [*turns, [*turn, tokenizer.special("<|assistant_end|>")]]
+
+
+def fit_turns(turns: list[list[int]], room: int) -> list[list[int]]:
+    """The latest turns that have at most `room` tokens together."""
+    while turns and sum(map(len, turns)) > room:
+        turns = turns[1:]
+    return turns
+
+
+def decode_stream(tokens: Iterable[int], tokenizer) -> Iterator[str]:
+    """Text of the tokens as they come, tool calls in brackets. Bytes wait until they make a whole character."""
+    shown = {tokenizer.special(name): text for name, text in SHOWN_AS.items()}
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in tokens:
+        if token in shown:
+            yield decoder.decode(b"", final=True) + shown[token]
+        elif text := decoder.decode(tokenizer.decode_bytes([token])):
+            yield text
+    if rest := decoder.decode(b"", final=True):
+        yield rest
+
+
+def _recorded(tokens: Iterable[int], record: list[int]) -> Iterator[int]:
+    for token in tokens:
+        record.append(token)
+        yield token
+
+
+def _read_line() -> str | None:
+    """The next line of stdin, None at its end or on Ctrl-C."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return None

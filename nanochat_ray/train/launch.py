@@ -1,0 +1,199 @@
+"""The driver's side of training: start the workers, show how far they are, and stop them cleanly."""
+
+import json
+import signal
+import sys
+import threading
+from dataclasses import asdict, dataclass, replace
+
+import ray
+import ray.train
+import ray.train.torch
+
+from nanochat_ray import storage
+from nanochat_ray.train import checkpoint
+from nanochat_ray.train.loop import TrainConfig, train_loop_per_worker
+
+MAX_FAILURES = 3  # times that lost workers are started again from the newest checkpoint
+MAX_TOKENS_PER_GPU = 2**15  # in one forward pass: fits depth 24 in 80 GB
+MAX_TOKENS_PER_CPU = 2**12  # the activations of more would not stay in the cache
+
+
+@ray.remote(num_cpus=0)
+class Monitor:
+    """Carries progress from the workers to the driver's terminal, and the driver's stop to the workers."""
+
+    def __init__(self):
+        self.latest: dict | None = None
+        self.outcome: dict | None = None
+        self.stop = False
+
+    def update(self, metrics: dict) -> None:
+        self.latest = metrics
+
+    def read(self) -> dict | None:
+        return self.latest
+
+    def finish(self, outcome: dict) -> None:
+        self.outcome = outcome
+
+    def read_outcome(self) -> dict:
+        return self.outcome
+
+    def request_stop(self) -> None:
+        self.stop = True
+
+    def stop_requested(self) -> bool:
+        return self.stop
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    run_dir: str
+    checkpoint: str  # the final one
+    step: int
+    val_bpb: float
+
+
+def claim(run_dir: str, inputs: dict, config: dict) -> None:
+    """Write config.json of a run, or see that the one there was written for the same inputs.
+
+    Raises ValueError naming what differs: a run never goes on with another model, plan or data.
+    """
+    inputs = json.loads(json.dumps(inputs))
+    uri = storage.join(run_dir, "config.json")
+    if storage.exists(uri):
+        theirs = storage.read_json(uri)["inputs"]
+        if differing := [key for key in inputs if inputs[key] != theirs.get(key)]:
+            was, now = (", ".join(f"{key} {d.get(key)}" for key in differing) for d in (theirs, inputs))
+            raise ValueError(f"{run_dir} was begun with {was}, not {now}: take another --run name or delete it")
+    storage.write_json(uri, config | {"inputs": inputs})
+
+
+def train(c: TrainConfig, workers: int | None) -> TrainResult:
+    """Train to the end, unless the run's newest checkpoint is there already.
+
+    Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. workers None: one on every
+    GPU of the cluster, else one CPU worker with all cores. Raises ValueError when rows can't be shared by them, and
+    ray.train.TrainingFailedError when workers failed more than MAX_FAILURES times.
+    """
+    done = checkpoint.latest_checkpoint(c.run_dir)
+    if done and checkpoint.read_meta(done)["step"] == c.num_iterations:
+        print(f"{c.stage}: nothing to do, {c.run_dir} is finished", flush=True)
+        return _result(c)
+    scaling = scaling_config(workers)
+    c = replace(c, device_batch_size=device_batch_size(c, scaling))
+    monitor = Monitor.remote()
+    trainer = ray.train.torch.TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config=asdict(c) | {"monitor": monitor},
+        scaling_config=scaling,
+        run_config=ray.train.RunConfig(
+            name="ray",
+            storage_path=c.run_dir,
+            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    failure: list[BaseException] = []
+    # fit() blocks: it has a thread of its own, and this one shows progress and takes signals.
+    thread = threading.Thread(target=_fit, args=[trainer, failure], daemon=True)
+    with StopOnSignal(monitor):
+        thread.start()
+        show_progress(thread, monitor, c)
+    if failure:
+        raise failure[0]
+    last = ray.get(monitor.read_outcome.remote())
+    if last["error"]:
+        raise ValueError(f"{c.run_dir}: {last['error']}")
+    if last["step"] < c.num_iterations:
+        raise KeyboardInterrupt(f"{c.stage} stopped at step {last['step']}: the same command goes on from there")
+    return _result(c)
+
+
+def _result(c: TrainConfig) -> TrainResult:
+    folder = checkpoint.checkpoints(c.run_dir)[-1]
+    meta = checkpoint.read_meta(folder)
+    return TrainResult(c.run_dir, folder, meta["step"], meta["val/bpb"])
+
+
+def device_batch_size(c: TrainConfig, scaling: ray.train.ScalingConfig) -> int:
+    """The rows of one forward pass: those asked for, else the most that divide a worker's share, to MAX_TOKENS."""
+    T = c.model["sequence_len"]
+    rows, left = divmod(c.total_batch_size, T * scaling.num_workers)
+    if left or not rows:
+        raise ValueError(
+            f"a batch of {c.total_batch_size} tokens is not whole rows of {T} for each of {scaling.num_workers} workers"
+        )
+    if c.device_batch_size is None:
+        most = max(1, MAX_TOKENS_PER_GPU if scaling.use_gpu else MAX_TOKENS_PER_CPU) // T
+        return max(n for n in range(1, max(most, 1) + 1) if rows % n == 0)
+    if rows % c.device_batch_size:
+        raise ValueError(f"--device-batch-size {c.device_batch_size} does not divide a worker's {rows} rows a step")
+    return c.device_batch_size
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer, failure: list[BaseException]) -> None:
+    try:
+        trainer.fit()
+    except BaseException as error:  # for the main thread to raise
+        failure.append(error)
+
+
+def scaling_config(workers: int | None) -> ray.train.ScalingConfig:
+    resources = ray.cluster_resources()
+    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
+    if gpus:
+        return ray.train.ScalingConfig(num_workers=workers or gpus, use_gpu=True)
+    workers = workers or 1
+    if workers > cpus:
+        raise ValueError(f"{workers} workers on {cpus} CPUs: give at most one a CPU")
+    return ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": cpus // workers})
+
+
+class StopOnSignal:
+    """Within it, the first SIGINT or SIGTERM asks the workers to stop after their step; a second one is as usual."""
+
+    def __init__(self, monitor):
+        self.monitor, self.previous = monitor, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # only it may set handlers
+            self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        print("\nstopping after this step, with a checkpoint (again to stop at once)", flush=True)
+        self.monitor.request_stop.remote()
+        self.__exit__()
+
+
+def show_progress(thread: threading.Thread, monitor, c: TrainConfig) -> None:
+    """One live line on a terminal; elsewhere a line whenever a twentieth of the run is done."""
+    live, shown, next_line = sys.stdout.isatty(), None, 0
+    while thread.is_alive():
+        thread.join(0.5)
+        metrics = ray.get(monitor.read.remote())
+        if metrics is None or metrics["step"] == shown:
+            continue
+        shown = metrics["step"]
+        if live:
+            print("\r\033[K" + progress_line(metrics, c), end="", flush=True)
+        elif shown >= next_line or shown == c.num_iterations:
+            print(progress_line(metrics, c), flush=True)
+            next_line = shown + max(c.num_iterations // 20, 1)
+    if live and shown is not None:
+        print()
+
+
+def progress_line(m: dict, c: TrainConfig) -> str:
+    left = (c.num_iterations - m["step"]) * m["train/dt"]
+    bpb = f" · val/bpb {m['val/bpb']:.4f}" if m["val/bpb"] is not None else ""
+    return (
+        f"{c.stage} {m['step']}/{c.num_iterations} · loss {m['train/loss']:.4f}{bpb} · "
+        f"{m['train/tok_per_sec']:,.0f} tok/s · mfu {m['train/mfu']:.1%} · "
+        f"{m['train/peak_memory_mb']:,.0f} MB · ETA {int(left) // 60}:{int(left) % 60:02d}"
+    )

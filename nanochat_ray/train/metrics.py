@@ -1,0 +1,148 @@
+"""What a run measures and where it goes: metrics.jsonl, W&B, MFU, memory, bits per byte."""
+
+import json
+import math
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nanochat_ray import storage
+from nanochat_ray.model.gpt import GPT
+
+# Dense bf16 FLOP/s of one device, from the vendors' data sheets; matched as a part of the device's name.
+PEAK_FLOPS = {
+    "B200": 2.25e15,
+    "GB200": 2.5e15,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "4090": 165e12,
+    "5090": 209e12,
+}
+
+
+def gpu_peak_flops(name: str) -> float:
+    """Peak bf16 FLOP/s of a GPU by (part of) its name. Raises ValueError for one that is not in the table."""
+    matches = [key for key in PEAK_FLOPS if key.lower() in name.lower()]
+    if not matches:
+        raise ValueError(f"no peak FLOP/s known for GPU {name!r}: known are {', '.join(PEAK_FLOPS)}")
+    return PEAK_FLOPS[max(matches, key=len)]
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s against which MFU is counted: a table for GPUs, on a CPU the best of a few 2048³ matmuls in `dtype`.
+
+    A GPU that the table lacks gives NaN, so that a run on new hardware does not stop for it.
+    """
+    if device.type == "cuda":
+        try:
+            return gpu_peak_flops(torch.cuda.get_device_name(device))
+        except ValueError:
+            return math.nan
+    a, b = torch.randn(2, 2048, 2048, dtype=dtype)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(seconds)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Peak device memory on CUDA, peak resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+@torch.no_grad()
+def bits_per_byte(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes: np.ndarray) -> float:
+    """Σ nats / (ln 2 · Σ bytes) over the targets, summed over all ranks; NaN when no target stands for a byte.
+
+    Batches are (idx, targets), both (B, T). Targets that stand for no bytes (special tokens) and ignored ones (−1)
+    count in neither sum, so the number does not depend on the vocabulary.
+    """
+    device = model.lm_head.weight.device
+    length = torch.as_tensor(token_bytes, dtype=torch.float64, device=device)
+    nats, count = torch.zeros(2, dtype=torch.float64, device=device)
+    for idx, targets in batches:
+        idx, targets = idx.to(device), targets.to(device)
+        losses = model(idx, targets, loss_reduction="none").double()
+        n_bytes = torch.where(targets >= 0, length[targets.clamp(min=0)], 0)
+        nats += (losses * (n_bytes > 0)).sum()
+        count += n_bytes.sum()
+    sums = torch.stack([nats, count])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    nats, count = sums.tolist()
+    return nats / (math.log(2) * count) if count else math.nan
+
+
+class MetricsLog:
+    """Appends to metrics.jsonl and W&B. A resumed run drops the lines its lost steps had written.
+
+    An object store can't append, so there the file is kept locally and put whole at every flush.
+    """
+
+    def __init__(self, run_dir: str, config: dict, step: int):
+        self.uri = storage.join(run_dir, "metrics.jsonl")
+        self.lines = [line for line in read_metrics(run_dir) if line["step"] <= step] if step else []
+        self.flush()
+        self.wandb = _start_wandb(run_dir, config)
+
+    def log(self, metrics: dict) -> None:
+        self.lines.append(metrics)
+        if not storage.is_remote(self.uri):
+            with open(self.uri, "a", encoding="utf-8") as f:
+                f.write(json.dumps(metrics) + "\n")
+        self.wandb.log(metrics, step=metrics["step"])
+
+    def flush(self) -> None:
+        storage.write_bytes(self.uri, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+
+    def close(self) -> None:
+        self.flush()
+        self.wandb.finish()
+
+
+def read_metrics(run_dir: str) -> list[dict]:
+    """The lines of a run's metrics.jsonl; a last line that a crash tore is left out."""
+    uri = storage.join(run_dir, "metrics.jsonl")
+    if not storage.exists(uri):
+        return []
+    lines = []
+    for line in storage.read_text(uri).splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _start_wandb(run_dir: str, config: dict):
+    import wandb  # takes a second to import: only the rank that logs pays
+
+    offline = not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists())
+    local = tempfile.mkdtemp(prefix="wandb-") if storage.is_remote(run_dir) else run_dir
+    return wandb.init(
+        project="nanochat-ray",
+        name=Path(run_dir).name,
+        id=storage.fingerprint(run_dir),  # the same id when the run resumes: one curve, not two
+        resume="allow",
+        dir=local,
+        config=config,
+        mode=os.environ.get("WANDB_MODE") or ("offline" if offline else "online"),
+        settings=wandb.Settings(silent=True, console="off"),
+    )

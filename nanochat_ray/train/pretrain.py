@@ -1,0 +1,129 @@
+"""Pretraining: a depth and a folder of rows -> a base model."""
+
+from dataclasses import asdict, dataclass
+
+from nanochat_ray import storage
+from nanochat_ray.data.tokenizer import Tokenizer
+from nanochat_ray.model.scaling import RunPlan, plan_run
+from nanochat_ray.train.launch import TrainResult, claim, train
+from nanochat_ray.train.loop import TrainConfig
+
+SAMPLE_PROMPTS = (
+    "The largest planet of the solar system is",
+    "Water is made of hydrogen and",
+    "The opposite of hot is",
+    "Returns the",
+)
+
+
+@dataclass
+class PretrainOptions:
+    depth: int = 12
+    """The dial: layers of the Transformer; width, batch, horizon and rates follow from it."""
+    rows: str | None = None
+    """Folder of rows that prepare made; the default is the one made last."""
+    run: str | None = None
+    """Name of the run folder; the default is made of the depth and a hash of these options."""
+    head_dim: int = 128
+    """Channels of one attention head; the width is rounded up to a multiple of it."""
+    window_pattern: str = "SSSL"
+    """Tiled over layers: S sees a quarter of the context, L all of it; the last layer is always L."""
+    target_param_data_ratio: float = 12
+    """Training tokens per scaling parameter (matrices of the blocks and the head)."""
+    target_flops: float | None = None
+    """Train for this many FLOPs instead of for a ratio."""
+    num_iterations: int | None = None
+    """Train for this many steps instead of for FLOPs or a ratio."""
+    total_batch_size: int | None = None
+    """Tokens in a step, over all workers; the default follows from depth and ratio."""
+    device_batch_size: int | None = None
+    """Rows in one forward pass of a worker; the default is what fits."""
+    workers: int | None = None
+    """Training workers; the default is every GPU of the cluster, else one on all CPUs."""
+    eval_every: int = 250
+    """Steps between measurements of val/bpb; 0 for the end alone."""
+    eval_tokens: int = 10_485_760
+    """Validation tokens in each measurement."""
+    sample_every: int = 2000
+    """Steps between greedy samples; 0 for the end alone."""
+    save_every: int = 1000
+    """Steps between checkpoints; 0 for the end alone. The last two and the best are kept."""
+    dtype: str | None = None
+    """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
+    compile: bool | None = None
+    """torch.compile; the default is on for GPUs and bf16, off for fp32 on CPUs, where it does not pay."""
+    seed: int = 42
+    """Of the weights and of the order of rows."""
+
+
+def run(options: PretrainOptions) -> TrainResult:
+    """Pretrain, go on where the run's newest checkpoint stands, or return at once when it is finished.
+
+    Raises FileNotFoundError without rows, ValueError for options that can't be, or not in this run folder.
+    """
+    rows = options.rows or newest_rows()
+    manifest = read_manifest(rows)
+    plan = plan_of(options, manifest)
+    inputs = {
+        "stage": "pretrain",
+        "model": asdict(plan.config),
+        "total_batch_size": plan.total_batch_size,
+        "num_iterations": plan.num_iterations,
+        "lrs": plan.lrs,
+        "weight_decay": plan.weight_decay,
+        "seed": options.seed,
+    }
+    data = {key: manifest[key] for key in ("source_fingerprint", "tokenizer_sha256", "sequence_len")}
+    name = options.run or f"d{options.depth}-{storage.fingerprint(inputs, data)[:6]}"
+    run_dir = storage.join(storage.home(), "runs", name)
+    claim(run_dir, inputs | {"data": data}, asdict(options) | {"plan": asdict(plan)})
+    tokenizer = Tokenizer.load(manifest["tokenizer"])
+    config = TrainConfig(
+        **inputs,
+        run_dir=run_dir,
+        rows=rows,
+        tokenizer=manifest["tokenizer"],
+        device_batch_size=options.device_batch_size,
+        flops_per_token=plan.flops_per_token,
+        init_from=None,
+        eval_every=options.eval_every,
+        eval_tokens=options.eval_tokens,
+        sample_every=options.sample_every,
+        save_every=options.save_every,
+        prompts=[[tokenizer.bos_id, *tokenizer.encode(text)] for text in SAMPLE_PROMPTS],
+        dtype=options.dtype,
+        compile=options.compile,
+    )
+    return train(config, options.workers)
+
+
+def plan_of(options: PretrainOptions, manifest: dict) -> RunPlan:
+    return plan_run(
+        options.depth,
+        target_param_data_ratio=options.target_param_data_ratio,
+        sequence_len=manifest["sequence_len"],
+        vocab_size=manifest["vocab_size"],
+        head_dim=options.head_dim,
+        window_pattern=options.window_pattern,
+        total_batch_size=options.total_batch_size,
+        num_iterations=options.num_iterations,
+        target_flops=options.target_flops,
+    )
+
+
+def read_manifest(rows: str) -> dict:
+    uri = storage.join(rows, "manifest.json")
+    if not storage.exists(uri):
+        raise FileNotFoundError(f"no rows in {rows} (no manifest.json): run `nanochat-ray prepare` first")
+    return storage.read_json(uri)
+
+
+def newest_rows() -> str:
+    """The folder of rows whose manifest was written last."""
+    root = storage.join(storage.home(), "rows")
+    manifests = [
+        uri for name in storage.listdir(root) if storage.exists(uri := storage.join(root, name, "manifest.json"))
+    ]
+    if not manifests:
+        raise FileNotFoundError(f"no rows in {root}: run `nanochat-ray prepare` first, or give --rows")
+    return max(manifests, key=storage.modified).removesuffix("/manifest.json")

@@ -1,0 +1,120 @@
+"""Supervised finetuning: a base checkpoint and conversations -> a chat model, by the loop of pretraining."""
+
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nanochat_ray import storage
+from nanochat_ray.data.loader import Rows, write_rows
+from nanochat_ray.data.packing import pack_conversations
+from nanochat_ray.data.tokenizer import Tokenizer
+from nanochat_ray.model.scaling import BASE_LRS, REFERENCE_BATCH
+from nanochat_ray.train import checkpoint
+from nanochat_ray.train.launch import TrainResult, claim, train
+from nanochat_ray.train.loop import TrainConfig
+
+LR_SCALE = 0.8  # of the base run's rates
+
+
+@dataclass
+class SftOptions:
+    checkpoint: str
+    """Checkpoint to start from, or a run folder, of which the newest is taken."""
+    run: str | None = None
+    """Name of the run folder; the default is the base run's with -sft."""
+    num_iterations: int | None = None
+    """Steps; the default is one epoch."""
+    total_batch_size: int | None = None
+    """Tokens in a step, over all workers; the default is the base run's."""
+    device_batch_size: int | None = None
+    """Rows in one forward pass of a worker; the default is what fits."""
+    workers: int | None = None
+    """Training workers; the default is every GPU of the cluster, else one on all CPUs."""
+    eval_every: int = 100
+    """Steps between measurements of val/bpb over the assistant's tokens; 0 for the end alone."""
+    eval_tokens: int = 1_048_576
+    """Validation tokens in each measurement."""
+    save_every: int = 500
+    """Steps between checkpoints; 0 for the end alone."""
+    dtype: str | None = None
+    """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
+    compile: bool | None = None
+    """torch.compile; the default is on for GPUs and bf16, off for fp32 on CPUs, where it does not pay."""
+    seed: int = 42
+    """Of the order of rows."""
+
+
+def run(options: SftOptions, train_conversations: list[dict], val_conversations: list[dict]) -> TrainResult:
+    """Finetune on conversations (evals/tasks makes them), go on, or return at once when it is finished.
+
+    Rates are 0.8 of the base run's, momentum goes on from its state, weight decay is off. Raises FileNotFoundError
+    without a checkpoint, ValueError for options that can't be, or not in this run folder.
+    """
+    base = checkpoint.resolve_checkpoint(options.checkpoint)
+    meta, tokenizer = checkpoint.read_meta(base), Tokenizer.load(base)
+    sequence_len = meta["model_config"]["sequence_len"]
+    splits = {"train": train_conversations, "val": val_conversations}
+    rows = prepare_conversations(splits, tokenizer, sequence_len)
+    batch = options.total_batch_size or meta.get("total_batch_size") or 16 * sequence_len
+    lrs = meta.get("lrs") or {name: lr * (batch / REFERENCE_BATCH) ** 0.5 for name, lr in BASE_LRS.items()}
+    epoch = max(1, len(Rows(storage.join(rows, "train"))) * sequence_len // batch)
+    inputs = {
+        "stage": "sft",
+        "init_from": base,
+        "rows": rows,
+        "model": meta["model_config"],
+        "total_batch_size": batch,
+        "num_iterations": options.num_iterations or epoch,
+        "lrs": {name: LR_SCALE * lr for name, lr in lrs.items()},
+        "weight_decay": 0.0,
+        "seed": options.seed,
+    }
+    run_dir = storage.join(storage.home(), "runs", options.run or f"{_run_name(base)}-sft")
+    claim(run_dir, inputs, asdict(options))
+    config = TrainConfig(
+        **inputs,
+        run_dir=run_dir,
+        tokenizer=base,
+        device_batch_size=options.device_batch_size,
+        flops_per_token=meta.get("flops_per_token", 0),
+        eval_every=options.eval_every,
+        eval_tokens=options.eval_tokens,
+        sample_every=0,
+        save_every=options.save_every,
+        prompts=[],
+        dtype=options.dtype,
+        compile=options.compile,
+    )
+    return train(config, options.workers)
+
+
+def prepare_conversations(splits: dict[str, list[dict]], tokenizer: Tokenizer, sequence_len: int) -> str:
+    """Render and pack conversations into a folder of rows, unless the same ones are there; returns the folder.
+
+    Conversations longer than a row are cut to it; none is split or dropped.
+    """
+    fingerprint = storage.fingerprint(splits, tokenizer.sha, sequence_len)
+    folder = storage.join(storage.home(), "rows", f"sft-{fingerprint[:8]}-T{sequence_len}")
+    manifest_uri = storage.join(folder, "manifest.json")
+    if storage.exists(manifest_uri):
+        return folder
+    counts = {}
+    for split, conversations in splits.items():
+        if not conversations:
+            raise ValueError(f"no {split} conversations to finetune on")
+        rendered = [tokenizer.render_conversation(c, max_tokens=sequence_len + 1) for c in conversations]
+        tokens, mask = pack_conversations(rendered, sequence_len + 1)
+        with tempfile.TemporaryDirectory() as scratch:
+            write_rows(Path(scratch) / "rows.arrow", tokens, mask)
+            storage.publish(Path(scratch) / "rows.arrow", storage.join(folder, split, "rows_00000.arrow"))
+        learned = int(mask.sum())
+        counts[split] = {"conversations": len(conversations), "rows": len(tokens), "learned_tokens": learned}
+        print(f"sft: {split} {len(conversations):,} conversations in {len(tokens):,} rows, {learned:,} tokens to learn")
+    storage.write_json(manifest_uri, {"tokenizer_sha256": tokenizer.sha, "sequence_len": sequence_len, **counts})
+    return folder
+
+
+def _run_name(folder: str) -> str:
+    """The run that a checkpoint folder …/runs/<name>/checkpoints/step_000123 belongs to, or the folder's own name."""
+    parts = folder.rstrip("/").split("/")
+    return parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1]

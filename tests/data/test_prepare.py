@@ -1,0 +1,156 @@
+"""Prepare with a real Ray: rows end to end, nothing done twice, nothing mixed, killed and run again."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from nanochat_ray.data import sources
+from nanochat_ray.data.loader import Rows
+from nanochat_ray.data.prepare import Job, PrepareOptions, run, write_shard
+from nanochat_ray.data.tokenizer import Tokenizer, train
+
+
+def make_source(folder: Path, shards: int, documents: int, words: int = 40) -> list[str]:
+    """Parquet files of random words; all of their texts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator, every = random.Random(0), []
+    lexicon = ["".join(generator.choices("etaoinshrdlu", k=generator.randint(2, 9))) for _ in range(500)]
+    for i in range(shards):
+        texts = [" ".join(generator.choices(lexicon, k=generator.randint(1, 2 * words))) for _ in range(documents)]
+        pq.write_table(pa.table({"text": texts}), folder / f"part_{i:03d}.parquet")
+        every += texts
+    return every
+
+
+def row_files(rows_uri: str) -> dict[str, bytes]:
+    return {str(path.relative_to(rows_uri)): path.read_bytes() for path in sorted(Path(rows_uri).rglob("*.arrow"))}
+
+
+@pytest.mark.slow
+def test_end_to_end(ray_session, tmp_path, capsys, nanochat_ray_home):
+    texts = make_source(tmp_path / "words", shards=4, documents=60)
+    options = PrepareOptions(source=str(tmp_path / "words"), vocab_size=400, sequence_len=32)
+    prepared = run(options)
+    tokenizer = Tokenizer.load(prepared.tokenizer)
+    assert Path(prepared.rows) == nanochat_ray_home / "rows" / f"words-{tokenizer.sha[:8]}-T32"
+    assert json.loads((Path(prepared.rows) / "manifest.json").read_text()) == prepared.manifest
+    splits = prepared.manifest["splits"]
+    assert [list(splits[split]["files"]) for split in ("train", "val")] == [
+        ["rows_00000.arrow", "rows_00001.arrow", "rows_00002.arrow"],
+        ["rows_00000.arrow"],
+    ]
+    total = {key: splits["train"][key] + splits["val"][key] for key in splits["val"] if key != "files"}
+    assert total["documents"] == len(texts)
+    assert total["bytes"] == sum(len(text.encode()) for text in texts)
+    accounted = total["tokens"] + total["cropped_tokens"] + total["dropped_tokens"]
+    assert accounted == sum(1 + len(tokenizer.encode(text)) for text in texts)
+
+    joined = "\n".join(texts)
+    for split, counts in splits.items():
+        rows = Rows(os.path.join(prepared.rows, split))
+        tokens = rows[np.arange(len(rows))]
+        assert tokens.shape == (counts["rows"], 33) == (sum(counts["files"].values()), 33)
+        assert tokens.size == counts["tokens"]
+        assert (tokens[:, 0] == tokenizer.bos_id).all()
+        for row in tokens.tolist():  # bos-led pieces, each the beginning of a document
+            for is_bos, piece in itertools.groupby(row, key=lambda token: token == tokenizer.bos_id):
+                assert is_bos or tokenizer.decode(list(piece)) in joined
+
+    before = {path: path.stat().st_mtime_ns for path in nanochat_ray_home.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert run(options) == prepared
+    assert "nothing to do" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in nanochat_ray_home.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_a_changed_source_is_not_mixed_with_the_old(ray_session, tmp_path):
+    folder = tmp_path / "words"
+    texts = make_source(folder, shards=4, documents=30)
+    train(iter(texts), 300).save(str(tmp_path / "tokenizer"))
+    options = PrepareOptions(source=str(folder), tokenizer=str(tmp_path / "tokenizer"), sequence_len=16)
+    old = run(options)
+    (folder / "part_001.parquet").unlink()
+    new = run(options)
+    assert new.rows == old.rows
+    assert new.manifest["source_fingerprint"] != old.manifest["source_fingerprint"]
+    assert sorted(row_files(new.rows)) == ["train/rows_00000.arrow", "train/rows_00001.arrow", "val/rows_00000.arrow"]
+    assert len(Rows(new.rows + "/train")) == new.manifest["splits"]["train"]["rows"]
+
+
+@pytest.mark.slow
+def test_what_is_wrong_is_one_line(ray_session, tmp_path):
+    folder = tmp_path / "words"
+    texts = make_source(folder, shards=3, documents=20)
+    train(iter(texts), 300).save(str(tmp_path / "tokenizer"))
+    options = PrepareOptions(source=str(folder), tokenizer=str(tmp_path / "tokenizer"), sequence_len=100_000)
+    with pytest.raises(ValueError, match=r"train split of words has \d+ tokens, fewer than a row of 100001"):
+        run(options)
+    damaged = folder / "part_001.parquet"
+    content = bytearray(damaged.read_bytes())
+    content[4 : len(content) // 2] = bytes(len(content) // 2 - 4)
+    damaged.write_bytes(content)
+    options.sequence_len = 16
+    with pytest.raises(ValueError, match=r"part_001\.parquet") as caught:
+        run(options)
+    assert "\n" not in str(caught.value)
+    assert not list((tmp_path / "home" / "rows").rglob("manifest.json"))
+
+
+def test_threads_do_not_change_rows(tmp_path):
+    make_source(tmp_path / "words", shards=1, documents=600)
+    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
+    shard = sources.resolve(str(tmp_path / "words")).train[0]
+    for threads in (1, 4):
+        job = Job(shard, "train", str(tmp_path / f"threads_{threads}" / "rows_00000.arrow"))
+        write_shard(job, tokenizer=tokenizer, row_len=65, num_threads=threads)
+    assert row_files(str(tmp_path / "threads_1")) == row_files(str(tmp_path / "threads_4"))
+
+
+DRIVER = """
+import sys, ray
+from nanochat_ray.data.prepare import PrepareOptions, run
+ray.init(address=sys.argv[1], log_to_driver=False)
+run(PrepareOptions(source=sys.argv[2], tokenizer=sys.argv[3], sequence_len=64))
+"""
+
+
+@pytest.mark.slow
+def test_killed_half_way(ray_session, tmp_path, monkeypatch):
+    texts = make_source(tmp_path / "words", shards=8, documents=2500)
+    train(iter(texts[:500]), 300).save(str(tmp_path / "tokenizer"))
+    options = PrepareOptions(source=str(tmp_path / "words"), tokenizer=str(tmp_path / "tokenizer"), sequence_len=64)
+    whole = row_files(run(options).rows)
+
+    monkeypatch.setenv("NANOCHAT_RAY_HOME", str(tmp_path / "killed"))
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", DRIVER, address, options.source, options.tokenizer]
+    with subprocess.Popen(command, env={**os.environ, "RAY_AUTH_MODE": "token"}) as driver:
+        deadline = time.monotonic() + 120
+        while len(finished := list((tmp_path / "killed").rglob("rows_*.json"))) < 2:
+            assert driver.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        driver.send_signal(signal.SIGKILL)
+    time.sleep(2)  # Ray stops the tasks of a driver that died
+    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("rows_*.json")}
+    assert 2 <= len(finished) < 8
+    assert not list((tmp_path / "killed").rglob("manifest.json"))
+
+    prepared = run(options)
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("rows_*.json")}
+    assert len(again) == 8
+    assert {path: again[path] for path in finished} == finished
+    assert row_files(prepared.rows) == whole

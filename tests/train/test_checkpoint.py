@@ -1,0 +1,129 @@
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nanochat_ray.data.tokenizer import Tokenizer
+from nanochat_ray.inference.engine import Engine
+from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.model.gpt import GPT, GPTConfig
+from nanochat_ray.model.optim import build_optimizer
+from nanochat_ray.train import checkpoint
+from nanochat_ray.train.metrics import bits_per_byte
+
+
+@pytest.fixture
+def trained(golden):
+    """A tiny model, its optimizer after a step, and a tokenizer."""
+    tokenizer = Tokenizer.load(str(golden / "nanochat_d2"))
+    model = GPT(GPTConfig(32, tokenizer.vocab_size, 2, 2, 2, 64, "SL"))
+    torch.manual_seed(0)
+    model.init_weights()
+    optimizer = build_optimizer(
+        model, unembedding_lr=0.01, embedding_lr=0.1, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.1
+    )
+    idx = torch.randint(tokenizer.vocab_size, (2, 32))
+    model(idx, idx.roll(-1, 1)).backward()
+    optimizer.step()
+    return model, optimizer, tokenizer
+
+
+def save(run_dir, step, trained, bpb=None):
+    return checkpoint.save_checkpoint(str(run_dir), step, *trained, {"val/bpb": bpb, "progress": {}})
+
+
+@pytest.mark.parametrize("root", ["local", "memory://bucket"])
+def test_what_is_saved_is_loaded(trained, tmp_path, root):
+    run_dir = str(tmp_path / root) if root == "local" else f"{root}/{tmp_path.name}"
+    folder = save(run_dir, 7, trained, bpb=1.5)
+    model, tokenizer, meta = checkpoint.load_model(run_dir, "cpu", torch.float32)
+    assert folder == checkpoint.latest_checkpoint(run_dir)
+    assert meta["step"] == 7
+    assert tokenizer.encode("naïve café") == trained[2].encode("naïve café")
+    for name, p in trained[0].named_parameters():
+        assert torch.equal(p, model.get_parameter(name)), name
+    optimizer = build_optimizer(
+        model, unembedding_lr=0.01, embedding_lr=0.1, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.1
+    )
+    checkpoint.load_optimizer(optimizer, folder)
+    mine, theirs = optimizer.shard_state(), trained[1].shard_state()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[key][1], theirs[key][1]) for key in mine)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "no meta", "torn meta"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, capsys, damage):
+    good, bad = save(tmp_path, 1, trained), tmp_path / "checkpoints" / "step_000002"
+    save(tmp_path, 2, trained)
+    file = bad / ("meta.json" if "meta" in damage else "optimizer_00000.safetensors")
+    content = file.read_bytes()
+    if damage in ("missing", "no meta"):
+        file.unlink()
+    elif damage == "flipped":
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:
+        file.write_bytes(content[: len(content) // 2])
+    assert checkpoint.latest_checkpoint(str(tmp_path)) == good
+    if damage != "no meta":
+        assert file.name in capsys.readouterr().out
+
+
+def test_the_last_two_and_the_best_are_kept(trained, tmp_path):
+    for step, bpb in enumerate([3.0, 1.0, 2.0, 2.5, 2.2], 1):
+        save(tmp_path, step, trained, bpb)
+    checkpoint.prune(str(tmp_path))
+    kept = [folder.rpartition("_")[2] for folder in checkpoint.checkpoints(str(tmp_path))]
+    assert kept == ["000002", "000004", "000005"]
+
+
+def test_no_checkpoint_is_one_clear_line(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*nowhere"):
+        checkpoint.load_model(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="float8"):
+        checkpoint.compute_dtype("float8", "cpu")
+
+
+@pytest.fixture
+def imported(shared, tmp_path):
+    source = shared / "golden" / "nanochat_d2" / "nanochat"
+    folder = str(tmp_path / "imported")
+    command = [sys.executable, "-m", "nanochat_ray.cli", "import", str(source / "base_checkpoints" / "d2"), folder]
+    subprocess.run([*command, "--tokenizer", str(source / "tokenizer")], check=True, capture_output=True)
+    return checkpoint.load_model(folder, "cpu", torch.float32)
+
+
+def test_a_nanochat_checkpoint_gives_its_bits_per_byte_and_text(imported, shared):
+    model, tokenizer, meta = imported
+    reference = shared / "golden" / "nanochat_d2"
+    expected = json.loads((reference / "expected.json").read_text())
+    rows = load_file(reference / "rows.safetensors")["rows"].long()
+    batches = [(part[:, :-1], part[:, 1:]) for part in rows.split(16)]
+    assert bits_per_byte(model, batches, tokenizer.token_bytes()) == pytest.approx(expected["bpb"], abs=1e-3)
+    assert meta["step"] == 600
+    for case in expected["greedy"]:
+        assert [tokenizer.bos_id, *tokenizer.encode(case["prompt"])] == case["ids"]
+        params = SamplingParams(max_tokens=len(case["greedy"]), temperature=0.0)
+        (completion,) = Engine(model, tokenizer).generate([case["ids"]], params)
+        assert completion.tokens == case["greedy"]
+        assert tokenizer.decode(completion.tokens) == case["text"]
+
+
+def test_a_pickle_that_asks_for_more_than_data_is_refused(tmp_path):
+    class Malice:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    (tmp_path / "tokenizer.pkl").write_bytes(pickle.dumps(Malice()))
+    with pytest.raises(ValueError, match="refused"):
+        checkpoint._nanochat_tokenizer(str(tmp_path))
+    assert not (tmp_path / "owned").exists()
+
+
+def test_importing_from_an_empty_folder_names_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no model_000005\.pt in .*steps found: none"):
+        checkpoint.import_nanochat(str(tmp_path), str(tmp_path / "out"), str(tmp_path), step=5)
+    assert not (tmp_path / "out").exists()

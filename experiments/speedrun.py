@@ -9,7 +9,7 @@ Every stage is skipped when its output is there for the same inputs, so a speedr
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import ray
@@ -23,9 +23,10 @@ from nanochat_ray.data import prepare, sources
 from nanochat_ray.evals.tasks import offline_mixture
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import RunPlan, plan_run
 from nanochat_ray.train import checkpoint, pretrain, sft
-from nanochat_ray.train.metrics import peak_flops
 
 QUESTIONS = ("What is 12 * 34?", "How many times does the letter r occur in strawberry?", "What does `json.dumps` do?")
 
@@ -42,16 +43,16 @@ class Preset:
     window_pattern: str
     ratio: float | None  # tokens per scaling parameter, or
     minutes: float | None  # as much pretraining as this machine does in so long
-    sft_minutes: float | None
     total_batch_size: int | None
     eval_tokens: int
 
 
 PRESETS = {
-    "cpu": Preset(4, "pydocs", 8192, 512, 64, "L", None, 4.5, 1.5, 8192, 65_536),
-    "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, None, 10_485_760),
+    # A small batch, because a slow CPU makes few steps in its minutes, and the first 40 only warm up.
+    "cpu": Preset(4, "pydocs", 8192, 512, 64, "L", None, 5, 2048, 32_768),
+    "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, 10_485_760),
 }
-SUSTAINED_MFU = 0.5  # of the measured peak, when minutes are turned into FLOPs
+SFT_SHARE = 0.4  # finetuning's steps for each of pretraining's, where minutes decide
 TOKENS_PER_CLIMBMIX_SHARD = 34_000_000  # 250 million characters at 4.8 a token, a third lost to cropping
 
 
@@ -63,6 +64,8 @@ class SpeedrunOptions:
     """cpu: minutes on a laptop, on docstrings of the installed packages. gpu: hours on 8 GPUs, on climbmix."""
     source: str | None = None
     """pydocs, climbmix, or a folder of parquet, jsonl or txt files; the default is the preset's."""
+    minutes: float | None = None
+    """How long the cpu preset pretrains on this machine; the default is 5."""
     workers: int | None = None
     """Training workers; the default is every GPU of the cluster, else one on all CPUs."""
     run: str | None = None
@@ -92,6 +95,8 @@ def run(options: SpeedrunOptions) -> str:
     """Run all stages; returns the uri of the report. Raises what the stages raise."""
     has_gpu = ray.cluster_resources().get("GPU", 0) > 0
     preset = PRESETS[("gpu" if has_gpu else "cpu") if options.preset == "auto" else options.preset]
+    if options.minutes and preset.minutes:
+        preset = replace(preset, minutes=options.minutes)
     depth, source = options.depth or preset.depth, options.source or preset.source
     name = options.run or f"speedrun-d{depth}-{storage.fingerprint(depth, source, asdict(preset))[:6]}"
     run_dir = storage.join(storage.home(), "runs", name)
@@ -130,26 +135,37 @@ def run(options: SpeedrunOptions) -> str:
 
 def find_plan(run_dir: str, depth: int, preset: Preset) -> RunPlan:
     """The plan of the depth, or on a second start the one that the first decided on."""
-    uri = storage.join(run_dir, "config.json")
-    decided = storage.read_json(uri)["plan"]["num_iterations"] if storage.exists(uri) else None
-    flops = minutes_to_flops(preset.minutes) if preset.minutes and not decided else None
-    return plan_run(
-        depth,
-        target_param_data_ratio=preset.ratio or 12,
-        sequence_len=preset.sequence_len,
-        vocab_size=preset.vocab_size,
-        head_dim=preset.head_dim,
-        window_pattern=preset.window_pattern,
-        total_batch_size=preset.total_batch_size,
-        num_iterations=decided,
-        target_flops=flops,
-    )
+    dial = {
+        "target_param_data_ratio": preset.ratio or 12,
+        "sequence_len": preset.sequence_len,
+        "vocab_size": preset.vocab_size,
+        "head_dim": preset.head_dim,
+        "window_pattern": preset.window_pattern,
+        "total_batch_size": preset.total_batch_size,
+    }
+    if preset.minutes is None:
+        return plan_run(depth, **dial)
+    config = storage.join(run_dir, "config.json")
+    if storage.exists(config):
+        num_iterations = storage.read_json(config)["plan"]["num_iterations"]
+    else:
+        num_iterations = max(1, int(preset.minutes * 60 / step_seconds(plan_run(depth, **dial))))
+    return plan_run(depth, num_iterations=num_iterations, **dial)
 
 
-def minutes_to_flops(minutes: float) -> float:
-    """What this machine's CPUs train in so many minutes, from the speed of a matmul measured now."""
-    device = torch.device("cpu")
-    return minutes * 60 * SUSTAINED_MFU * peak_flops(device, checkpoint.compute_dtype(None, device))
+def step_seconds(plan: RunPlan) -> float:
+    """How long this machine's CPUs take for one training step of the plan, measured on the second of two."""
+    model = GPT(plan.config)
+    model.init_weights()
+    model.set_compute_dtype(checkpoint.compute_dtype(None, "cpu"))
+    optimizer = build_optimizer(model, **plan.lrs, weight_decay=plan.weight_decay)
+    rows = plan.total_batch_size // plan.config.sequence_len
+    idx = torch.randint(plan.config.vocab_size, (rows, plan.config.sequence_len))
+    for _ in range(2):
+        started = time.monotonic()
+        model(idx, idx).backward()
+        optimizer.step()
+    return time.monotonic() - started
 
 
 def pretrain_options(preset: Preset, plan: RunPlan, rows: str, name: str, workers: int | None):
@@ -163,6 +179,7 @@ def pretrain_options(preset: Preset, plan: RunPlan, rows: str, name: str, worker
         total_batch_size=plan.total_batch_size,
         num_iterations=plan.num_iterations,
         workers=workers,
+        compile=compiles(preset),
         eval_every=max(plan.num_iterations // 4, 1) if preset.minutes else 250,
         eval_tokens=preset.eval_tokens,
         save_every=max(plan.num_iterations // 2, 1) if preset.minutes else 1000,
@@ -171,9 +188,13 @@ def pretrain_options(preset: Preset, plan: RunPlan, rows: str, name: str, worker
 
 def sft_options(preset: Preset, plan: RunPlan, base: str, name: str, workers: int | None) -> sft.SftOptions:
     steps = None
-    if preset.sft_minutes:
-        steps = max(1, round(plan.num_iterations * preset.sft_minutes / preset.minutes))
-    return sft.SftOptions(base, run=f"{name}-sft", num_iterations=steps, workers=workers, eval_every=0, save_every=0)
+    if preset.minutes:
+        steps = max(1, round(SFT_SHARE * plan.num_iterations))
+    return sft.SftOptions(base, run=f"{name}-sft", num_iterations=steps, workers=workers, compile=compiles(preset))
+
+
+def compiles(preset: Preset) -> bool | None:
+    return False if preset.minutes else None  # compiling would take a good part of the minutes
 
 
 def ask(folder: str) -> list[dict]:

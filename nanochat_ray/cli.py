@@ -1,5 +1,6 @@
 """nanochat-ray: every stage as a command. `nanochat-ray STAGE --help` lists a stage's options."""
 
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,8 +107,11 @@ def parse(stage: str, options: type, args: list[str]):
 def start_ray() -> None:
     """The cluster that RAY_ADDRESS names, as in a job; else a local Ray of this process."""
     import ray
+    import ray.data
 
     ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the stages print progress of their own, in less
+    ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def usage() -> str:
@@ -122,7 +126,7 @@ def one_line_errors(command: Callable[[], None]) -> Callable[[], None]:
     def wrapped() -> None:
         try:
             command()
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt as stop:
             print(stop, file=sys.stderr)

@@ -1,6 +1,5 @@
 """The Ray Data job of `nanochat-ray prepare`: read documents, tokenize, pack, write row files and a manifest."""
 
-import logging
 import math
 import os
 import tempfile
@@ -10,7 +9,6 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import fsspec
 import numpy as np
 import ray
 import ray.data
@@ -139,8 +137,7 @@ def _begin(rows_uri: str, source: sources.Source, inputs: dict) -> list[Job]:
     """The jobs of this folder. What other inputs left in it is deleted first, so that rows never mix."""
     inputs_uri = storage.join(rows_uri, "inputs.json")
     if storage.exists(rows_uri) and not (storage.exists(inputs_uri) and storage.read_json(inputs_uri) == inputs):
-        fs, path = fsspec.core.url_to_fs(rows_uri)
-        fs.rm(path, recursive=True)
+        storage.remove(rows_uri)
     if not storage.exists(inputs_uri):
         storage.write_json(inputs_uri, inputs)
     return [
@@ -152,24 +149,18 @@ def _begin(rows_uri: str, source: sources.Source, inputs: dict) -> list[Job]:
 
 def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int) -> None:
     """One Ray task a shard. Only counts come back: tokens go from the task to the file, past the object store."""
-    if not ray.is_initialized():
-        ray.init(log_to_driver=False)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the lines below say what its own would, in less
-    context = ray.data.DataContext.get_current().copy()
-    context.enable_progress_bars = False
     # Twice as many threads as cores: a lone shard uses them all, and the last ones do not leave them idle.
     num_threads = math.ceil(2 * ray.cluster_resources()["CPU"] / len(jobs))
     constants = {"jobs": jobs, "tokenizer": tokenizer, "row_len": row_len, "num_threads": num_threads}
     start, tokens = time.monotonic(), 0
-    with ray.data.DataContext.current(context):
-        indices = ray.data.from_items(list(range(len(jobs))), override_num_blocks=len(jobs))
-        results = indices.map(_run_job, fn_kwargs=constants, num_cpus=1).iter_rows()
-        for done, result in enumerate(results, num_all - len(jobs) + 1):
-            if result["error"]:
-                raise ValueError(result["error"])
-            tokens += result["tokens"]
-            speed = tokens / (time.monotonic() - start)
-            print(f"prepare: {done}/{num_all} shards, {tokens:,} tokens, {speed:,.0f} tokens/s", flush=True)
+    indices = ray.data.from_items(list(range(len(jobs))), override_num_blocks=len(jobs))
+    results = indices.map(_run_job, fn_kwargs=constants, num_cpus=1).iter_rows()
+    for done, result in enumerate(results, num_all - len(jobs) + 1):
+        if result["error"]:
+            raise ValueError(result["error"])
+        tokens += result["tokens"]
+        speed = tokens / (time.monotonic() - start)
+        print(f"prepare: {done}/{num_all} shards, {tokens:,} tokens, {speed:,.0f} tokens/s", flush=True)
 
 
 def _run_job(row: dict, *, jobs: list[Job], **constants) -> dict:

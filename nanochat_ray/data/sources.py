@@ -1,8 +1,5 @@
 """Where documents come from: docstrings of this environment, the ClimbMix dataset, or a folder of files."""
 
-import ast
-import gc
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -11,22 +8,17 @@ import platform
 import posixpath
 import re
 import sysconfig
-import tempfile
-import time
-import warnings
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from nanochat_ray import storage
+from nanochat_ray.data import docstrings
 from nanochat_ray.data.download import fetch_all
 
 FILE_NAME = re.compile(r"(?P<stem>[^.].*)\.(?:(?P<parquet>parquet)|(?P<lines>jsonl?|txt)(?:\.gz|\.zst)?)", re.I | re.S)
@@ -35,14 +27,6 @@ TXT_SEPARATOR = "<|endoftext|>"
 
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"
 CLIMBMIX_LAST = 6542  # the last shard: validation
-
-PYDOCS_MIN_CHARS = 200
-PYDOCS_SHARDS = 9
-PYDOCS_CHUNK_BYTES = 2_000_000  # of source code in one task: packages differ a hundredfold in size
-PYDOCS_SCHEMA = pa.schema([(column, pa.string()) for column in ("module", "name", "text", "origin")])
-LONG_STRING = re.compile(rb"^[ \t]*[rRuU]?(\"\"\"|''').*?\1", re.M | re.S)
-DEFINES = re.compile(rb"^(?:class|def|async def) ", re.M)
-DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 @dataclass(frozen=True)
@@ -260,125 +244,9 @@ def pydocs(roots: Sequence[str] | None = None) -> Source:
     roots: folders to search, by default this environment's. Nothing is done when the same packages were read before."""
     roots = roots or sorted({sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")})
     packages = sorted({(d.name, d.version) for d in importlib.metadata.distributions(path=list(roots)) if d.name})
-    print_of = storage.fingerprint(packages, platform.python_version(), PYDOCS_MIN_CHARS, PYDOCS_SHARDS)
+    print_of = storage.fingerprint(packages, platform.python_version(), docstrings.MIN_CHARS, docstrings.SHARDS)
     place = storage.join(storage.home(), "sources", f"pydocs-{print_of}")
     if not storage.exists(storage.join(place, "manifest.json")):
-        _make_pydocs(roots, place)
-    shards = [Shard(storage.join(place, f"shard_{i:05d}.parquet"), "text") for i in range(PYDOCS_SHARDS)]
+        docstrings.write_docstrings(roots, place)
+    shards = [Shard(storage.join(place, f"shard_{i:05d}.parquet"), "text") for i in range(docstrings.SHARDS)]
     return Source("pydocs", tuple(shards[:-1]), tuple(shards[-1:]), print_of)
-
-
-def _make_pydocs(roots: Sequence[str], place: str) -> None:
-    start = time.monotonic()
-    # The sources travel to the tasks: other nodes may have other packages.
-    chunks = [ray.put(chunk) for chunk in _python_sources(roots)]
-    found = ray.data.from_arrow_refs(chunks).map_batches(_docstrings, batch_format="pyarrow", batch_size=None)
-    rows = [row for batch in found.iter_batches(batch_format="pyarrow", batch_size=None) for row in batch.to_pylist()]
-    importers = defaultdict(set)
-    for row in rows:
-        if row["origin"]:
-            importers[row["origin"], row["name"]].add(row["module"])
-    names = {}
-    for row in rows:
-        if row["text"]:
-            name = f"{_public_module(row['module'], row['name'], importers)}.{row['name']}".rstrip(".")
-            names[row["text"]] = min(names.get(row["text"], name), name, key=lambda n: (n.count("."), n))
-    # Sorted by hash: shuffled, and the same whatever order the files were read in.
-    texts = sorted(names, key=lambda text: hashlib.sha256(text.encode()).digest())
-    if len(texts) < PYDOCS_SHARDS:
-        raise ValueError(f"only {len(texts)} docstrings in {', '.join(roots)}: use another source")
-    with tempfile.TemporaryDirectory() as scratch:
-        for i in range(PYDOCS_SHARDS):
-            part = texts[len(texts) * i // PYDOCS_SHARDS : len(texts) * (i + 1) // PYDOCS_SHARDS]
-            file = Path(scratch) / f"shard_{i:05d}.parquet"
-            pq.write_table(pa.table({"text": part, "name": [names[t] for t in part]}), file, compression="zstd")
-            storage.publish(file, storage.join(place, file.name))
-    characters = sum(map(len, texts))
-    storage.write_json(storage.join(place, "manifest.json"), {"documents": len(texts), "characters": characters})
-    seconds = time.monotonic() - start
-    print(f"pydocs: {len(texts):,} docstrings, {characters:,} characters in {seconds:.0f} s", flush=True)
-
-
-def _python_sources(roots: Sequence[str]) -> Iterator[pa.Table]:
-    """Tables of (module, is_package, source) of the files that may have docstrings or re-exports."""
-    chunk, size = [], 0
-    for root in roots:
-        for path, folders, files in os.walk(root):
-            # What has no module name is left out, and tests: a sixth of the work for a fortieth of the text.
-            folders[:] = sorted(f for f in folders if f.isidentifier() and f not in ("__pycache__", "test", "tests"))
-            for name in sorted(f.removesuffix(".py") for f in files if f.endswith(".py")):
-                is_package = name == "__init__"
-                module = ".".join([*Path(path).relative_to(root).parts, *([] if is_package else [name])])
-                if not name.isidentifier() or not module:
-                    continue
-                try:
-                    source = Path(path, f"{name}.py").read_bytes()
-                except OSError:
-                    continue
-                chunk.append({"module": module, "is_package": is_package, "source": source})
-                size += len(source)
-                if size >= PYDOCS_CHUNK_BYTES:
-                    yield pa.Table.from_pylist(chunk)
-                    chunk, size = [], 0
-    if chunk:
-        yield pa.Table.from_pylist(chunk)
-
-
-def _docstrings(sources: pa.Table) -> pa.Table:
-    """Parse modules: a row for each docstring (text), and one for each name taken from a module beside it (origin)."""
-    rows = []
-    gc.disable()  # a tree has no cycles; looking for them costs a seventh of the time
-    for module, is_package, source in zip(*(sources[key].to_pylist() for key in sources.column_names), strict=True):
-        long_string = any(len(m[0]) >= PYDOCS_MIN_CHARS for m in LONG_STRING.finditer(source))
-        if not (long_string or is_package or DEFINES.search(source) is None):
-            continue
-        try:
-            with warnings.catch_warnings(action="ignore"):  # of invalid escapes in other people's strings
-                tree = ast.parse(source)
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue
-        for node, name in _walk(tree):
-            if not isinstance(node, ast.ImportFrom):
-                text = ast.get_docstring(node) or ""
-                if len(text) >= PYDOCS_MIN_CHARS:
-                    # A literal can hold half a surrogate pair, UTF-8 can't.
-                    rows.append((module, name, text.encode(errors="replace").decode(), None))
-            elif not name and (origin := _origin(node, module, is_package)):
-                rows += [(module, item.name, None, origin) for item in node.names if item.asname in (None, item.name)]
-    gc.enable()
-    return pa.Table.from_pylist([dict(zip(PYDOCS_SCHEMA.names, row, strict=True)) for row in rows], PYDOCS_SCHEMA)
-
-
-def _origin(node: ast.ImportFrom, module: str, is_package: bool) -> str | None:
-    """The full name of the module imported from, when it belongs to the same top-level package."""
-    parts = module.split(".")
-    parents = parts[: len(parts) - node.level + is_package] if node.level else []
-    origin = ".".join(filter(None, [*parents, node.module]))
-    return origin if origin.split(".")[0] == parts[0] else None
-
-
-def _walk(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
-    """The module, its classes and functions with their dotted names, and its `from … import …`."""
-    stack = [(tree, "")]
-    while stack:
-        node, name = stack.pop()
-        if isinstance(node, DEFINITION):
-            name = f"{name}.{node.name}".lstrip(".")
-        if isinstance(node, (ast.Module, *DEFINITION, ast.ImportFrom)):
-            yield node, name
-        for block in ("body", "orelse", "handlers", "finalbody", "cases"):
-            stack += [(child, name) for child in getattr(node, block, ())]
-
-
-def _public_module(module: str, name: str, importers: dict[tuple[str, str], set[str]]) -> str:
-    """The highest parent package that `name` can be imported from: numpy for numpy._core.fromnumeric's argsort.
-
-    importers: (module, name or "*") -> the modules that say `from module import name`."""
-    leaf = name.split(".")[0]
-    reached, frontier = {module}, [module] if leaf else []
-    while frontier:
-        origin = frontier.pop()
-        new = importers.get((origin, leaf), set()) | importers.get((origin, "*"), set())
-        frontier += new - reached
-        reached |= new
-    return min((m for m in reached if f"{module}.".startswith(f"{m}.")), key=len)

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from nanochat_ray.data import download, sources
+from nanochat_ray.data import docstrings, download, sources
 from nanochat_ray.data.sources import read_documents, resolve
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -418,7 +418,7 @@ def test_pydocs(packages, ray_session, tmp_path, monkeypatch):
             sources.pydocs(roots)
 
     # One file a task, in another order, elsewhere: the same bytes.
-    monkeypatch.setattr(sources, "PYDOCS_CHUNK_BYTES", 1)
+    monkeypatch.setattr(docstrings, "CHUNK_BYTES", 1)
     monkeypatch.setenv("NANOCHAT_RAY_HOME", str(tmp_path / "other"))
     again = sources.pydocs(roots[::-1])
     assert again.fingerprint != source.fingerprint

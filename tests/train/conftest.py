@@ -33,10 +33,10 @@ def tiny(rows):
             "rows": rows,
             "head_dim": 32,
             "total_batch_size": 8 * 64,
-            "num_iterations": 12,
+            "num_iterations": 20,
             "eval_every": 5,
             "eval_tokens": 1024,
-            "save_every": 4,
+            "save_every": 8,
             "sample_every": 0,
             "dtype": "float32",
         }

@@ -1,0 +1,38 @@
+"""The main job, from the docstrings of this environment to a chat answer, on a model that is too small to be right."""
+
+import json
+
+import pytest
+
+from experiments import speedrun
+from nanochat_ray.inference.engine import Engine
+from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.train.checkpoint import load_model
+from nanochat_ray.train.metrics import read_metrics
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(ray_session, nanochat_ray_home, capsys):
+    options = speedrun.SpeedrunOptions(depth=1, minutes=0.05, run="quick")
+    report = speedrun.run(options)
+    shown = capsys.readouterr().out
+    runs = nanochat_ray_home / "runs"
+    stages = json.loads((runs / "quick" / "stages.json").read_text())
+    assert [s["stage"] for s in stages] == ["source", "tokenizer", "rows", "pretrain", "sft", "chat"]
+    val_bpb = stages[3]["result"]["val/bpb"]
+    assert 1 < val_bpb < 4
+    for expected in (report, f"{val_bpb:.4f}", *speedrun.QUESTIONS, "=== samples", "nanochat-ray chat --checkpoint"):
+        assert expected in shown, expected
+    assert "<svg" in (runs / "quick" / "report.html").read_text()
+    assert read_metrics(str(runs / "quick-sft"))[-1]["val/bpb"] > 0
+
+    model, tokenizer, meta = load_model(str(runs / "quick-sft"))
+    assert meta["stage"] == "sft"
+    prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": "Spell cat."}]})
+    (completion,) = Engine(model, tokenizer).generate([prompt], SamplingParams(max_tokens=4, temperature=0.0))
+    assert completion.tokens or completion.finish_reason == "stop"
+
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("step_*/*")}
+    assert speedrun.run(options) == report
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("step_*/*")} == before

@@ -112,7 +112,12 @@ def run(options: SpeedrunOptions) -> str:
         source=source, shards=shards, vocab_size=preset.vocab_size, sequence_len=preset.sequence_len
     )
     stages.run("tokenizer", lambda: prepare.find_or_train_tokenizer(prepare_options, text), lambda t: {"folder": t[0]})
-    prepared = stages.run("rows", lambda: prepare.run(prepare_options), lambda p: p.manifest["splits"]["train"])
+    counted = ("rows", "tokens", "cropped_tokens")
+    prepared = stages.run(
+        "rows",
+        lambda: prepare.run(prepare_options),
+        lambda p: {name: p.manifest["splits"]["train"][name] for name in counted},
+    )
     base = stages.run(
         "pretrain",
         lambda: pretrain.run(pretrain_options(preset, plan, prepared.rows, name, options.workers)),

@@ -49,7 +49,7 @@ class Preset:
 
 PRESETS = {
     # A small batch, because a slow CPU makes few steps in its minutes, and the first 40 only warm up.
-    "cpu": Preset(4, "pydocs", 8192, 512, 64, "L", None, 5, 2048, 32_768),
+    "cpu": Preset(4, "pydocs", 8192, 512, 64, "L", None, 4, 2048, 16_384),
     "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, 10_485_760),
 }
 SFT_SHARE = 0.4  # finetuning's steps for each of pretraining's, where minutes decide
@@ -65,7 +65,7 @@ class SpeedrunOptions:
     source: str | None = None
     """pydocs, climbmix, or a folder of parquet, jsonl or txt files; the default is the preset's."""
     minutes: float | None = None
-    """How long the cpu preset pretrains on this machine; the default is 5."""
+    """How long the cpu preset pretrains on this machine; the default is 4."""
     workers: int | None = None
     """Training workers; the default is every GPU of the cluster, else one on all CPUs."""
     run: str | None = None

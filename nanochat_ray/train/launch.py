@@ -126,8 +126,8 @@ def device_batch_size(c: TrainConfig, scaling: ray.train.ScalingConfig) -> int:
             f"a batch of {c.total_batch_size} tokens is not whole rows of {T} for each of {scaling.num_workers} workers"
         )
     if c.device_batch_size is None:
-        most = max(1, MAX_TOKENS_PER_GPU if scaling.use_gpu else MAX_TOKENS_PER_CPU) // T
-        return max(n for n in range(1, max(most, 1) + 1) if rows % n == 0)
+        most = max(1, (MAX_TOKENS_PER_GPU if scaling.use_gpu else MAX_TOKENS_PER_CPU) // T)
+        return max(n for n in range(1, most + 1) if rows % n == 0)
     if rows % c.device_batch_size:
         raise ValueError(f"--device-batch-size {c.device_batch_size} does not divide a worker's {rows} rows a step")
     return c.device_batch_size

@@ -284,10 +284,12 @@ def synchronize(device: torch.device) -> None:
 def save(worker: Worker) -> None:
     c, progress = worker.config, worker.progress
     meta = {
+        "stage": c.stage,
         "progress": asdict(progress),
         "val/bpb": progress.val_bpb,
-        "stage": c.stage,
-        "world_size": worker.world_size,
+        # what a finetuning inherits
+        "lrs": c.lrs,
+        "total_batch_size": c.total_batch_size,
     }
     checkpoint.save_checkpoint(c.run_dir, progress.step, worker.model, worker.optimizer, worker.tokenizer, meta)
     if worker.rank == 0:

@@ -8,7 +8,8 @@ from nanochat_ray import storage
 from nanochat_ray.data.loader import Rows, write_rows
 from nanochat_ray.data.packing import pack_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
-from nanochat_ray.model.scaling import BASE_LRS, REFERENCE_BATCH
+from nanochat_ray.model.gpt import GPTConfig
+from nanochat_ray.model.scaling import BASE_LRS, REFERENCE_BATCH, flops_per_token
 from nanochat_ray.train import checkpoint
 from nanochat_ray.train.launch import TrainResult, claim, train
 from nanochat_ray.train.loop import TrainConfig
@@ -55,6 +56,7 @@ def run(options: SftOptions, train_conversations: list[dict], val_conversations:
     sequence_len = meta["model_config"]["sequence_len"]
     splits = {"train": train_conversations, "val": val_conversations}
     rows = prepare_conversations(splits, tokenizer, sequence_len)
+    # A checkpoint imported from nanochat has neither batch nor rates to inherit.
     batch = options.total_batch_size or meta.get("total_batch_size") or 16 * sequence_len
     lrs = meta.get("lrs") or {name: lr * (batch / REFERENCE_BATCH) ** 0.5 for name, lr in BASE_LRS.items()}
     epoch = max(1, len(Rows(storage.join(rows, "train"))) * sequence_len // batch)
@@ -76,7 +78,7 @@ def run(options: SftOptions, train_conversations: list[dict], val_conversations:
         run_dir=run_dir,
         tokenizer=base,
         device_batch_size=options.device_batch_size,
-        flops_per_token=meta.get("flops_per_token", 0),
+        flops_per_token=flops_per_token(GPTConfig(**meta["model_config"])),
         eval_every=options.eval_every,
         eval_tokens=options.eval_tokens,
         sample_every=0,

@@ -126,7 +126,7 @@ def one_line_errors(command: Callable[[], None]) -> Callable[[], None]:
     def wrapped() -> None:
         try:
             command()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError) as error:
             sys.exit(f"error: {error}")
         except KeyboardInterrupt as stop:
             print(stop, file=sys.stderr)

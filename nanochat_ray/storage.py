@@ -14,12 +14,17 @@ import fsspec
 
 def home() -> str:
     """The root of everything written: NANOCHAT_RAY_HOME, by default ~/.cache/nanochat_ray."""
-    root = os.environ.get("NANOCHAT_RAY_HOME") or "~/.cache/nanochat_ray"
-    return root if "://" in root else os.path.abspath(os.path.expanduser(root))
+    return absolute(os.environ.get("NANOCHAT_RAY_HOME") or "~/.cache/nanochat_ray")
+
+
+def absolute(uri: str) -> str:
+    """A local path in full, as Ray's workers have another working directory; a URI as it is."""
+    uri = uri.removeprefix("file://")
+    return uri if is_remote(uri) else os.path.abspath(os.path.expanduser(uri))
 
 
 def is_remote(uri: str) -> bool:
-    return "://" in str(uri) and not str(uri).startswith("file://")
+    return "://" in str(uri)
 
 
 def join(uri: str, *parts: str) -> str:

@@ -101,8 +101,7 @@ def run(options: PrepareOptions) -> Prepared:
 def find_or_train_tokenizer(options: PrepareOptions, source: sources.Source) -> tuple[str, Tokenizer]:
     """(folder, tokenizer): the one the options name, or the one trained on this source, now or before."""
     if options.tokenizer:
-        named = options.tokenizer
-        uri = named if storage.is_remote(named) else os.path.abspath(os.path.expanduser(named))
+        uri = storage.absolute(options.tokenizer)
         return uri, Tokenizer.load(uri)
     inputs = storage.fingerprint(source.fingerprint, options.max_chars)
     uri = storage.join(storage.home(), "tokenizers", f"{source.name}-{options.vocab_size}-{inputs[:8]}")

@@ -63,7 +63,7 @@ def resolve(source: str, *, text_column: str | None = None, shards: int = 8) -> 
 
 def folder(uri: str, text_column: str | None = None) -> Source:
     """The parquet, jsonl, json-lines and txt files (also .gz, .zst, not parquet) of a folder, sorted, or one file."""
-    uri = uri.rstrip("/") if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+    uri = storage.absolute(uri).rstrip("/")
     fs, path = fsspec.core.url_to_fs(uri)
     fs.invalidate_cache()
     if not fs.exists(path):

@@ -116,8 +116,10 @@ class MuonAdamW(torch.optim.Optimizer):
         self.world_size = dist.get_world_size() if self.distributed else 1
         self.shards = [shard for group in self.param_groups for shard in self._shards(group)]
         on_cuda = self.param_groups[0]["params"][0].is_cuda
-        self.compiled = (lambda f: torch.compile(f, dynamic=True)) if on_cuda else (lambda f: f)
-        self._adamw, self._muon = self.compiled(adamw_update), self.compiled(muon_update)
+        # Compiled on GPUs, where scalars that change are tensors, or each new rate would be a new program. Not yet run.
+        self._adamw = torch.compile(adamw_update) if on_cuda else adamw_update
+        self._muon = torch.compile(muon_update) if on_cuda else muon_update
+        self._scalar = torch.tensor if on_cuda else float
 
     def _shards(self, group: dict) -> list["Shard"]:
         named = list(zip(group["param_names"], group["params"], strict=True))
@@ -140,14 +142,15 @@ class MuonAdamW(torch.optim.Optimizer):
     def _update(self, shard: "Shard", p: torch.Tensor, grad: torch.Tensor) -> None:
         group, state = shard.group, shard.state(p)
         if group["kind"] == "muon":
-            options = {k: group[k] for k in ("lr", "momentum", "weight_decay")}
+            options = {k: self._scalar(group[k]) for k in ("lr", "momentum", "weight_decay")}
             self._muon(
                 p, grad, state["momentum_buffer"], state["second_moment"], matmul_dtype=self.matmul_dtype, **options
             )
         else:
             state["step"] += 1
-            options = {k: group[k] for k in ("lr", "betas", "eps", "weight_decay")}
-            self._adamw(p, grad, state["exp_avg"], state["exp_avg_sq"], state["step"].item(), **options)
+            options = {k: group[k] for k in ("betas", "eps", "weight_decay")} | {"lr": self._scalar(group["lr"])}
+            step = self._scalar(state["step"].item())
+            self._adamw(p, grad, state["exp_avg"], state["exp_avg_sq"], step, **options)
 
     def shard_state(self) -> dict[str, tuple[int, torch.Tensor]]:
         """This rank's part of the state: "parameter|state name" -> (first row, rows), for a checkpoint.

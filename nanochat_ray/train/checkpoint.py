@@ -157,9 +157,10 @@ def prune(run_dir: str, keep_last: int = 2) -> None:
 def resolve_checkpoint(folder: str) -> str:
     """The folder itself when it is a checkpoint, or the newest checkpoint of a run folder.
 
-    Raises FileNotFoundError when it is neither.
+    Raises FileNotFoundError when it is neither, ValueError when it is damaged.
     """
     if storage.exists(storage.join(folder, "meta.json")):
+        verify(folder)
         return folder
     if newest := latest_checkpoint(folder):
         return newest
@@ -192,13 +193,13 @@ def load_weights(model: GPT, folder: str) -> None:
 
 
 def has_optimizer(folder: str) -> bool:
-    return any(name.startswith("optimizer_") for name in storage.listdir(folder))
+    return any(name.startswith("optimizer_") for name in read_meta(folder)["files"])
 
 
 def load_optimizer(optimizer: MuonAdamW, folder: str) -> None:
     """Give each rank its part of the saved state, whatever the number of ranks that saved it."""
     parts = defaultdict(list)  # "parameter|state" -> [(first row, file)]
-    for name in storage.listdir(folder):
+    for name in read_meta(folder)["files"]:  # not of the folder: an unfinished save may have left more
         if name.startswith("optimizer_"):
             file = safe_open(storage.localize(storage.join(folder, name)), "pt")
             for key, row in json.loads(file.metadata()["first_rows"]).items():

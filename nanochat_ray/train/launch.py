@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import ray
 import ray.train
 import ray.train.torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray import storage
 from nanochat_ray.train import checkpoint
@@ -83,7 +84,8 @@ def train(c: TrainConfig, workers: int | None) -> TrainResult:
         return _result(c)
     scaling = scaling_config(workers)
     c = replace(c, device_batch_size=device_batch_size(c, scaling))
-    monitor = Monitor.remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    monitor = Monitor.options(scheduling_strategy=here).remote()  # dies with the driver, not with a worker's node
     trainer = ray.train.torch.TorchTrainer(
         train_loop_per_worker,
         train_loop_config=asdict(c) | {"monitor": monitor},
@@ -98,7 +100,7 @@ def train(c: TrainConfig, workers: int | None) -> TrainResult:
     failure: list[BaseException] = []
     # fit() blocks: it has a thread of its own, and this one shows progress and takes signals.
     thread = threading.Thread(target=_fit, args=[trainer, failure], daemon=True)
-    with StopOnSignal(monitor):
+    with StopOnSignal(monitor) as signals:
         thread.start()
         show_progress(thread, monitor, c)
     if failure:
@@ -106,7 +108,7 @@ def train(c: TrainConfig, workers: int | None) -> TrainResult:
     last = ray.get(monitor.read_outcome.remote())
     if last["error"]:
         raise ValueError(f"{c.run_dir}: {last['error']}")
-    if last["step"] < c.num_iterations:
+    if signals.received:
         raise KeyboardInterrupt(f"{c.stage} stopped at step {last['step']}: the same command goes on from there")
     return _result(c)
 
@@ -141,25 +143,27 @@ def _fit(trainer: ray.train.torch.TorchTrainer, failure: list[BaseException]) ->
 
 
 def scaling_config(workers: int | None) -> ray.train.ScalingConfig:
-    resources = ray.cluster_resources()
-    gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 1))
-    if gpus:
+    if gpus := int(ray.cluster_resources().get("GPU", 0)):
         return ray.train.ScalingConfig(num_workers=workers or gpus, use_gpu=True)
     workers = workers or 1
-    if workers > cpus:
-        raise ValueError(f"{workers} workers on {cpus} CPUs: give at most one a CPU")
-    return ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": cpus // workers})
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    # As many CPUs for each as leave room for all: a worker must fit on one node.
+    each = next((n for n in range(max(nodes), 0, -1) if sum(cpus // n for cpus in nodes) >= workers), None)
+    if each is None:
+        raise ValueError(f"{workers} workers on {sum(nodes)} CPUs: give at most one a CPU")
+    return ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": each})
 
 
 class StopOnSignal:
     """Within it, the first SIGINT or SIGTERM asks the workers to stop after their step; a second one is as usual."""
 
     def __init__(self, monitor):
-        self.monitor, self.previous = monitor, {}
+        self.monitor, self.previous, self.received = monitor, {}, False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
             self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():
@@ -167,6 +171,7 @@ class StopOnSignal:
 
     def handle(self, number, frame):
         print("\nstopping after this step, with a checkpoint (again to stop at once)", flush=True)
+        self.received = True
         self.monitor.request_stop.remote()
         self.__exit__()
 

@@ -125,6 +125,8 @@ def train(worker: Worker, monitor, log: MetricsLog | None) -> None:
                 write_samples(worker)
             if last or stop or (progress.step and due(progress.step, c.save_every)):
                 save(worker)
+                if log:
+                    log.flush()  # what a resumed run goes on from
         if last or stop:
             return
         metrics, stop = train_step(worker, peak, monitor)
@@ -283,6 +285,8 @@ def synchronize(device: torch.device) -> None:
 
 def save(worker: Worker) -> None:
     c, progress = worker.config, worker.progress
+    if not all(p.isfinite().all() for p in worker.model.parameters()):
+        raise Diverged(f"weights are not finite after step {progress.step}: look at the data, or lower the rates")
     meta = {
         "stage": c.stage,
         "progress": asdict(progress),

@@ -6,6 +6,7 @@ import os
 import resource
 import tempfile
 import time
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -134,15 +135,17 @@ def read_metrics(run_dir: str) -> list[dict]:
 def _start_wandb(run_dir: str, config: dict):
     import wandb  # takes a second to import: only the rank that logs pays
 
-    offline = not (os.environ.get("WANDB_API_KEY") or (Path.home() / ".netrc").exists())
+    id_uri = storage.join(run_dir, "wandb_id")  # the same when the run resumes: one curve, not two
+    if not storage.exists(id_uri):
+        storage.write_bytes(id_uri, uuid.uuid4().hex.encode())
     local = tempfile.mkdtemp(prefix="wandb-") if storage.is_remote(run_dir) else run_dir
     return wandb.init(
         project="nanochat-ray",
         name=Path(run_dir).name,
-        id=storage.fingerprint(run_dir),  # the same id when the run resumes: one curve, not two
+        id=storage.read_text(id_uri),
         resume="allow",
         dir=local,
         config=config,
-        mode=os.environ.get("WANDB_MODE") or ("offline" if offline else "online"),
+        mode=os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
         settings=wandb.Settings(silent=True, console="off"),
     )

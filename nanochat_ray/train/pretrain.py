@@ -61,7 +61,7 @@ def run(options: PretrainOptions) -> TrainResult:
 
     Raises FileNotFoundError without rows, ValueError for options that can't be, or not in this run folder.
     """
-    rows = options.rows or newest_rows()
+    rows = storage.absolute(options.rows) if options.rows else newest_rows()
     manifest = read_manifest(rows)
     plan = plan_of(options, manifest)
     inputs = {

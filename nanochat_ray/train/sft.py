@@ -48,10 +48,10 @@ class SftOptions:
 def run(options: SftOptions, train_conversations: list[dict], val_conversations: list[dict]) -> TrainResult:
     """Finetune on conversations (evals/tasks makes them), go on, or return at once when it is finished.
 
-    Rates are 0.8 of the base run's, momentum goes on from its state, weight decay is off. Raises FileNotFoundError
-    without a checkpoint, ValueError for options that can't be, or not in this run folder.
+    Rates are 0.8 of the base run's, momentum goes on from its state, Muon's weight decay is off.
+    Raises FileNotFoundError without a checkpoint, ValueError for options that can't be, or not in this run folder.
     """
-    base = checkpoint.resolve_checkpoint(options.checkpoint)
+    base = checkpoint.resolve_checkpoint(storage.absolute(options.checkpoint))
     meta, tokenizer = checkpoint.read_meta(base), Tokenizer.load(base)
     sequence_len = meta["model_config"]["sequence_len"]
     splits = {"train": train_conversations, "val": val_conversations}
@@ -96,7 +96,7 @@ def prepare_conversations(splits: dict[str, list[dict]], tokenizer: Tokenizer, s
     Conversations longer than a row are cut to it; none is split or dropped.
     """
     fingerprint = storage.fingerprint(splits, tokenizer.sha, sequence_len)
-    folder = storage.join(storage.home(), "rows", f"sft-{fingerprint[:8]}-T{sequence_len}")
+    folder = storage.join(storage.home(), "conversations", f"{fingerprint[:8]}-T{sequence_len}")
     manifest_uri = storage.join(folder, "manifest.json")
     if storage.exists(manifest_uri):
         return folder

@@ -127,3 +127,13 @@ def test_importing_from_an_empty_folder_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no model_000005\.pt in .*steps found: none"):
         checkpoint.import_nanochat(str(tmp_path), str(tmp_path / "out"), str(tmp_path), step=5)
     assert not (tmp_path / "out").exists()
+
+
+def test_files_that_an_unfinished_save_left_are_not_read(trained, tmp_path):
+    folder = save(tmp_path, 3, trained)
+    stray = tmp_path / "checkpoints" / "step_000003" / "optimizer_00001.safetensors"
+    stray.write_bytes((stray.parent / "optimizer_00000.safetensors").read_bytes())
+    optimizer = trained[1]
+    before = {key: value.clone() for key, (_, value) in optimizer.shard_state().items()}
+    checkpoint.load_optimizer(optimizer, folder)
+    assert all(torch.equal(before[key], value) for key, (_, value) in optimizer.shard_state().items())

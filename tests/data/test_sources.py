@@ -411,7 +411,7 @@ def test_pydocs(packages, ray_session, tmp_path, monkeypatch):
         raise AssertionError("made again")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources, "_make_pydocs", fail)
+        patch.setattr(docstrings, "write_docstrings", fail)
         assert sources.pydocs(roots) == source
         metadata.write_text(metadata.read_text().replace("1.0", "2.0"))
         with pytest.raises(AssertionError, match="made again"):

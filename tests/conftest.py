@@ -1,5 +1,6 @@
 """Fixtures every test may use: the golden numbers, the data beside the repository, one Ray for the session."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,19 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def golden() -> Path:
     return REPOSITORY / "tests" / "golden"
+
+
+@pytest.fixture
+def reference_model(golden):
+    """A GPT with the weights that the reference numbers were computed with."""
+    from safetensors import safe_open
+
+    from nanochat_ray.model.gpt import GPT, GPTConfig
+
+    with safe_open(golden / "model.safetensors", "pt") as f:
+        model = GPT(GPTConfig(**json.loads(f.metadata()["config"])))
+        model.load_state_dict({name: f.get_tensor(f"weights.{name}") for name in model.state_dict()})
+    return model
 
 
 @pytest.fixture(scope="session")

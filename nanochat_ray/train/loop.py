@@ -121,7 +121,7 @@ def train(worker: Worker, monitor, log: MetricsLog | None) -> None:
                 progress.val_bpb = evaluate(worker, token_bytes)
                 if log:
                     log.log(metrics_of(worker) | {"val/bpb": progress.val_bpb})
-            if worker.rank == 0 and (last or due(progress.step, c.sample_every)):
+            if worker.rank == 0 and c.prompts and (last or due(progress.step, c.sample_every)):
                 write_samples(worker)
             if last or stop or (progress.step and due(progress.step, c.save_every)):
                 save(worker)

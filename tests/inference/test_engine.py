@@ -3,8 +3,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference.engine import Completion, Engine
@@ -15,14 +13,9 @@ from nanochat_ray.model.gpt import GPT, GPTConfig
 GREEDY = SamplingParams(max_tokens=40, temperature=0)
 
 
-@pytest.fixture(scope="module")
-def reference(golden):
-    with safe_open(golden / "model.safetensors", "pt") as f:
-        config = GPTConfig(**json.loads(f.metadata()["config"]))
-    tensors = load_file(golden / "model.safetensors")
-    model = GPT(config)
-    model.load_state_dict({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
-    return model, json.loads((golden / "greedy.json").read_text())
+@pytest.fixture
+def reference(golden, reference_model):
+    return reference_model, json.loads((golden / "greedy.json").read_text())
 
 
 @pytest.fixture(scope="module")

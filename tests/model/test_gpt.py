@@ -1,21 +1,13 @@
-import json
-
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from nanochat_ray.model.gpt import GPT, GPTConfig
 
 
-@pytest.fixture(scope="module")
-def reference(golden):
-    with safe_open(golden / "model.safetensors", "pt") as f:
-        config = GPTConfig(**json.loads(f.metadata()["config"]))
-    tensors = load_file(golden / "model.safetensors")
-    model = GPT(config)
-    model.load_state_dict({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
-    return model, tensors
+@pytest.fixture
+def reference(golden, reference_model):
+    return reference_model, load_file(golden / "model.safetensors")
 
 
 def test_logits_and_losses_equal_nanochats(reference):

@@ -1,20 +1,9 @@
-import json
-
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
-from nanochat_ray.model.gpt import GPT, GPTConfig
+from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import build_optimizer, orthogonalize
-
-
-@pytest.fixture
-def reference_model(golden):
-    with safe_open(golden / "model.safetensors", "pt") as f:
-        model = GPT(GPTConfig(**json.loads(f.metadata()["config"])))
-        model.load_state_dict({name: f.get_tensor(f"weights.{name}") for name in model.state_dict()})
-    return model
 
 
 def reference_gradients(model, step):

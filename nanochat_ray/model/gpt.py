@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from nanochat_ray.model.attention import attention
+from nanochat_ray.model.loss import IGNORED, cross_entropy, softcap
 
 SMEAR_CHANNELS = 24  # how many channels of the embedding decide how much of the previous token is mixed in
 VALUE_GATE_CHANNELS = 12  # how many channels of a layer's input gate its value embedding
-LOGIT_SOFTCAP = 15.0
 ROTARY_REACH = 10  # inputs may be this many times longer than sequence_len
 
 
@@ -117,7 +118,8 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, value_embedding, cos, sin, cache):
+    def forward(self, x, x0, resid_lambda, x0_lambda, value_embedding, cos, sin, cache):
+        x = resid_lambda.to(x.dtype) * x + x0_lambda.to(x.dtype) * x0
         x = x + self.attn(norm(x), value_embedding, cos, sin, cache)
         return x + self.mlp(norm(x))
 
@@ -128,6 +130,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.compiled = False
+        self.recompute = False  # keep a block's input alone for the backward, and compute the rest again there
         V, C, L = config.padded_vocab_size, config.n_embd, config.n_layer
         self.transformer = nn.ModuleDict(
             {"wte": nn.Embedding(V, C), "h": nn.ModuleList([Block(config, layer) for layer in range(L)])}
@@ -202,27 +206,51 @@ class GPT(nn.Module):
         x = x + self.smear_lambda.to(x.dtype) * gate * previous
         x0, x_mid = x, x
         for i, block in enumerate(self.transformer.h):
-            x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
             value_embedding = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
-            x = block(x, value_embedding, cos, sin, cache)
+            inputs = x, x0, self.resid_lambdas[i], self.x0_lambdas[i], value_embedding, cos, sin, cache
+            keeps = not (self.recompute and torch.is_grad_enabled())
+            x = block(*inputs) if keeps else checkpoint(block, *inputs, use_reentrant=False)
             if i == self.config.n_layer // 2:
                 x_mid = x
         return norm(x - self.backout_lambda.to(x.dtype) * x_mid)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(…, C) hidden states to (…, V) logits in fp32, softly capped at ±15 (arXiv:2408.00118)."""
-        logits = self.lm_head(hidden)[..., : self.config.vocab_size].float()
-        return LOGIT_SOFTCAP * torch.tanh(logits / LOGIT_SOFTCAP)
+        """(…, C) hidden states to (…, V) logits in fp32, softly capped at ±15."""
+        return softcap(self.lm_head(hidden)[..., : self.config.vocab_size])
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, loss_reduction: str = "mean"):
-        """Logits (B, T, V), or with targets (B, T) the cross entropy in nats: () for "mean", (B, T) for "none".
+        """Logits (B, T, V); with targets (B, T) the cross entropy in nats, () for "mean" and "sum", (B, T) for "none".
 
         Targets of −1 are ignored: they have no part in the mean and a loss of 0.
         """
-        logits = self.logits(self.hidden(idx))
+        hidden = self.hidden(idx)
         if targets is None:
-            return logits
-        loss = F.cross_entropy(
-            logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1, reduction=loss_reduction
-        )
-        return loss.view(targets.shape) if loss_reduction == "none" else loss
+            return self.logits(hidden)
+        flat = targets.reshape(-1)
+        if loss_reduction == "none" and torch.is_grad_enabled():  # any weights may follow: whole logits are needed
+            logits = self.logits(hidden).flatten(0, 1)
+            return F.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="none").view(targets.shape)
+        head = self.lm_head.weight[: self.config.vocab_size]
+        total, losses = cross_entropy(hidden.flatten(0, 1), head, flat, self.compiled)
+        if loss_reduction == "none":
+            return losses.view(targets.shape)
+        return total if loss_reduction == "sum" else total / (flat != IGNORED).sum()
+
+    def compile_for_training(self) -> None:
+        """torch.compile what repeats: a kind of block is compiled once, whatever the depth, and so is the loss."""
+        for block in self.transformer.h:
+            # Kinds: with and without value embedding, by window, with and without gradients, and a last, smaller batch.
+            block.compile(dynamic=False, recompile_limit=32)
+        self.compiled = True
+
+    def convert_to_fp8(self) -> None:
+        """The blocks' matmuls in float8 by torchao, forward and backward, on Hopper GPUs and later. Not yet run.
+
+        Raises ImportError without torchao.
+        """
+        from torchao.float8 import convert_to_float8_training
+
+        def divides(module: nn.Module, name: str) -> bool:  # which the gates' sizes don't
+            return module.in_features % 16 == 0 and module.out_features % 16 == 0
+
+        convert_to_float8_training(self.transformer.h, module_filter_fn=divides)

@@ -6,8 +6,11 @@ import os
 import posixpath
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
 import fsspec
 
@@ -41,6 +44,22 @@ def modified(uri: str) -> datetime:
     return fs.modified(path)
 
 
+def size(uri: str) -> int:
+    fs, path = fsspec.core.url_to_fs(str(uri))
+    return fs.size(path)
+
+
+def disk(uri: str) -> str:
+    """Where a folder is mounted and how full that is, for a message."""
+    if is_remote(uri):
+        return uri
+    mount = Path(uri)
+    while not mount.is_mount():
+        mount = mount.parent
+    usage = shutil.disk_usage(mount)
+    return f"{mount}: {usage.free / 2**20:,.0f} of {usage.total / 2**20:,.0f} MB free"
+
+
 def listdir(uri: str) -> list[str]:
     """Sorted names in a folder; empty when there is no such folder. Never a cached listing."""
     fs, path = fsspec.core.url_to_fs(str(uri))
@@ -63,23 +82,40 @@ def write_json(uri: str, value) -> None:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file whole or not at all: a temporary name, then a rename (object stores put whole objects)."""
-    fs, path = fsspec.core.url_to_fs(str(uri))
-    if is_remote(uri):
+    """Write a file whole or not at all."""
+    if is_remote(uri):  # object stores put whole objects
+        fs, path = fsspec.core.url_to_fs(str(uri))
         fs.pipe_file(path, data)
         return
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=os.path.dirname(path))
+    with writing(uri) as f:
+        f.write(data)
+
+
+@contextmanager
+def writing(uri: str) -> Iterator[BinaryIO]:
+    """A file to write, which is at `uri` when the block ends well, and gone when it does not. OSErrors name it."""
+    fs, path = fsspec.core.url_to_fs(str(uri))
+    folder = None if is_remote(uri) else os.path.dirname(path)
+    if folder:
+        os.makedirs(folder, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
     try:
         with os.fdopen(descriptor, "wb") as f:
-            f.write(data)
+            yield f
             f.flush()
-            os.fsync(f.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+            os.fsync(f.fileno())  # some disks say only now that they are full
+        if is_remote(uri):
+            fs.put_file(temporary, path)
+        else:
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+    except OSError as error:
+        if error.filename or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, path) from None
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
 
 
 def publish(local_file: str | Path, uri: str) -> None:

@@ -87,26 +87,28 @@ def _map_columns(uri: str) -> dict[str, np.ndarray]:
 
 
 class Loader:
-    """Row k of a run is permutation(seed, k // n)[k % n]; a step takes the next rows_per_step, a rank its slice."""
+    """Row k of a run is permutation(seed, k // n)[k % n]; a step takes the next rows_per_step, a rank its slice.
+
+    Rank r of W takes rows ⌊r·R/W⌋ … ⌊(r+1)·R/W⌋ of a step's R: shares differ by one row where W does not divide R.
+    """
 
     def __init__(self, rows: Rows, rows_per_step: int, rank: int = 0, world_size: int = 1, seed: int = 1337):
-        if rows_per_step % world_size:
-            raise ValueError(f"{rows_per_step} rows a step can't be shared equally by {world_size} workers")
+        if rows_per_step < world_size:
+            raise ValueError(f"{rows_per_step} rows a step are too few for {world_size} workers: one each at least")
         self.rows, self.seed = rows, seed
-        self.rows_per_rank = rows_per_step // world_size
-        self.offset = rank * self.rows_per_rank
+        self.slice = np.arange(rank * rows_per_step // world_size, (rank + 1) * rows_per_step // world_size)
         self._epoch, self._order = -1, None
 
     def step(self, position: int) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """This rank's (idx, targets), int64 (rows_per_step / world_size, T), of the step that begins at `position`.
+        """This rank's (idx, targets), int64 (its rows, T), of the step that begins at `position`.
 
         position: rows consumed by all ranks since the run began. A step may straddle epochs.
         """
         return self.rows.batch(self.indices(position))
 
     def indices(self, position: int) -> np.ndarray:
-        """int64 (rows_per_step / world_size,): which rows this rank takes."""
-        epochs, within = np.divmod(position + self.offset + np.arange(self.rows_per_rank), len(self.rows))
+        """int64 (its rows,): which rows this rank takes."""
+        epochs, within = np.divmod(position + self.slice, len(self.rows))
         return np.concatenate([self._permutation(epoch)[within[epochs == epoch]] for epoch in np.unique(epochs)])
 
     def epoch(self, position: int) -> float:

@@ -2,7 +2,8 @@
 
 A checkpoint is a folder step_000123/: model.safetensors (fp32), one optimizer_00000.safetensors a rank, the
 tokenizer's two files, and meta.json with the step, the row position and each file's size and sha256. meta.json is
-written last: a folder without it, or whose files do not match it, is not a checkpoint.
+written last: a folder without it, or whose files do not match it, is not a checkpoint. A Writer writes them while the
+training goes on.
 """
 
 import hashlib
@@ -12,13 +13,15 @@ import pickle
 import re
 import tempfile
 from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import Tokenizer
@@ -44,57 +47,129 @@ def compute_dtype(dtype: torch.dtype | str | None, device: torch.device | str) -
     return torch.bfloat16 if fast else torch.float32
 
 
+class Writer:
+    """Writes a run's checkpoints, one at a time, while training goes on. Every rank has one, and writes its part.
+
+    start copies the state to host memory, and a thread writes the copy. finish ends what start began: when the parts
+    of all ranks are on disk, rank 0 writes meta.json; when one could not be written, none is kept.
+    """
+
+    def __init__(self, run_dir: str, tokenizer: Tokenizer):
+        self.run_dir, self.tokenizer = run_dir, tokenizer
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.part: Future | None = None  # this rank's files of the checkpoint that start began
+
+    def start(
+        self, step: int, model: GPT, optimizer: MuonAdamW | None, meta: dict, flush: Callable[[], None] | None = None
+    ) -> None:
+        """Begin checkpoints/step_{step:06d}; every rank calls this. flush, if given, must succeed as the files must."""
+        if self.part is not None:
+            raise RuntimeError("the checkpoint before is not finished")
+        self.folder = storage.join(self.run_dir, "checkpoints", f"step_{step:06d}")
+        self.meta = {**meta, "step": step, "model_config": asdict(model.config)}
+        files = {}
+        if optimizer is not None:
+            state = optimizer.shard_state()
+            first_rows = json.dumps({key: row for key, (row, _) in state.items()})
+            tensors = {key: _snapshot(value) for key, (_, value) in state.items()}
+            files[f"optimizer_{self.rank:05d}.safetensors"] = tensors, {"first_rows": first_rows}
+        if self.rank == 0:
+            weights = {name: _snapshot(p) for name, p in model.named_parameters()}
+            files["model.safetensors"] = weights, {"format": "pt"}
+        self.part = self.thread.submit(self._write, self.folder, files, flush)
+
+    def _write(self, folder: str, files: dict, flush: Callable[[], None] | None) -> dict:
+        """What meta.json says of this rank's files."""
+        if self.rank == 0 and storage.exists(storage.join(folder, "meta.json")):
+            storage.remove(storage.join(folder, "meta.json"))  # of a damaged one: its other files are replaced now
+        entries = {name: _write_tensors(storage.join(folder, name), *content) for name, content in files.items()}
+        if self.rank == 0:
+            self.tokenizer.save(folder)
+            for name in ("tokenizer.tiktoken", "tokenizer.json"):
+                file = storage.localize(storage.join(folder, name))
+                entries[name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
+        if flush:
+            flush()
+        return entries
+
+    def written(self) -> bool:
+        """Whether this rank has nothing more to write: finish would not wait for it."""
+        return self.part is None or self.part.done()
+
+    def finish(self) -> str | None:
+        """End what start began, if anything; every rank calls this. Returns why it could not be written, or None."""
+        if self.part is None:
+            return None
+        try:
+            part, error = self.part.result(), None
+        except Exception as e:  # OSError of a disk, but object stores have errors of their own
+            part, error = {}, f"{type(e).__name__}: {e}"
+        self.part = None
+        parts = _gather((part, error))
+        error = next((error for _, error in parts if error), None)
+        if self.rank == 0:
+            try:
+                if not error:
+                    files = {name: entry for part, _ in parts for name, entry in part.items()}
+                    storage.write_json(storage.join(self.folder, "meta.json"), {**self.meta, "files": files})
+            except Exception as e:
+                error = f"{type(e).__name__}: {e}"
+            # In the thread, as deleting large files takes a while.
+            self.thread.submit(storage.remove, self.folder) if error else self.thread.submit(prune, self.run_dir)
+        return next((error for error in _gather(error) if error), None)
+
+    def close(self) -> None:
+        """Wait until nothing is written or deleted any more."""
+        self.thread.shutdown()
+
+
 def save_checkpoint(
     run_dir: str, step: int, model: GPT, optimizer: MuonAdamW | None, tokenizer: Tokenizer, meta: dict
 ) -> str:
-    """Write checkpoints/step_{step:06d} of a run; every rank calls this, each writes its part. Returns the folder."""
-    folder = storage.join(run_dir, "checkpoints", f"step_{step:06d}")
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank == 0 and storage.exists(storage.join(folder, "meta.json")):
-        storage.remove(storage.join(folder, "meta.json"))  # an older save of this step: not valid while we write
-    _barrier()
-    files = {}
-    if optimizer is not None:
-        state = optimizer.shard_state()
-        tensors = {key: value.contiguous() for key, (_, value) in state.items()}
-        first_rows = json.dumps({key: row for key, (row, _) in state.items()})
-        files |= _write_tensors(folder, f"optimizer_{rank:05d}.safetensors", tensors, {"first_rows": first_rows})
-    if rank == 0:
-        weights = {name: p.detach().float().contiguous() for name, p in model.named_parameters()}
-        files |= _write_tensors(folder, "model.safetensors", weights, {"format": "pt"})
-        tokenizer.save(folder)
-    if dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, files)
-        files = {name: entry for part in parts for name, entry in part.items()}
-    if rank == 0:
-        meta = {**meta, "step": step, "model_config": asdict(model.config), "files": files}
-        storage.write_json(storage.join(folder, "meta.json"), meta)
-    _barrier()
-    return folder
+    """Write checkpoints/step_{step:06d} of a run and wait for it; returns the folder. Raises OSError if it can't be."""
+    writer = Writer(run_dir, tokenizer)
+    writer.start(step, model, optimizer, meta)
+    error = writer.finish()
+    writer.close()
+    if error:
+        raise OSError(error)
+    return writer.folder
 
 
-def _barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+def _gather(value) -> list:
+    """Every rank's value, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def _write_tensors(folder: str, name: str, tensors: dict, metadata: dict) -> dict:
-    """Write one safetensors file whole or not at all; returns {name: {size, sha256}}."""
-    with tempfile.TemporaryDirectory(dir=_scratch(folder)) as scratch:
-        file = Path(scratch) / name
-        save_file({key: value.cpu() for key, value in tensors.items()}, file, metadata)
-        entry = {"size": file.stat().st_size, "sha256": _sha256(file)}
-        storage.publish(file, storage.join(folder, name))
-    return {name: entry}
+def _snapshot(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
 
 
-def _scratch(folder: str) -> str | None:
-    """Where to write a file before it is published: on the same disk where there is one."""
-    if storage.is_remote(folder):
-        return None
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return folder
+def _write_tensors(uri: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict:
+    """Write fp32 tensors as safetensors, whole or not at all; returns {size, sha256}.
+
+    Not by safetensors' own save_file, as this hashes what it writes without reading it again, and says which disk is
+    full. The format: the header's length (8 bytes, little endian), the header as JSON, then the tensors' bytes.
+    """
+    header, end = {"__metadata__": metadata}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # so that the tensors are aligned
+    sha256, size = hashlib.sha256(), 8 + len(encoded) + end
+    with storage.writing(uri) as f:
+        for piece in (len(encoded).to_bytes(8, "little"), encoded, *tensors.values()):
+            if isinstance(piece, torch.Tensor):
+                piece = piece.reshape(-1).view(torch.uint8).numpy().data
+            f.write(piece)
+            sha256.update(piece)
+    return {"size": size, "sha256": sha256.hexdigest()}
 
 
 def _sha256(file: Path) -> str:
@@ -104,9 +179,18 @@ def _sha256(file: Path) -> str:
 
 def checkpoints(run_dir: str) -> list[str]:
     """The complete checkpoints of a run, oldest first."""
+    return [folder for folder in _folders(run_dir) if storage.exists(storage.join(folder, "meta.json"))]
+
+
+def _folders(run_dir: str) -> list[str]:
     root = storage.join(run_dir, "checkpoints")
-    folders = [storage.join(root, name) for name in storage.listdir(root) if re.fullmatch(r"step_\d+", name)]
-    return [folder for folder in folders if storage.exists(storage.join(folder, "meta.json"))]
+    return [storage.join(root, name) for name in storage.listdir(root) if re.fullmatch(r"step_\d+", name)]
+
+
+def remove_unfinished(run_dir: str) -> None:
+    """Delete what saves that were cut short have left. Only for who alone writes into the run."""
+    for folder in set(_folders(run_dir)) - set(checkpoints(run_dir)):
+        storage.remove(folder)
 
 
 def latest_checkpoint(run_dir: str) -> str | None:
@@ -145,13 +229,23 @@ def verify(folder: str) -> dict:
 
 
 def prune(run_dir: str, keep_last: int = 2) -> None:
-    """Delete all checkpoints but the last ones and the one with the best val/bpb."""
+    """Delete all checkpoints but the last ones and the one with the best val/bpb; damaged ones count for nothing."""
     folders = checkpoints(run_dir)
-    scores = {folder: read_meta(folder).get("val/bpb") for folder in folders}
-    best = min((folder for folder in folders if scores[folder] is not None), key=scores.get, default=None)
-    for folder in folders[:-keep_last]:
-        if folder != best:
+    whole = [folder for folder in folders if _has_its_files(folder)]
+    scores = {folder: read_meta(folder).get("val/bpb") for folder in whole}
+    best = min((folder for folder in whole if scores[folder] is not None), key=scores.get, default=None)
+    for folder in folders:
+        if folder not in (*whole[-keep_last:], best):
             storage.remove(folder)
+
+
+def _has_its_files(folder: str) -> bool:
+    """What can be seen of `verify` without reading the files."""
+    try:
+        entries = read_meta(folder)["files"].items()
+        return all(storage.size(storage.join(folder, name)) == entry["size"] for name, entry in entries)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def resolve_checkpoint(folder: str) -> str:

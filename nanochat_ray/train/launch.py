@@ -4,36 +4,53 @@ import json
 import signal
 import sys
 import threading
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import ray
 import ray.train
 import ray.train.torch
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import PreemptingState, ResizingState
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray import storage
 from nanochat_ray.train import checkpoint
 from nanochat_ray.train.loop import TrainConfig, train_loop_per_worker
 
-MAX_FAILURES = 3  # times that lost workers are started again from the newest checkpoint
+MAX_FAILURES = 10  # times that lost workers are started again from the newest checkpoint; announced losses don't count
+RESIZE_SECONDS = 60.0  # between looks at whether a returned node lets a run have more workers again
+SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
+WORKER_ENV = {
+    # glibc gives large blocks back to the kernel and gets them again, page by page, at every step: let it keep them.
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1",
+    # A GPU's blocks grow in place rather than leave gaps. Not yet run.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+}
 MAX_TOKENS_PER_GPU = 2**15  # in one forward pass: fits depth 24 in 80 GB
 MAX_TOKENS_PER_CPU = 2**12  # the activations of more would not stay in the cache
 
 
 @ray.remote(num_cpus=0)
 class Monitor:
-    """Carries progress from the workers to the driver's terminal, and the driver's stop to the workers."""
+    """Carries progress from the workers to the driver's terminal, and the driver's requests to the workers."""
 
     def __init__(self):
         self.latest: dict | None = None
+        self.lines: list[str] = []
         self.outcome: dict | None = None
-        self.stop = False
+        self.stop, self.save = False, False
 
     def update(self, metrics: dict) -> None:
         self.latest = metrics
 
-    def read(self) -> dict | None:
-        return self.latest
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def read(self, seen: int) -> tuple[dict | None, list[str]]:
+        """The newest metrics, and the lines said since the first `seen`."""
+        return self.latest, self.lines[seen:]
 
     def finish(self, outcome: dict) -> None:
         self.outcome = outcome
@@ -44,8 +61,34 @@ class Monitor:
     def request_stop(self) -> None:
         self.stop = True
 
-    def stop_requested(self) -> bool:
-        return self.stop
+    def request_save(self) -> None:
+        self.save = True
+
+    def saved(self, step: int) -> None:
+        self.save = False
+        self.say(f"step {step} is saved, as workers are about to be stopped")
+
+    def request(self) -> str | None:
+        return "stop" if self.stop else "save" if self.save else None
+
+
+class SaveFirst(ControllerCallback):
+    """Has the workers save before Ray takes them away: to start more of them, or because their node is being drained.
+
+    A developer API of Ray, and the only place that tells of a resize before it happens.
+    """
+
+    def __init__(self, monitor):
+        self.monitor = monitor
+
+    def after_controller_state_update(self, previous_state, current_state) -> None:
+        if isinstance(current_state, PreemptingState) and not isinstance(previous_state, PreemptingState):
+            self.monitor.request_save.remote()  # Ray leaves the workers alone until the node's deadline
+        if isinstance(current_state, ResizingState):
+            self.monitor.request_save.remote()
+            patience = time.monotonic() + SAVE_PATIENCE_SECONDS
+            while ray.get(self.monitor.request.remote()) == "save" and time.monotonic() < patience:
+                time.sleep(0.1)
 
 
 @dataclass(frozen=True)
@@ -74,9 +117,10 @@ def claim(run_dir: str, inputs: dict, config: dict) -> None:
 def train(c: TrainConfig, workers: int | None) -> TrainResult:
     """Train to the end, unless the run's newest checkpoint is there already.
 
-    Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. workers None: one on every
-    GPU of the cluster, else one CPU worker with all cores. Raises ValueError when rows can't be shared by them, and
-    ray.train.TrainingFailedError when workers failed more than MAX_FAILURES times.
+    Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. workers: at most, see
+    scaling_config. Raises ValueError when there are more workers than rows in a step, when the loss diverged, or when
+    the last checkpoint could not be written, and ray.train.TrainingFailedError when workers failed more than
+    MAX_FAILURES times.
     """
     done = checkpoint.latest_checkpoint(c.run_dir)
     if done and checkpoint.read_meta(done)["step"] == c.num_iterations:
@@ -90,12 +134,7 @@ def train(c: TrainConfig, workers: int | None) -> TrainResult:
         train_loop_per_worker,
         train_loop_config=asdict(c) | {"monitor": monitor},
         scaling_config=scaling,
-        run_config=ray.train.RunConfig(
-            name="ray",
-            storage_path=c.run_dir,
-            failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
-            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-        ),
+        run_config=run_config(c.run_dir, [SaveFirst(monitor)]),
     )
     failure: list[BaseException] = []
     # fit() blocks: it has a thread of its own, and this one shows progress and takes signals.
@@ -113,6 +152,17 @@ def train(c: TrainConfig, workers: int | None) -> TrainResult:
     return _result(c)
 
 
+def run_config(run_dir: str, callbacks: Sequence = ()) -> ray.train.RunConfig:
+    return ray.train.RunConfig(
+        name="ray",
+        storage_path=run_dir,
+        failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+        callbacks=list(callbacks),
+        logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+        worker_runtime_env={"env_vars": WORKER_ENV},
+    )
+
+
 def _result(c: TrainConfig) -> TrainResult:
     folder = checkpoint.checkpoints(c.run_dir)[-1]
     meta = checkpoint.read_meta(folder)
@@ -120,19 +170,15 @@ def _result(c: TrainConfig) -> TrainResult:
 
 
 def device_batch_size(c: TrainConfig, scaling: ray.train.ScalingConfig) -> int:
-    """The rows of one forward pass: those asked for, else the most that divide a worker's share, to MAX_TOKENS."""
+    """The most rows of one forward pass: those asked for, else as many as MAX_TOKENS allow."""
     T = c.model["sequence_len"]
-    rows, left = divmod(c.total_batch_size, T * scaling.num_workers)
-    if left or not rows:
+    rows, left = divmod(c.total_batch_size, T)
+    if left or rows < scaling.max_workers:
         raise ValueError(
-            f"a batch of {c.total_batch_size} tokens is not whole rows of {T} for each of {scaling.num_workers} workers"
+            f"a batch of {c.total_batch_size} tokens is not whole rows of {T}, one at least for each of "
+            f"{scaling.max_workers} workers"
         )
-    if c.device_batch_size is None:
-        most = max(1, (MAX_TOKENS_PER_GPU if scaling.use_gpu else MAX_TOKENS_PER_CPU) // T)
-        return max(n for n in range(1, most + 1) if rows % n == 0)
-    if rows % c.device_batch_size:
-        raise ValueError(f"--device-batch-size {c.device_batch_size} does not divide a worker's {rows} rows a step")
-    return c.device_batch_size
+    return c.device_batch_size or max(1, (MAX_TOKENS_PER_GPU if scaling.use_gpu else MAX_TOKENS_PER_CPU) // T)
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer, failure: list[BaseException]) -> None:
@@ -143,15 +189,30 @@ def _fit(trainer: ray.train.torch.TorchTrainer, failure: list[BaseException]) ->
 
 
 def scaling_config(workers: int | None) -> ray.train.ScalingConfig:
+    """Workers and what each gets: `workers`, by default one on every GPU of the cluster, else one CPU worker.
+
+    Several are elastic: a run goes on with those that a lost node leaves, one at least, and grows back when it returns.
+    Raises ValueError for more CPU workers than CPUs.
+    """
     if gpus := int(ray.cluster_resources().get("GPU", 0)):
-        return ray.train.ScalingConfig(num_workers=workers or gpus, use_gpu=True)
+        return ray.train.ScalingConfig(
+            num_workers=_elastic(workers or gpus), use_gpu=True, elastic_resize_monitor_interval_s=RESIZE_SECONDS
+        )
     workers = workers or 1
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     # As many CPUs for each as leave room for all: a worker must fit on one node.
     each = next((n for n in range(max(nodes), 0, -1) if sum(cpus // n for cpus in nodes) >= workers), None)
     if each is None:
         raise ValueError(f"{workers} workers on {sum(nodes)} CPUs: give at most one a CPU")
-    return ray.train.ScalingConfig(num_workers=workers, resources_per_worker={"CPU": each})
+    return ray.train.ScalingConfig(
+        num_workers=_elastic(workers),
+        resources_per_worker={"CPU": each},
+        elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+    )
+
+
+def _elastic(workers: int) -> int | tuple[int, int]:
+    return (1, workers) if workers > 1 else workers
 
 
 class StopOnSignal:
@@ -178,10 +239,15 @@ class StopOnSignal:
 
 def show_progress(thread: threading.Thread, monitor, c: TrainConfig) -> None:
     """One live line on a terminal; elsewhere a line whenever a twentieth of the run is done."""
-    live, shown, next_line = sys.stdout.isatty(), None, 0
-    while thread.is_alive():
+    live, shown, next_line, said = sys.stdout.isatty(), None, 0, 0
+    alive = True
+    while alive:  # once more after its end, for the last lines
         thread.join(0.5)
-        metrics = ray.get(monitor.read.remote())
+        alive = thread.is_alive()
+        metrics, lines = ray.get(monitor.read.remote(said))
+        said += len(lines)
+        for line in lines:
+            print("\r\033[K" * live + f"{c.stage}: {line}", flush=True)
         if metrics is None or metrics["step"] == shown:
             continue
         shown = metrics["step"]

@@ -1,8 +1,11 @@
 """The one training loop, shared by pretraining and finetuning, as Ray Train runs it on every worker."""
 
+import gc
 import math
+import os
+import shutil
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import ray
 import ray.train
@@ -22,10 +25,19 @@ from nanochat_ray.train import checkpoint
 from nanochat_ray.train.metrics import MetricsLog, bits_per_byte, peak_flops, peak_memory_mb
 
 UNTIMED_STEPS = 10  # the first steps compile and warm caches: they are left out of the training time
+# A smoothed loss this many nats above ln(vocabulary), the cost of guessing blindly, does not come back; nor does it
+# become NaN by itself, as the logits are capped. Finetuning may begin there, with tokens that the base never saw and
+# that cost up to 30 nats: the first steps are not judged.
+HOPELESS_NATS, UNJUDGED_STEPS = 2.0, 40
+REQUESTS = (None, "save", "stop")  # what the driver may ask for after a step
 
 
 class Diverged(Exception):
-    """The loss is no number any more. Starting again would only repeat it."""
+    """The loss is no number any more, or hopeless. Starting again would only repeat it."""
+
+
+class NotSaved(Exception):
+    """The run is over, but its last checkpoint could not be written."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class TrainConfig:
     tokenizer: str
     model: dict  # of GPTConfig
     total_batch_size: int
-    device_batch_size: int | None
+    device_batch_size: int  # at most, in one forward pass
     num_iterations: int
     lrs: dict[str, float]
     weight_decay: float
@@ -52,6 +64,8 @@ class TrainConfig:
     prompts: list[list[int]]  # sampled greedily, as token ids
     dtype: str | None
     compile: bool | None
+    recompute: bool
+    fp8: bool
 
 
 @dataclass
@@ -84,13 +98,17 @@ class Worker:
     val_rows: Rows
     progress: Progress
     resumed: bool
-    forward: torch.nn.Module = field(init=False)
+    writer: checkpoint.Writer
 
     def __post_init__(self):
+        self.model.recompute = self.config.recompute
+        if self.config.fp8:
+            self.model.convert_to_fp8()
         compiles = self.config.compile
-        if compiles is None:  # in fp32 on a CPU matmuls are nearly all of a step, and compiling takes minutes
-            compiles = self.device.type == "cuda" or self.model.compute_dtype == torch.bfloat16
-        self.forward = torch.compile(self.model, dynamic=False) if compiles else self.model
+        if compiles is None:
+            compiles = self.device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
+        if compiles:
+            self.model.compile_for_training()
 
 
 def train_loop_per_worker(config: dict) -> None:
@@ -99,13 +117,20 @@ def train_loop_per_worker(config: dict) -> None:
     worker = start(TrainConfig(**config))
     progress = worker.progress
     log = MetricsLog(worker.config.run_dir, config, progress.step) if worker.rank == 0 else None
+    if log and worker.resumed:
+        monitor.say.remote(f"going on from step {progress.step}, workers: {worker.world_size}")
     error = None
     try:
         train(worker, monitor, log)
-    except Diverged as diverged:  # the same on every rank
-        error = str(diverged)
+    except (Diverged, NotSaved) as end:  # the same on every rank
+        error = str(end)
+        finish_save(worker, monitor)  # one that is being written is from before a divergence
+    worker.writer.close()
     if log:
-        log.close()
+        try:
+            log.close()
+        except OSError as full:
+            error = error or str(full)
         ray.get(monitor.finish.remote({"step": progress.step, "error": error}))
 
 
@@ -113,25 +138,37 @@ def train(worker: Worker, monitor, log: MetricsLog | None) -> None:
     c, progress = worker.config, worker.progress
     peak = all_reduce(worker, [peak_flops(worker.device, worker.model.compute_dtype)])[0]
     token_bytes = worker.tokenizer.token_bytes()
-    saved_step, stop = progress.step if worker.resumed else None, False
+    saved_step, request = progress.step if worker.resumed else None, None
+    frozen = False
     while True:
         last = progress.step == c.num_iterations
+        ending = last or request == "stop"
         if saved_step != progress.step:  # what was measured before the checkpoint is not measured again
             if last or due(progress.step, c.eval_every):
                 progress.val_bpb = evaluate(worker, token_bytes)
                 if log:
                     log.log(metrics_of(worker) | {"val/bpb": progress.val_bpb})
             if worker.rank == 0 and c.prompts and (last or due(progress.step, c.sample_every)):
-                write_samples(worker)
-            if last or stop or (progress.step and due(progress.step, c.save_every)):
-                save(worker)
-                if log:
-                    log.flush()  # what a resumed run goes on from
-        if last or stop:
-            return
-        metrics, stop = train_step(worker, peak, monitor)
+                write_samples(worker, monitor)
+            if ending or request == "save" or (progress.step and due(progress.step, c.save_every)):
+                finish_save(worker, monitor)  # the one before
+                start_save(worker, log)
+        if ending or request == "save":
+            error = finish_save(worker, monitor)
+            if ending and error:
+                full = storage.disk(worker.writer.folder)
+                raise NotSaved(f"step {progress.step} could not be saved: {error}; {full}")
+            if ending:
+                return
+            if worker.rank == 0:
+                monitor.saved.remote(progress.step)
+        metrics, request = train_step(worker, peak, monitor)
         if log:
             log.log(metrics)
+        if not frozen:  # what the first step leaves stays to the end: the garbage collector need not look at it again
+            gc.collect()
+            gc.freeze()
+            frozen = True
 
 
 def due(step: int, every: int) -> bool:
@@ -150,6 +187,8 @@ def start(c: TrainConfig) -> Worker:
     model = GPT(GPTConfig(**c.model)).to(device)
     model.init_weights()
     resume_from = checkpoint.latest_checkpoint(c.run_dir) if rank == 0 else None
+    if rank == 0:
+        checkpoint.remove_unfinished(c.run_dir)
     resume_from = broadcast(resume_from)  # one rank decides: a checkpoint could appear or go between two looks
     if origin := resume_from or c.init_from:
         checkpoint.load_weights(model, origin)
@@ -161,20 +200,21 @@ def start(c: TrainConfig) -> Worker:
     if resume_from:
         progress = Progress(**checkpoint.read_meta(resume_from)["progress"])
 
-    rows = Rows(storage.join(c.rows, "train"))
+    tokenizer, rows = Tokenizer.load(c.tokenizer), Rows(storage.join(c.rows, "train"))
     loader = Loader(rows, c.total_batch_size // model.config.sequence_len, rank, world_size, c.seed)
     return Worker(
         config=c,
         device=device,
         rank=rank,
         world_size=world_size,
-        tokenizer=Tokenizer.load(c.tokenizer),
+        tokenizer=tokenizer,
         model=model,
         optimizer=optimizer,
         loader=loader,
         val_rows=Rows(storage.join(c.rows, "val")),
         progress=progress,
         resumed=resume_from is not None,
+        writer=checkpoint.Writer(c.run_dir, tokenizer),
     )
 
 
@@ -194,28 +234,41 @@ def all_reduce(worker: Worker, values: list[float]) -> list[float]:
     return sums.tolist()
 
 
-def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, bool]:
-    """One optimizer step. Returns its metrics, and whether a stop was asked for (the same on every rank)."""
+def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, str | None]:
+    """One optimizer step. Returns its metrics, and which of REQUESTS the monitor has (the same on every rank).
+
+    Ends a checkpoint, too, when this step finds that every rank has written its part.
+    """
     c, progress = worker.config, worker.progress
     synchronize(worker.device)
     began = time.perf_counter()
-    answer = monitor.stop_requested.remote() if worker.rank == 0 else None
+    answer = monitor.request.remote() if worker.rank == 0 else None
     set_rates(worker.optimizer, c, progress.step)
     loss_sum, count = forward_backward(worker)
     worker.optimizer.step()
     worker.model.zero_grad(set_to_none=True)
-    asked = float(ray.get(answer)) if answer else 0.0
-    loss_sum, asked = all_reduce(worker, [loss_sum.item(), asked])
+    request = float(REQUESTS.index(ray.get(answer))) if answer else 0.0
+    written = float(worker.writer.written())
+    loss_sum, request, written = all_reduce(worker, [loss_sum.item(), request, written])
     seconds = time.perf_counter() - began
+    if written == worker.world_size:
+        finish_save(worker, monitor)
 
     loss = loss_sum / count
     if not math.isfinite(loss):
         raise Diverged(f"the loss is {loss} at step {progress.step}: look at the data, or lower the learning rates")
     progress.smooth_loss = 0.9 * progress.smooth_loss + 0.1 * loss
     progress.step += 1
+    position = progress.position
     progress.position += c.total_batch_size // worker.model.config.sequence_len
     if progress.step > UNTIMED_STEPS:
         progress.total_training_time += seconds
+    blind = math.log(worker.model.config.vocab_size)
+    if progress.step >= UNJUDGED_STEPS and progress.loss() > blind + HOPELESS_NATS:
+        raise Diverged(
+            f"the loss is {progress.loss():.2f} at step {progress.step}, and guessing blindly would cost {blind:.2f}: "
+            "look at the data, or lower the learning rates"
+        )
     metrics = metrics_of(worker) | {
         "train/loss": progress.loss(),
         "train/lrm": worker.optimizer.param_groups[0]["lr"] / worker.optimizer.param_groups[0]["initial_lr"],
@@ -223,11 +276,13 @@ def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, bool]:
         "train/tok_per_sec": c.total_batch_size / seconds,
         "train/mfu": c.flops_per_token * c.total_batch_size / seconds / peak,
         "train/epoch": worker.loader.epoch(progress.position),
+        "train/position": position,  # rows that all ranks consumed before this step
+        "train/world_size": worker.world_size,
         "train/peak_memory_mb": peak_memory_mb(worker.device),
     }
     if worker.rank == 0:
         monitor.update.remote(metrics | {"val/bpb": progress.val_bpb})
-    return metrics, asked > 0
+    return metrics, REQUESTS[int(request)]
 
 
 def evaluate(worker: Worker, token_bytes) -> float:
@@ -235,7 +290,7 @@ def evaluate(worker: Worker, token_bytes) -> float:
     c = worker.config
     num_rows = max(c.eval_tokens // worker.model.config.sequence_len, worker.world_size)
     batches = evaluation_batches(worker.val_rows, num_rows, c.device_batch_size, worker.rank, worker.world_size)
-    return bits_per_byte(worker.forward, batches, token_bytes)
+    return bits_per_byte(worker.model, batches, token_bytes)
 
 
 def forward_backward(worker: Worker) -> tuple[torch.Tensor, float]:
@@ -244,17 +299,19 @@ def forward_backward(worker: Worker) -> tuple[torch.Tensor, float]:
     Every learned target of the step weighs the same, on whichever rank and in whichever micro-batch it is.
     """
     c = worker.config
-    idx, targets = worker.loader.step(worker.progress.position)
+    with torch.profiler.record_function("data"):
+        idx, targets = worker.loader.step(worker.progress.position)
     count = float(c.total_batch_size)
     if worker.loader.rows.masks:
         count = max(all_reduce(worker, [(targets >= 0).sum().item()])[0], 1.0)
     loss_sum = torch.zeros((), device=worker.device)
-    micro_batches = zip(idx.split(c.device_batch_size), targets.split(c.device_batch_size), strict=True)
+    parts = math.ceil(len(idx) / c.device_batch_size)
+    micro_batches = zip(idx.tensor_split(parts), targets.tensor_split(parts), strict=True)
     for x, y in micro_batches:
         x, y = x.to(worker.device, non_blocking=True), y.to(worker.device, non_blocking=True)
-        losses = worker.forward(x, y, loss_reduction="none").sum()
-        (losses * (worker.world_size / count)).backward()  # the optimizer takes the mean over ranks
-        loss_sum += losses.detach()
+        loss = worker.model(x, y, loss_reduction="sum")
+        (loss * (worker.world_size / count)).backward()  # the optimizer takes the mean over ranks
+        loss_sum += loss.detach()
     return loss_sum, count
 
 
@@ -283,9 +340,10 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def save(worker: Worker) -> None:
+def start_save(worker: Worker, log: MetricsLog | None) -> None:
+    """Begin a checkpoint of where the run stands; it is written while training goes on."""
     c, progress = worker.config, worker.progress
-    if not all(p.isfinite().all() for p in worker.model.parameters()):
+    if not all(p.sum().isfinite() for p in worker.model.parameters()):
         raise Diverged(f"weights are not finite after step {progress.step}: look at the data, or lower the rates")
     meta = {
         "stage": c.stage,
@@ -295,12 +353,19 @@ def save(worker: Worker) -> None:
         "lrs": c.lrs,
         "total_batch_size": c.total_batch_size,
     }
-    checkpoint.save_checkpoint(c.run_dir, progress.step, worker.model, worker.optimizer, worker.tokenizer, meta)
-    if worker.rank == 0:
-        checkpoint.prune(c.run_dir)
+    worker.writer.start(progress.step, worker.model, worker.optimizer, meta, log.flush if log else None)
 
 
-def write_samples(worker: Worker) -> None:
+def finish_save(worker: Worker, monitor) -> str | None:
+    """End the checkpoint that was begun, if any. Returns why it could not be written, or None, alike on every rank."""
+    error = worker.writer.finish()
+    if error and worker.rank == 0:
+        monitor.say.remote(f"checkpoint: step {worker.writer.meta['step']} is not saved: {error}")
+    return error
+
+
+@torch.compiler.set_stance("force_eager")  # every prompt and every token would be another shape to compile
+def write_samples(worker: Worker, monitor) -> None:
     """Greedy continuations into samples.md, the newest last."""
     engine = Engine(worker.model, worker.tokenizer)
     completions = engine.generate(worker.config.prompts, SamplingParams(max_tokens=24, temperature=0.0))
@@ -311,4 +376,7 @@ def write_samples(worker: Worker) -> None:
     uri = storage.join(worker.config.run_dir, "samples.md")
     before = storage.read_text(uri) if storage.exists(uri) and worker.progress.step else ""
     before = before.partition(lines[0] + "\n")[0]  # a resumed run writes these again
-    storage.write_bytes(uri, (before + "\n".join(lines) + "\n\n").encode())
+    try:
+        storage.write_bytes(uri, (before + "\n".join(lines) + "\n\n").encode())
+    except OSError as error:  # no reason to end a run
+        monitor.say.remote(f"samples of step {worker.progress.step} are not written: {error}")

@@ -1,10 +1,12 @@
 """What a run measures and where it goes: metrics.jsonl, W&B, MFU, memory, bits per byte."""
 
+import errno
 import json
 import math
 import os
 import resource
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Iterable
@@ -94,28 +96,60 @@ def bits_per_byte(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor
 class MetricsLog:
     """Appends to metrics.jsonl and W&B. A resumed run drops the lines its lost steps had written.
 
-    An object store can't append, so there the file is kept locally and put whole at every flush.
+    A full disk does not end a run: what it refuses is kept for later. An object store can't append, so there the file
+    is kept here and put whole at every flush.
     """
 
     def __init__(self, run_dir: str, config: dict, step: int):
         self.uri = storage.join(run_dir, "metrics.jsonl")
-        self.lines = [line for line in read_metrics(run_dir) if line["step"] <= step] if step else []
-        self.flush()
+        kept = [line for line in read_metrics(run_dir) if line["step"] <= step] if step else []
+        self.lines = [(json.dumps(line) + "\n").encode() for line in kept]
+        storage.write_bytes(self.uri, b"".join(self.lines))
+        # Held open: what a worker left over from an earlier start still writes goes to the file that this one replaced.
+        self.file = None if storage.is_remote(self.uri) else os.open(self.uri, os.O_WRONLY | os.O_APPEND)
+        self.unwritten = b""
+        self.lock = threading.Lock()  # flush comes from the thread that writes checkpoints
         self.wandb = _start_wandb(run_dir, config)
 
     def log(self, metrics: dict) -> None:
-        self.lines.append(metrics)
-        if not storage.is_remote(self.uri):
-            with open(self.uri, "a", encoding="utf-8") as f:
-                f.write(json.dumps(metrics) + "\n")
+        line = (json.dumps(metrics) + "\n").encode()
+        with self.lock:
+            if self.file is None:
+                self.lines.append(line)
+            else:
+                self.unwritten += line
+                self._append()
         self.wandb.log(metrics, step=metrics["step"])
 
+    def _append(self) -> None:
+        try:
+            while self.unwritten:  # a disk that becomes full takes a part
+                self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+
     def flush(self) -> None:
-        storage.write_bytes(self.uri, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        """Make sure of all lines so far, as who resumes from a checkpoint needs them. Raises OSError on a full disk."""
+        if self.file is None:
+            with self.lock:
+                content = b"".join(self.lines)
+            storage.write_bytes(self.uri, content)
+            return
+        with self.lock:
+            self._append()
+            if self.unwritten:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.uri)
+        os.fsync(self.file)
 
     def close(self) -> None:
-        self.flush()
-        self.wandb.finish()
+        """Raises OSError when the disk is full still."""
+        try:
+            self.flush()
+        finally:
+            self.wandb.finish()
+            if self.file is not None:
+                os.close(self.file)
 
 
 def read_metrics(run_dir: str) -> list[dict]:

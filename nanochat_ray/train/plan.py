@@ -2,12 +2,19 @@
 
 from dataclasses import dataclass
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from nanochat_ray.model.attention import BLOCK
+from nanochat_ray.model.gpt import GPTConfig
+from nanochat_ray.model.loss import CHUNK_LOGITS
 from nanochat_ray.model.scaling import RunPlan, plan_run
-from nanochat_ray.train.launch import MAX_TOKENS_PER_GPU
-from nanochat_ray.train.metrics import gpu_peak_flops
+from nanochat_ray.train.checkpoint import compute_dtype
+from nanochat_ray.train.launch import MAX_TOKENS_PER_CPU, MAX_TOKENS_PER_GPU
+from nanochat_ray.train.metrics import gpu_peak_flops, peak_flops
+
+PROCESS_BYTES = 900 * 2**20  # Python, torch, Ray and what compiling leaves behind
 
 
 @dataclass
@@ -15,9 +22,11 @@ class PlanOptions:
     depth: int = 24
     """The dial: layers of the Transformer."""
     gpus: int = 8
-    """How many GPUs train."""
+    """How many GPUs train; 0 for one worker on this machine's CPUs."""
     gpu: str = "H100"
     """Their kind, for the peak FLOP/s: H100, H200, B200, A100, L40S, L4, A10G, 4090, …"""
+    dtype: str | None = None
+    """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
     mfu: float = 0.5
     """Share of the peak that training reaches."""
     dollars_per_gpu_hour: float = 3.0
@@ -35,7 +44,7 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Prediction:
-    memory: dict[str, float]  # bytes per GPU, by part
+    memory: dict[str, float]  # bytes per worker, by part
     seconds: float
     dollars: float
 
@@ -51,11 +60,15 @@ def run(options: PlanOptions) -> Prediction:
         window_pattern=options.window_pattern,
         target_flops=options.target_flops,
     )
-    rows = options.device_batch_size or max(1, MAX_TOKENS_PER_GPU // options.sequence_len)
-    rows = min(rows, max(1, plan.total_batch_size // (options.sequence_len * options.gpus)))
-    seconds = plan.total_flops / (options.gpus * gpu_peak_flops(options.gpu) * options.mfu)
+    workers = max(1, options.gpus)
+    most = MAX_TOKENS_PER_GPU if options.gpus else MAX_TOKENS_PER_CPU
+    rows = options.device_batch_size or max(1, most // options.sequence_len)
+    rows = min(rows, max(1, plan.total_batch_size // (options.sequence_len * workers)))
+    dtype = torch.bfloat16 if options.gpus and options.dtype is None else compute_dtype(options.dtype, "cpu")
+    peak = gpu_peak_flops(options.gpu) if options.gpus else peak_flops(torch.device("cpu"), dtype)
+    seconds = plan.total_flops / (workers * peak * options.mfu)
     prediction = Prediction(
-        memory=predict_memory(plan, options.gpus, rows),
+        memory=predict_memory(plan, workers, rows, not options.gpus, dtype),
         seconds=seconds,
         dollars=seconds / 3600 * options.gpus * options.dollars_per_gpu_hour,
     )
@@ -63,23 +76,36 @@ def run(options: PlanOptions) -> Prediction:
     return prediction
 
 
-def predict_memory(plan: RunPlan, world_size: int, rows: int) -> dict[str, float]:
-    """Bytes per GPU by part, training in bf16 with rows of T tokens in each forward pass.
+def predict_memory(plan: RunPlan, world_size: int, rows: int, on_cpu: bool, dtype: torch.dtype) -> dict[str, float]:
+    """Peak bytes of a worker by part, with rows of T tokens in each forward pass; on a CPU of the whole process.
 
-    Activations count what autograd keeps of a compiled layer: about 20 numbers a channel (residual, norms, q, k, v
-    before and after rotation, attention's output, and the MLP's two hidden layers of 4 each).
+    Activations count what autograd keeps of a compiled block, and the gradients of one block, as numbers a channel:
+    on a GPU about 20 are kept (residual, norms, q, k, v before and after rotation, attention's output, the MLP's two
+    hidden layers of 4 each). On a CPU also attention's weights, for the blocks of keys that a query's block sees, and
+    copies that its matmuls take, and a tenth more for gaps between blocks of memory.
     """
-    counts, tokens = plan.param_counts, rows * plan.config.sequence_len
+    counts, tokens, size = plan.param_counts, rows * plan.config.sequence_len, dtype.itemsize
     embeddings = counts["wte"] + counts["value_embeds"]
     masters = counts["total"] - embeddings
     adamw = counts["total"] - counts["transformer_matrices"]
+    chunk = min(CHUNK_LOGITS, tokens * plan.config.vocab_size)
+    stack = 4 * plan.depth * plan.n_embd**2  # the largest that Muon updates at once, the MLPs' matrices
+    kept = [20 + on_cpu * (6 + 1.3 * seen / plan.head_dim) for seen in visible_keys(plan.config)]
     return {
-        "weights": 4 * masters + 2 * embeddings,
-        "gradients": 4 * masters + 2 * embeddings,
+        "weights": 4 * masters + size * embeddings,
+        "gradients": 4 * masters + size * embeddings,
         "optimizer shard": (4 * counts["transformer_matrices"] + 8 * adamw) / world_size,
-        "activations": 2 * 20 * plan.n_embd * plan.depth * tokens,
-        "logits": (2 + 4 + 4) * plan.config.vocab_size * tokens,  # bf16, their fp32 softcap, and its gradient
+        "optimizer's copies": 32 * stack / world_size,
+        "activations": (1.1 if on_cpu else 1) * size * plan.n_embd * tokens * (sum(kept) + 50),
+        "logits": size * chunk + (size + 4) * counts["lm_head"],  # of a chunk, with the head's gradient beside it
+        "process": PROCESS_BYTES if on_cpu else 0,
     }
+
+
+def visible_keys(config: GPTConfig) -> list[float]:
+    """By layer, the mean number of keys that a query's block of the CPU's attention computes with."""
+    T = config.sequence_len
+    return [(T + BLOCK) / 2 if window >= T else min(window + BLOCK, T) for window in config.window_sizes]
 
 
 def _print(plan: RunPlan, options: PlanOptions, rows: int, prediction: Prediction) -> None:
@@ -101,14 +127,13 @@ def _print(plan: RunPlan, options: PlanOptions, rows: int, prediction: Predictio
     total = sum(prediction.memory.values())
     memory = {name: f"{size / 2**30:.1f} GiB" for name, size in [*prediction.memory.items(), ("total", total)]}
     hours = prediction.seconds / 3600
-    outlook = {
-        "time": f"{prediction.seconds:,.0f} s ({hours:.2f} h) at {options.mfu:.0%} MFU",
-        "cost": f"${prediction.dollars:,.0f} at ${options.dollars_per_gpu_hour:g} a GPU hour",
-    }
+    outlook = {"time": f"{prediction.seconds:,.0f} s ({hours:.2f} h) at {options.mfu:.0%} MFU"}
+    if options.gpus:
+        outlook["cost"] = f"${prediction.dollars:,.0f} at ${options.dollars_per_gpu_hour:g} a GPU hour"
     for title, values in {
         f"depth {plan.depth}": sizes,
-        f"memory per GPU, {rows} rows a forward pass": memory,
-        f"{options.gpus} × {options.gpu}": outlook,
+        f"memory per worker, {rows} rows a forward pass": memory,
+        f"{options.gpus} × {options.gpu}" if options.gpus else "this machine's CPUs": outlook,
     }.items():
         table = Table(title=title, show_header=False, title_justify="left", min_width=60)
         for name, value in values.items():

@@ -37,9 +37,10 @@ class PretrainOptions:
     total_batch_size: int | None = None
     """Tokens in a step, over all workers; the default follows from depth and ratio."""
     device_batch_size: int | None = None
-    """Rows in one forward pass of a worker; the default is what fits."""
+    """Most rows in one forward pass of a worker; the default is what fits."""
     workers: int | None = None
-    """Training workers; the default is every GPU of the cluster, else one on all CPUs."""
+    """Most training workers; the default is every GPU of the cluster, else one on all CPUs. While a node is lost, the
+    run goes on with fewer."""
     eval_every: int = 250
     """Steps between measurements of val/bpb; 0 for the end alone."""
     eval_tokens: int = 10_485_760
@@ -51,7 +52,12 @@ class PretrainOptions:
     dtype: str | None = None
     """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
     compile: bool | None = None
-    """torch.compile; the default is on for GPUs and bf16, off for fp32 on CPUs, where it does not pay."""
+    """torch.compile, a minute at the start for steps a third shorter; the default is on, on CPUs if they have a C++
+    compiler."""
+    recompute: bool = False
+    """Activation checkpointing: for depths that don't fit; a third more work."""
+    fp8: bool = False
+    """Matmuls of the blocks in float8, on Hopper GPUs and later, with torchao (the extra `gpu`)."""
     seed: int = 42
     """Of the weights and of the order of rows."""
 
@@ -93,6 +99,8 @@ def run(options: PretrainOptions) -> TrainResult:
         prompts=[[tokenizer.bos_id, *tokenizer.encode(text)] for text in SAMPLE_PROMPTS],
         dtype=options.dtype,
         compile=options.compile,
+        recompute=options.recompute,
+        fp8=options.fp8,
     )
     return train(config, options.workers)
 

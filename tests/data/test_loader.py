@@ -45,10 +45,12 @@ def test_every_world_size_sees_the_same_rows(folder, position):
     alone = Loader(rows, 12).step(position)
     assert alone[0].dtype == alone[1].dtype == torch.int64
     assert alone[0].shape == alone[1].shape == (12, T)
-    for world_size in (2, 3, 12):
+    for world_size in (2, 3, 5, 7, 12):
         ranks = [Loader(rows, 12, rank, world_size).step(position) for rank in range(world_size)]
         assert torch.equal(torch.cat([idx for idx, _ in ranks]), alone[0])
         assert torch.equal(torch.cat([targets for _, targets in ranks]), alone[1])
+        shares = [len(idx) for idx, _ in ranks]
+        assert max(shares) - min(shares) == (12 % world_size > 0)
     assert torch.equal(alone[0] + 1, alone[1])
 
 
@@ -103,8 +105,8 @@ def test_evaluation_is_the_same_rows_every_time(folder):
 
 
 def test_what_is_wrong_is_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="10 rows a step can't be shared equally by 3 workers"):
-        Loader(Rows(str(folder)), 10, 0, 3)
+    with pytest.raises(ValueError, match="3 rows a step are too few for 4 workers"):
+        Loader(Rows(str(folder)), 3, 0, 4)
     with pytest.raises(FileNotFoundError, match=r"no rows_\*\.arrow"):
         Rows(str(tmp_path / "nowhere"))
     empty = tmp_path / "empty"

@@ -6,6 +6,7 @@ import pydoc_data.topics
 import pytest
 
 from nanochat_ray.data import prepare
+from nanochat_ray.train import pretrain
 from nanochat_ray.train.pretrain import PretrainOptions
 
 
@@ -39,7 +40,16 @@ def tiny(rows):
             "save_every": 8,
             "sample_every": 0,
             "dtype": "float32",
+            "compile": False,
         }
         return PretrainOptions(**defaults | changes)
 
     return options
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tiny, tmp_path_factory):
+    """The result of a run to which nothing happened."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_RAY_HOME", str(tmp_path_factory.mktemp("home")))
+        return pretrain.run(tiny(run="whole"))

@@ -22,3 +22,14 @@ def test_more_gpus_hold_less_of_the_optimizer_each():
 def test_an_unknown_gpu_is_named():
     with pytest.raises(ValueError, match="Abacus"):
         run(PlanOptions(gpu="Abacus"))
+
+
+def test_a_plan_for_this_machines_cpus(capsys):
+    shape = {"depth": 4, "head_dim": 64, "window_pattern": "L", "sequence_len": 512, "vocab_size": 8192}
+    full = run(PlanOptions(gpus=0, device_batch_size=32, dtype="bfloat16", **shape))
+    shown = capsys.readouterr().out
+    assert "this machine's CPUs" in shown and "32 rows" in shown and "cost" not in shown
+    assert 2.2e9 < sum(full.memory.values()) < 3.4e9  # benchmarks/train.py measured 2.8e9
+    wider = run(PlanOptions(gpus=0, device_batch_size=32, dtype="bfloat16", **shape | {"vocab_size": 65536}))
+    assert wider.memory["activations"] == full.memory["activations"]
+    assert wider.memory["logits"] - full.memory["logits"] < 0.5e9

@@ -1,0 +1,182 @@
+"""Runs that lose a worker, a node, their driver, their newest checkpoint, their disk or their mind."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+
+import psutil
+import pytest
+from runs import assert_every_row_once, assert_same_weights, kept, losses, steps
+from safetensors.torch import load_file, save_file
+
+from nanochat_ray import storage
+from nanochat_ray.train import checkpoint, launch, pretrain
+
+pytestmark = pytest.mark.slow
+
+
+def wait_until(condition, process=None) -> None:
+    """A run that never gets there fails by the test's timeout, one that ends by what the test then looks at."""
+    while not condition() and (process is None or process.poll() is None):
+        time.sleep(0.02)
+
+
+def train_workers(driver: psutil.Process) -> list[psutil.Process]:
+    """Those of this driver's Ray, and no other."""
+    return [p for p in driver.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+def test_a_killed_worker_is_replaced_and_the_end_is_bit_identical(uninterrupted, tiny, nanochat_ray_home):
+    run_dir, killed = nanochat_ray_home / "runs" / "killed", []
+
+    def kill_at(step):
+        wait_until(lambda: max(losses(run_dir), default=0) >= step)
+        for process in train_workers(psutil.Process()):
+            process.kill()
+            killed.append(process.pid)
+
+    thread = threading.Thread(target=kill_at, args=[random.randint(9, 19)])
+    thread.start()
+    result = pretrain.run(tiny(run="killed"))
+    thread.join()
+    assert killed
+    assert_same_weights(run_dir, uninterrupted.run_dir)
+    assert_every_row_once(run_dir, 20, 8)
+    assert losses(run_dir) == losses(uninterrupted.run_dir)
+    assert result.val_bpb == uninterrupted.val_bpb
+
+
+def test_a_killed_driver_a_sigterm_and_a_damaged_checkpoint(uninterrupted, tiny, nanochat_ray_home, tmp_path, capsys):
+    """The same command goes on each time, and the end is that of a run to which nothing happened."""
+    options = {k: v for k, v in asdict(tiny(run="driver")).items() if v != getattr(pretrain.PretrainOptions, k)}
+    flags = [str(part) for k, v in options.items() for part in (f"--{k.replace('_', '-')}", v)]
+    command = [sys.executable, "-m", "nanochat_ray.cli", "pretrain", *flags]  # with a Ray of its own
+    environment = os.environ | {"WANDB_MODE": "disabled"}
+    run_dir = nanochat_ray_home / "runs" / "driver"
+
+    def start(name):
+        with open(tmp_path / name, "w") as out:
+            return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+
+    first = start("first")
+    wait_until(lambda: max(losses(run_dir), default=0) >= 9 and "step_000008" in kept(run_dir), first)
+    assert first.poll() is None, (tmp_path / "first").read_text()
+    workers = train_workers(psutil.Process(first.pid))
+    first.kill()
+    first.wait()
+
+    second = start("second")
+    try:
+        wait_until(lambda: "going on from step 8" in (tmp_path / "second").read_text(), second)
+        wait_until(lambda: max(losses(run_dir), default=0) >= 11, second)
+        second.send_signal(signal.SIGTERM)
+        second.wait(timeout=60)
+    finally:
+        second.kill()
+    said = (tmp_path / "second").read_text()
+    assert second.returncode == 130, said
+    assert "stopping after this step" in said
+    assert workers and not psutil.wait_procs(workers, timeout=0)[1]  # none of the first driver's was left to write
+    newest = Path(checkpoint.latest_checkpoint(str(run_dir)))
+    stopped_at = checkpoint.read_meta(str(newest))["step"]
+    assert 11 <= stopped_at < 20
+    assert f"stopped at step {stopped_at}" in said
+    assert_every_row_once(run_dir, stopped_at, 8)
+
+    with open(newest / "optimizer_00000.safetensors", "r+b") as f:
+        f.truncate(1000)
+    pretrain.run(tiny(run="driver"))
+    said = capsys.readouterr().out
+    assert re.search(rf"skipped a damaged one: .*{newest.name}/optimizer_00000\.safetensors", said)
+    assert "going on from step 8" in said
+    assert_same_weights(run_dir, uninterrupted.run_dir)
+    assert_every_row_once(run_dir, 20, 8)
+    assert kept(run_dir) == ["step_000016", "step_000020"]  # the damaged one is gone
+
+
+@pytest.fixture
+def small_disk(nanochat_ray_home, uninterrupted):
+    """A run folder on a disk of its own, with room for one checkpoint and a half."""
+    folder = nanochat_ray_home / "runs" / "small"
+    folder.mkdir(parents=True)
+    size = sum(file.stat().st_size for file in Path(uninterrupted.checkpoint).iterdir())
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}", "tmpfs", folder])
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_costs_checkpoints_but_not_the_run(small_disk, uninterrupted, tiny, capsys):
+    with pytest.raises(ValueError, match=r"step 20 could not be saved: .*No space left on device.* MB free") as failed:
+        pretrain.run(tiny(run="small"))
+    assert f"{small_disk}: " in str(failed.value)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "step 16 is not saved" in line]
+    assert len(lines) == 1 and "No space left on device" in lines[0]
+    assert kept(small_disk) == ["step_000008"]
+    assert_every_row_once(small_disk, 20, 8)
+    subprocess.run(["mount", "-o", "remount,size=1g", small_disk], check=True)
+    pretrain.run(tiny(run="small"))
+    assert "going on from step 8" in capsys.readouterr().out
+    assert_every_row_once(small_disk, 20, 8)
+    assert_same_weights(small_disk, uninterrupted.run_dir)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(uninterrupted, tiny, nanochat_ray_home):
+    """Weights turned to NaN between two starts stand in for a divergence."""
+    run_dir = nanochat_ray_home / "runs" / "diverged"
+    run_dir.parent.mkdir(parents=True)
+    shutil.copytree(uninterrupted.run_dir, run_dir)
+    shutil.rmtree(run_dir / "checkpoints" / "step_000020")
+    folder = run_dir / "checkpoints" / "step_000016"
+    broken = load_file(folder / "model.safetensors")
+    broken["lm_head.weight"].fill_(float("nan"))
+    meta = checkpoint.read_meta(str(folder))
+    save_file(broken, folder / "model.safetensors")
+    file = folder / "model.safetensors"
+    meta["files"]["model.safetensors"] = {"size": file.stat().st_size, "sha256": checkpoint._sha256(file)}
+    storage.write_json(str(folder / "meta.json"), meta)
+    with pytest.raises(ValueError, match="the loss is nan at step 16"):
+        pretrain.run(tiny(run="diverged"))
+    assert checkpoint.latest_checkpoint(str(run_dir)).endswith("step_000016")
+
+
+def test_a_hopeless_loss_stops_the_run_and_keeps_the_last_checkpoint(tiny, monkeypatch, nanochat_ray_home):
+    monkeypatch.setattr(pretrain, "train", lambda config, workers: config)
+    config = pretrain.run(tiny(run="hopeless", num_iterations=60, save_every=35, eval_every=0))
+    too_high = {name: 300 * lr for name, lr in config.lrs.items()}
+    with pytest.raises(ValueError, match=r"the loss is \d+\.\d+ at step 4\d, and guessing blindly would cost 8\.32"):
+        launch.train(replace(config, lrs=too_high), None)
+    assert kept(config.run_dir) == ["step_000035"]
+    assert len(steps(config.run_dir)) < 60
+
+
+def test_a_run_outlives_a_node_grows_back_and_saves_before_a_node_is_drained(tiny, nanochat_ray_home):
+    """Seven rows a step, which two workers share unevenly."""
+    options = tiny(run="node", workers=2, total_batch_size=7 * 64, num_iterations=300, eval_every=0, save_every=10)
+    script = str(Path(__file__).with_name("lose_a_node.py"))
+    environment = os.environ | {"WANDB_MODE": "disabled"}
+    result = subprocess.run(
+        [sys.executable, script, json.dumps(asdict(options))],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr
+    run_dir = nanochat_ray_home / "runs" / "node"
+    assert_every_row_once(run_dir, 300, 7)
+    assert [size for size, _ in groupby(line["train/world_size"] for line in steps(run_dir))] == [2, 1, 2]
+    before_growing, before_draining = map(int, re.findall(r"step (\d+) is saved, as workers", result.stdout))
+    shrunk, grown = map(int, re.findall(r"going on from step (\d+), workers: [12]", result.stdout))
+    assert 10 <= shrunk < before_growing <= grown < before_draining

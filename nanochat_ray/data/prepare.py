@@ -4,7 +4,9 @@ import math
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,7 +21,7 @@ from nanochat_ray.data.loader import write_rows
 from nanochat_ray.data.packing import pack_documents
 from nanochat_ray.data.tokenizer import Tokenizer, compression, train
 
-CHUNK_CHARS = 1_000_000  # encoded at a time: enough for the threads, little to hold as Python integers
+CHUNK_CHARS = 200_000  # encoded by one thread at a time: long beside a switch of threads, short beside a shard
 COMPRESSION_SAMPLE = 1_000  # validation documents
 
 
@@ -148,9 +150,8 @@ def _begin(rows_uri: str, source: sources.Source, inputs: dict) -> list[Job]:
 
 def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int) -> None:
     """One Ray task a shard. Only counts come back: tokens go from the task to the file, past the object store."""
-    # Twice as many threads as cores: a lone shard uses them all, and the last ones do not leave them idle.
-    num_threads = math.ceil(2 * ray.cluster_resources()["CPU"] / len(jobs))
-    constants = {"jobs": jobs, "tokenizer": tokenizer, "row_len": row_len, "num_threads": num_threads}
+    cpus = ray.cluster_resources()["CPU"]
+    constants = {"jobs": jobs, "tokenizer": tokenizer, "row_len": row_len, "cpus": cpus}
     start, tokens = time.monotonic(), 0
     indices = ray.data.from_items(list(range(len(jobs))), override_num_blocks=len(jobs))
     results = indices.map(_run_job, fn_kwargs=constants, num_cpus=1).iter_rows()
@@ -162,10 +163,12 @@ def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int)
         print(f"prepare: {done}/{num_all} shards, {tokens:,} tokens, {speed:,.0f} tokens/s", flush=True)
 
 
-def _run_job(row: dict, *, jobs: list[Job], **constants) -> dict:
+def _run_job(row: dict, *, jobs: list[Job], cpus: float, **constants) -> dict:
     """What is wrong with a file is returned, not raised: Ray would wrap one clear line in pages of its own trace."""
+    # The last shards share the cores that have no shard of their own; twice as many threads, as some end early.
+    num_threads = math.ceil(2 * cpus / (len(jobs) - row["item"]))
     try:
-        counts = write_shard(jobs[row["item"]], **constants)
+        counts = write_shard(jobs[row["item"]], num_threads=num_threads, **constants)
     except ValueError as error:
         return {"tokens": 0, "error": str(error)}
     return {"tokens": counts["tokens"] + counts["cropped_tokens"] + counts["dropped_tokens"], "error": ""}
@@ -173,13 +176,10 @@ def _run_job(row: dict, *, jobs: list[Job], **constants) -> dict:
 
 def write_shard(job: Job, *, tokenizer: Tokenizer, row_len: int, num_threads: int) -> dict:
     """Tokenize and pack one shard into its row file. Holds the tokens of the shard, its text only by chunks."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    num_threads = min(num_threads, os.cpu_count())
     documents, num_bytes = [], 0
-    for chunk in _chunks(sources.read_documents(job.shard)):
-        num_bytes += sum(len(text.encode(errors="replace")) for text in chunk)
-        for ids in tokenizer.encode_batch(chunk, num_threads):
-            documents.append(np.array([tokenizer.bos_id, *ids], dtype=dtype))
+    for encoded, size in _encode(_chunks(sources.read_documents(job.shard)), tokenizer, num_threads):
+        documents += encoded
+        num_bytes += size
     rows, tokens = pack_documents(documents, row_len)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "rows.arrow"
@@ -207,6 +207,29 @@ def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
             chunk, chars = [], 0
     if chunk:
         yield chunk
+
+
+def _encode(
+    chunks: Iterator[list[str]], tokenizer: Tokenizer, num_threads: int
+) -> Iterator[tuple[list[np.ndarray], int]]:
+    """For each chunk, in order: its documents' tokens, bos first, and how many bytes its text has."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    bos = np.array([tokenizer.bos_id], dtype=dtype)
+
+    def encode(chunk: list[str]) -> tuple[list[np.ndarray], int]:
+        ids = map(tokenizer.encode_to_numpy, chunk)
+        documents = [np.concatenate((bos, document), dtype=dtype, casting="unsafe") for document in ids]
+        return documents, sum(len(text.encode()) for text in chunk)
+
+    num_threads = min(num_threads, os.cpu_count())
+    waiting = deque()
+    with ThreadPoolExecutor(num_threads) as pool:
+        for chunk in chunks:
+            waiting.append(pool.submit(encode, chunk))
+            if len(waiting) > 2 * num_threads:  # Executor.map would read the whole shard ahead
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _collect(jobs: list[Job], row_len: int, name: str) -> dict:

@@ -117,6 +117,14 @@ class Tokenizer:
             return self._encoding.encode_ordinary(text)
         return [token for piece in _pieces(text) for token in self._encoding.encode_ordinary(piece)]
 
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """The ids of `encode` as uint32 (n,): threads don't wait for each other to make a Python integer per token.
+
+        Raises UnicodeEncodeError where the text has half a surrogate pair.
+        """
+        pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+        return np.concatenate(pieces)
+
     def encode_batch(self, texts: Sequence[str], num_threads: int = 8) -> list[list[int]]:
         """Token ids of each text, in order."""
         if num_threads > 1 and max(map(len, texts), default=0) <= PIECE_CHARS:

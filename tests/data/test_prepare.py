@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from nanochat_ray.data import sources
+from nanochat_ray.data import prepare, sources
 from nanochat_ray.data.loader import Rows
+from nanochat_ray.data.packing import pack_documents
 from nanochat_ray.data.prepare import Job, PrepareOptions, run, write_shard
-from nanochat_ray.data.tokenizer import Tokenizer, train
+from nanochat_ray.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train
 
 
 def make_source(folder: Path, shards: int, documents: int, words: int = 40) -> list[str]:
@@ -109,14 +110,30 @@ def test_what_is_wrong_is_one_line(ray_session, tmp_path):
     assert not list((tmp_path / "home" / "rows").rglob("manifest.json"))
 
 
-def test_threads_do_not_change_rows(tmp_path):
-    make_source(tmp_path / "words", shards=1, documents=600)
-    tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
-    shard = sources.resolve(str(tmp_path / "words")).train[0]
-    for threads in (1, 4):
-        job = Job(shard, "train", str(tmp_path / f"threads_{threads}" / "rows_00000.arrow"))
-        write_shard(job, tokenizer=tokenizer, row_len=65, num_threads=threads)
-    assert row_files(str(tmp_path / "threads_1")) == row_files(str(tmp_path / "threads_4"))
+@pytest.mark.parametrize("num_threads", [1, 4])
+def test_rows_are_the_packed_documents(tmp_path, monkeypatch, num_threads):
+    texts = make_source(tmp_path / "words", shards=1, documents=300)
+    texts += [f"{texts[0]} {SPECIAL_TOKENS[0]} is plain text", "Zürich 北京 🙂", " " * 1000 + "x", texts[1] * 3000, "a"]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "words.parquet")
+    tokenizer = train(texts[:300], 300)
+    monkeypatch.setattr(prepare, "CHUNK_CHARS", 3_000)  # many chunks, which must not change places
+    job = Job(sources.Shard(str(tmp_path / "words.parquet"), "text"), "train", str(tmp_path / "rows_00000.arrow"))
+    counts = write_shard(job, tokenizer=tokenizer, row_len=65, num_threads=num_threads)
+
+    documents = [np.array([tokenizer.bos_id, *tokenizer.encode(text)], dtype=np.uint16) for text in texts]
+    expected, tokens = pack_documents(documents, 65)
+    rows = Rows(str(tmp_path))
+    assert rows.tokens[0].dtype == np.uint16
+    assert (rows.tokens[0] == expected).all()
+    assert json.loads(Path(job.counts_uri).read_text()) == counts
+    assert counts == {
+        "rows": len(expected),
+        "tokens": tokens.used,
+        "cropped_tokens": tokens.cropped,
+        "dropped_tokens": tokens.dropped,
+        "documents": len(texts),
+        "bytes": sum(len(text.encode()) for text in texts),
+    }
 
 
 DRIVER = """

@@ -5,9 +5,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from typing import Annotated
 
 import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, subcommand
 
 
 def prepare(args: list[str]) -> None:
@@ -33,22 +34,46 @@ def pretrain(args: list[str]) -> None:
 def sft(args: list[str]) -> None:
     """a base model and conversations -> a chat model"""
     from nanochat_ray.data import sources
-    from nanochat_ray.evals.tasks import offline_mixture
+    from nanochat_ray.evals.tasks import MixtureOptions, hub_mixture, offline_mixture
+    from nanochat_ray.train.checkpoint import resolve_checkpoint
     from nanochat_ray.train.sft import SftOptions, run
 
-    options = parse("sft", SftOptions, args)
-    start_ray()
-    pydocs = [shard.uri for shard in sources.resolve("pydocs").train]
-    result = run(options, offline_mixture("train", pydocs), offline_mixture("val", pydocs))
+    @dataclass
+    class Options(MixtureOptions, SftOptions):
+        pass
+
+    options = parse("sft", Options, args)
+    resolve_checkpoint(options.checkpoint)  # a wrong one is known before anything is downloaded
+    if options.mixture == "hub":
+        conversations = [hub_mixture(split, options) for split in ("train", "val")]
+        start_ray()
+    else:
+        start_ray()
+        pydocs = [shard.uri for shard in sources.resolve("pydocs").train]
+        conversations = [offline_mixture(split, pydocs) for split in ("train", "val")]
+    result = run(options, *conversations)
     print(f"val/bpb    {result.val_bpb:.4f} over the assistant's tokens\ncheckpoint {result.checkpoint}")
 
 
 def evaluate(args: list[str]) -> None:
-    """a checkpoint -> its bits per byte"""
-    from nanochat_ray.evals.bpb import BpbOptions, run
+    """a checkpoint -> its bits per byte (eval bpb), CORE score (eval core), or ChatCORE score (eval chat)"""
+    from nanochat_ray.evals import bpb, chat, core
 
-    options = parse("eval", BpbOptions, args)
-    print(f"val/bpb    {run(options):.6f}")
+    kinds = (
+        Annotated[bpb.BpbOptions, subcommand("bpb", description="bits per byte of validation text")]
+        | Annotated[core.CoreOptions, subcommand("core", description="accuracy over few-shot tasks")]
+        | Annotated[chat.ChatCoreOptions, subcommand("chat", description="accuracy of a chat model's answers")]
+    )
+    options = parse("eval", kinds, args)
+    if isinstance(options, bpb.BpbOptions):
+        print(f"val/bpb    {bpb.run(options):.6f}")
+        return
+    if isinstance(options, chat.ChatCoreOptions):
+        print(chat.run(options).table())
+        return
+    if options.actors:
+        start_ray()
+    print(f"CORE       {core.run(options).core_metric:.6f}")
 
 
 def plan(args: list[str]) -> None:

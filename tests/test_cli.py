@@ -28,6 +28,7 @@ def test_help_names_every_stage_and_option():
         (["prepare", "--source", "{tmp}/missing"], "missing"),
         (["prepare", "--source", "{tmp}/bad"], "bad.parquet"),
         (["pretrain"], "nanochat-ray prepare"),
+        (["eval", "core", "--checkpoint", "{tmp}/missing", "--bundle", "{tmp}"], "missing"),
         (["chat", "--checkpoint", "{tmp}/missing"], "missing"),
         (["plan", "--gpu", "Abacus"], "Abacus"),
     ],

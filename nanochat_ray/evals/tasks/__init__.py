@@ -1,9 +1,60 @@
 """What a model is taught and asked: each task has conversations(...) and judge(conversation, answer_text) -> bool."""
 
+import sys
+from dataclasses import dataclass
+from functools import partial
 from random import Random
+from typing import Literal
 
-from nanochat_ray.evals.tasks import arithmetic, pydocs, spelling
+from nanochat_ray.evals.tasks import arc, arithmetic, gsm8k, mmlu, pydocs, smoltalk, spelling
 from nanochat_ray.evals.tasks.common import VAL_EVERY
+
+
+@dataclass
+class MixtureOptions:
+    mixture: Literal["hub", "offline"] = "hub"
+    """hub: SmolTalk, MMLU and GSM8K. offline: docstrings, arithmetic and spelling, which need no network."""
+    datasets_dir: str | None = None
+    """Folder with the Hub's layout (openai/gsm8k/…) to read datasets from; without it they come from the Hub."""
+    smoltalk_epochs: int = 1
+    """How many times SmolTalk is in the hub mixture; 0 leaves it out, here as below."""
+    mmlu_epochs: int = 3
+    """How many times MMLU's auxiliary_train is in it."""
+    gsm8k_epochs: int = 4
+    """How many times GSM8K's train is in it."""
+    arc_epochs: int = 0
+    """How many times the train splits of ARC-Easy and ARC-Challenge are in it."""
+    max_rows: int | None = None
+    """Conversations taken of each of its datasets, before they are repeated; all by default."""
+
+
+def hub_mixture(split: str, options: MixtureOptions) -> list[dict]:
+    """Conversations of the Hub's datasets, mixed in an order that is the same every time.
+
+    split: "train", a dataset as often as the options say, or "val": once, in about the same proportions. Raises
+    OSError naming the dataset that can't be had."""
+    o, train, all_rows = options, split == "train", sys.maxsize
+    test, validation = ("train", "train") if train else ("test", "validation")
+    exams = ("auxiliary_train", "train") if train else ("all", "test")
+    datasets = [  # epochs, conversations, most rows in val
+        (o.smoltalk_epochs, partial(smoltalk.conversations, test), all_rows),
+        (o.mmlu_epochs, partial(mmlu.conversations, *exams), 5200),
+        (o.gsm8k_epochs, partial(gsm8k.conversations, test), 420),
+        (o.arc_epochs, partial(arc.conversations, "ARC-Easy", validation), all_rows),
+        (o.arc_epochs, partial(arc.conversations, "ARC-Challenge", validation), all_rows),
+    ]
+    max_rows = all_rows if o.max_rows is None else o.max_rows
+    mixed = []
+    for epochs, conversations, val_rows in datasets:
+        if epochs > 0:
+            size = max_rows if train else min(val_rows, max(1, max_rows // VAL_EVERY))
+            try:
+                rows = conversations(datasets_dir=o.datasets_dir, size=size)
+            except OSError as error:
+                raise OSError(f"{error}; --mixture offline needs neither") from None
+            mixed += rows * (epochs if train else 1)
+    Random(42).shuffle(mixed)
+    return mixed
 
 
 def offline_mixture(

@@ -1,11 +1,55 @@
-"""What the tasks share: the split of problems, conversations that call the calculator, reading a number back."""
+"""What the tasks share: rows of the Hub, the split of problems, kinds of conversation, reading an answer back."""
 
+import logging
+import os
 import re
+import tempfile
 
 from nanochat_ray import storage
 from nanochat_ray.inference.tools import calculate
 
 VAL_EVERY = 20  # one problem in twenty is validation
+
+
+def hub_rows(
+    name: str, config: str | None, split: str, datasets_dir: str | None = None, size: int | None = None
+) -> list[dict]:
+    """A dataset's split in the order of shuffle(seed=42), the first `size` rows of it.
+
+    name: of the Hub, or below datasets_dir a folder of the same layout. Raises OSError saying what can't be had."""
+    import datasets  # takes a second, and the tasks that need no network do without
+
+    if datasets_dir is not None and not os.path.isdir(os.path.join(datasets_dir, name)):
+        raise FileNotFoundError(f"{name} is not in {datasets_dir}: --datasets-dir takes a folder of the Hub's layout")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # six lines on retries before each error
+    path = os.path.join(datasets_dir or "", name)
+    with tempfile.TemporaryDirectory() as scratch:
+        # The library's own cache takes two folders of the same name for one: only the Hub's datasets are kept there.
+        cache = scratch if datasets_dir else None
+        try:
+            rows = datasets.load_dataset(path, config, split=split, cache_dir=cache)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            hint = "" if datasets_dir else "; --datasets-dir takes a folder of the Hub's layout instead"
+            raise OSError(f"{' '.join(filter(None, (name, config, split)))}: {reason}{hint}") from None
+        rows = rows.shuffle(seed=42, keep_in_memory=True)
+        return rows.select(range(min(len(rows) if size is None else size, len(rows)))).to_list()
+
+
+def multiple_choice(question: str, choices: list[str], letters: list[str], answer: str) -> dict:
+    """A question with its choices, answered by a letter. letters is kept beside the messages, for the judge.
+
+    Raises ValueError when the answer is none of the letters, or a choice has none."""
+    if answer not in letters or len(choices) != len(letters):
+        raise ValueError(f"{len(choices)} choices, letters {letters}, answer {answer!r}: {question[:80]!r}")
+    listed = "".join(f"- {choice}={letter}\n" for choice, letter in zip(choices, letters, strict=True))
+    prompt = f"Multiple Choice question: {question}\n{listed}\nRespond only with the letter of the correct answer."
+    return conversation(prompt, answer) | {"letters": list(letters)}
+
+
+def same_letter(conversation: dict, answer_text: str) -> bool:
+    """Whether the answer is the letter of the right choice."""
+    return answer_text.strip() == reference_text(conversation)
 
 
 def in_split(split: str, *problem) -> bool:

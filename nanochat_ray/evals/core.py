@@ -1,0 +1,410 @@
+"""CORE, the base model's score (DCLM, arXiv:2406.11794): accuracy over few-shot tasks, centered on guessing.
+
+An example is run once, however many choices it has: the tokens that its choices begin with, then what each choice
+goes on with, side by side in one row and blind to each other. Rows of about the same length share a forward.
+"""
+
+import copy
+import csv
+import io
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, pairwise
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ray.util import ActorPool
+
+from nanochat_ray import storage
+from nanochat_ray.data.tokenizer import PATTERN, Tokenizer
+from nanochat_ray.evals import bundle
+from nanochat_ray.evals.bundle import Task
+from nanochat_ray.model.attention import attention, sliding_window_mask
+from nanochat_ray.model.gpt import GPT
+from nanochat_ray.train.checkpoint import load_model
+from nanochat_ray.train.launch import scaling_config
+
+SHOTS_SEED = 1234
+FORWARD_TOKENS = {"cuda": 2**16, "cpu": 2**12}  # in one forward, padding included; one row may be longer
+HEAD_LOGITS = 2**25  # held at once: 128 MB of fp32
+
+
+@dataclass
+class CoreOptions:
+    checkpoint: str
+    """Folder of the checkpoint, or a run folder, of which the newest is taken."""
+    bundle: str | None = None
+    """Folder of a CORE bundle; without it the published one is downloaded, once."""
+    max_per_task: int = -1
+    """Examples of each task, the first of the shuffled ones; -1 for all."""
+    tasks: list[str] | None = None
+    """Only these tasks; the score is then their mean."""
+    actors: int = 0
+    """Share the work among this many Ray actors, each with a copy of the weights; 0 for this process alone."""
+    out: str | None = None
+    """Folder to write core.csv and core_examples.jsonl to; the default is the one given as --checkpoint."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """Of this process; an actor takes a GPU when the cluster has them."""
+    dtype: str | None = None
+    """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
+
+
+@dataclass
+class CoreResult:
+    """By task: accuracy, accuracy centered on guessing (0) and perfection (1), and the examples in shuffled order.
+
+    An example is {correct, gold, pred, mean_losses} with the mean loss of each choice in nats a token, and in
+    language_modeling {correct, len, start}: how many tokens it has and where its continuation starts.
+    """
+
+    accuracy: dict[str, float] = field(default_factory=dict)
+    centered: dict[str, float] = field(default_factory=dict)
+    examples: dict[str, list[dict]] = field(default_factory=dict)
+
+    @property
+    def core_metric(self) -> float:
+        return sum(self.centered.values()) / len(self.centered)
+
+
+def run(options: CoreOptions) -> CoreResult:
+    """Evaluate a checkpoint and write its files. Raises OSError or ValueError naming what is missing or damaged."""
+    folder = options.bundle or bundle.fetch()
+    if options.actors:  # the weights pass through here on their way to the actors
+        on_gpus = "GPU" in ray.cluster_resources()
+        device, dtype = "cpu", options.dtype or ("bfloat16" if on_gpus else None)
+    else:
+        device, dtype = options.device, options.dtype
+    model, tokenizer, _ = load_model(options.checkpoint, device, dtype)
+    result = evaluate_core(model, tokenizer, folder, options.max_per_task, options.tasks, options.actors)
+    save(result, options.out or options.checkpoint)
+    return result
+
+
+def evaluate_core(
+    model: GPT,
+    tokenizer: Tokenizer,
+    bundle_dir: str,
+    max_per_task: int = -1,
+    tasks: list[str] | None = None,
+    actors: int = 0,
+) -> CoreResult:
+    """CORE of a model, on `actors` Ray actors; with 0 here, shared by all ranks of torch.distributed if there are any.
+
+    Raises FileNotFoundError or ValueError naming the bundle's file that is missing or damaged.
+    """
+    read = bundle.read_tasks(bundle_dir, max_per_task, tasks)
+    score_all = Scorers(model, actors) if actors else partial(score_on_ranks, model)
+    budget = FORWARD_TOKENS["cuda" if actors and "GPU" in ray.cluster_resources() else device_of(model).type]
+    result = CoreResult()
+    for task in read:
+        began = time.perf_counter()
+        items = build_items(task, tokenizer, model)
+        batches = make_batches(items, budget)
+        scores = {}
+        for batch, batch_scores in zip(batches, score_all([[items[i] for i in b] for b in batches]), strict=True):
+            scores |= zip(batch, batch_scores, strict=True)
+        judged = [judge(task, i, items[i], scores[i]) for i in range(len(items))]
+        accuracy = sum(example["correct"] for example in judged) / len(judged)
+        result.examples[task.name] = judged
+        result.accuracy[task.name] = accuracy
+        result.centered[task.name] = (accuracy - task.baseline) / (1 - task.baseline)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            rate = len(items) / (time.perf_counter() - began)
+            print(f"core {task.name:<32} accuracy {accuracy:.4f} · {len(items)} examples · {rate:,.1f}/s", flush=True)
+    return result
+
+
+# From examples to tokens
+
+
+@dataclass(frozen=True)
+class Item:
+    """An example in tokens, int32 arrays: the prefix that all choices share, then each distinct branch from it.
+
+    A choice's last token is only predicted, so it is no part of its branch. For each choice, slots are the places in
+    prefix + branches (one after the other) whose next tokens are its targets.
+    """
+
+    prefix: np.ndarray
+    branches: list[np.ndarray]
+    slots: list[np.ndarray]
+    targets: list[np.ndarray]
+    position: int  # of the prefix's first token
+    length: int  # tokens of the first choice, bos included, and where its targets start in them
+    start: int
+
+    @property
+    def branched(self) -> int:
+        return sum(map(len, self.branches))
+
+
+def build_items(task: Task, tokenizer: Tokenizer, model: GPT) -> list[Item]:
+    """Tokens of each example after its shots."""
+    examples = task.examples
+    shots = [example.texts[example.gold] + "\n\n" for example in examples]
+    prompts = []
+    for i, example in enumerate(examples):
+        before = [shots[j] for j in draw_shots(i, len(examples), task.shots)]
+        prompts += [[*before, text] for text in example.texts]
+        if example.opening is not None:
+            opening = example.opening.rstrip()
+            prompts.append([*before, opening] if opening else ["".join(before).rstrip()])
+    ids = encode(tokenizer, prompts)
+    items = []
+    for example in examples:
+        sequences = [next(ids) for _ in example.texts]
+        if task.kind == "multiple_choice":
+            starts = [common_prefix(sequences)] * len(sequences)
+        elif task.kind == "schema":
+            suffix = common_prefix([sequence[::-1] for sequence in sequences])
+            starts = [max(1, len(sequence) - suffix) for sequence in sequences]
+        else:
+            starts = [common_prefix([*sequences, next(ids)])]
+        items.append(build_item(sequences, starts, model))
+    return items
+
+
+def draw_shots(index: int, num_examples: int, shots: int) -> list[int]:
+    """Which other examples are shown before example `index`; all of them when there are too few."""
+    others = num_examples - 1
+    drawn = random.Random(SHOTS_SEED + index).sample(range(others), min(shots, others))
+    return [i + (i >= index) for i in drawn]
+
+
+def encode(tokenizer: Tokenizer, prompts: list[list[str]]) -> Iterator[np.ndarray]:
+    """Token ids of each prompt, bos first. Prompts come in parts, and a part is encoded once for all prompts it is in.
+
+    The split pattern always cuts between a line's end and a visible character, so parts that meet there have the
+    tokens they have in the whole text. Prompts of other parts are encoded whole.
+    """
+
+    def separable(parts: list[str]) -> bool:
+        return tokenizer.pattern == PATTERN and all(a.endswith("\n") and b[:1].strip() for a, b in pairwise(parts))
+
+    prompts = [parts if separable(parts) else ["".join(parts)] for parts in prompts]
+    texts = list(dict.fromkeys(chain.from_iterable(prompts)))
+    encoded = tokenizer.encode_batch(texts)
+    ids = {text: np.array(tokens, dtype=np.int32) for text, tokens in zip(texts, encoded, strict=True)}
+    bos = np.array([tokenizer.bos_id], dtype=np.int32)
+    for parts in prompts:
+        yield np.concatenate([bos, *(ids[part] for part in parts)])
+
+
+def common_prefix(sequences: list[np.ndarray]) -> int:
+    """How many tokens all the sequences begin with."""
+    length = min(map(len, sequences))
+    differs = np.zeros(length + 1, dtype=bool)
+    differs[length] = True
+    for sequence in sequences[1:]:
+        differs[:length] |= sequence[:length] != sequences[0][:length]
+    return int(differs.argmax())
+
+
+def build_item(sequences: list[np.ndarray], starts: list[int], model: GPT) -> Item:
+    """One item of the choices' tokens; the targets of sequence i are its tokens from starts[i] on.
+
+    Of the prefix, what no target can see is left out: each layer looks back by its window, the smear by one token.
+    A sequence beyond the reach of rotary positions loses its beginning. Raises ValueError when its choice alone is.
+    """
+    shared = max(1, common_prefix([sequence[:-1] for sequence in sequences]))
+    unseen = min(starts) - 1 - sum(model.config.window_sizes) - 1
+    excess = max(0, max(map(len, sequences)) - 1 - model.cos.size(0))
+    if excess >= shared:
+        raise ValueError(f"a choice alone is longer than {model.cos.size(0)} tokens, the reach of rotary positions")
+    cut = min(max(excess, unseen), shared - 1)
+    branches, offsets, slots, width = [], {}, [], 0
+    for sequence, start in zip(sequences, starts, strict=True):
+        branch = sequence[shared:-1]
+        if branch.tobytes() not in offsets:  # equal choices get equal losses, to the bit: the first wins
+            offsets[branch.tobytes()] = width
+            branches.append(branch)
+            width += len(branch)
+        predicted_by = np.arange(max(start - 1, cut), len(sequence) - 1)
+        at = np.where(predicted_by < shared, predicted_by, predicted_by + offsets[branch.tobytes()])
+        slots.append(at - cut)
+    targets = [sequence[len(sequence) - len(at) :] for sequence, at in zip(sequences, slots, strict=True)]
+    return Item(sequences[0][cut:shared], branches, slots, targets, cut - excess, len(sequences[0]), starts[0])
+
+
+def make_batches(items: list[Item], budget: int) -> list[list[int]]:
+    """Indices of items of about the same length, the longest first; `budget` tokens a batch, padding included."""
+    order = sorted(range(len(items)), key=lambda i: (len(items[i].prefix), items[i].branched), reverse=True)
+    batches, prefix, branched = [], 0, 0
+    for i in order:
+        prefix, branched = max(prefix, len(items[i].prefix)), max(branched, items[i].branched)
+        if not batches or (len(batches[-1]) + 1) * (prefix + branched) > budget:
+            batches.append([])
+            prefix, branched = len(items[i].prefix), items[i].branched
+        batches[-1].append(i)
+    return batches
+
+
+def judge(task: Task, index: int, item: Item, scores: list[tuple[float, bool]]) -> dict:
+    """What is written of an example, from the mean loss of each choice and whether each target was the likeliest."""
+    if task.kind == "language_modeling":
+        return {"correct": scores[0][1], "len": item.length, "start": item.start}
+    losses, gold = [loss for loss, _ in scores], task.examples[index].gold
+    # A choice that all others go on from has no tokens of its own and a loss of NaN: no comparison with it holds, so it
+    # wins when it is the first and loses elsewhere. Odd, but it is how published scores were made.
+    pred = min(range(len(losses)), key=losses.__getitem__)
+    return {"correct": pred == gold, "gold": gold, "pred": pred, "mean_losses": losses}
+
+
+# Running the model
+
+
+def device_of(model: GPT) -> torch.device:
+    return model.lm_head.weight.device
+
+
+@torch.inference_mode()
+def score(model: GPT, items: list[Item]) -> list[list[tuple[float, bool]]]:
+    """For each choice of each item: its targets' mean loss, and whether each of them was the likeliest token."""
+    packed = PackedItems(items, device_of(model))
+    hidden = model.hidden(packed.idx, packed)
+    targets = torch.from_numpy(np.concatenate([t for item in items for t in item.targets])).long().to(hidden.device)
+    losses, likeliest = [], []
+    chunk = max(1, HEAD_LOGITS // model.config.vocab_size)
+    for states, wanted in zip(hidden[packed.rows, packed.slots].split(chunk), targets.split(chunk), strict=True):
+        logits = model.logits(states)
+        losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+        likeliest.append(logits.argmax(dim=-1) == wanted)
+    losses, likeliest = torch.cat(losses).double().cpu().numpy(), torch.cat(likeliest).cpu().numpy()
+    scores, end = [], 0
+    for item in items:
+        scores.append([])
+        for target in item.targets:
+            begin, end = end, end + len(target)
+            mean = float(losses[begin:end].mean()) if len(target) else math.nan
+            scores[-1].append((mean, bool(likeliest[begin:end].all())))
+    return scores
+
+
+class PackedItems:
+    """Items as rows of one forward: prefixes, padded to the longest, then each row's branches, padded likewise.
+
+    It is the `cache` of model.hidden, which gives the layout to the model: positions, the embedding before each, and
+    what may be seen. A branch goes on from its row's prefix and sees nothing of the other branches.
+    """
+
+    def __init__(self, items: list[Item], device: torch.device):
+        self.prefix = max(len(item.prefix) for item in items)
+        shape = (len(items), self.prefix + max(item.branched for item in items))
+        idx, position = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        branch = np.full(shape, -1)  # which branch of its row a token is in; 0 for the prefix, −1 for padding
+        before = np.tile(np.arange(-1, shape[1] - 1), (shape[0], 1))
+        for row, item in enumerate(items):
+            length, at = len(item.prefix), self.prefix
+            idx[row, :length], branch[row, :length] = item.prefix, 0
+            position[row, :length] = item.position + np.arange(length)
+            for number, tokens in enumerate(item.branches, 1):
+                place = slice(at, at + len(tokens))
+                idx[row, place], branch[row, place] = tokens, number
+                position[row, place] = item.position + length + np.arange(len(tokens))
+                before[row, at : at + 1] = length - 1
+                at += len(tokens)
+        self.idx, self.position, self.branch, self.before = (
+            torch.from_numpy(array).to(device) for array in (idx, position, branch, before)
+        )
+        shift = [np.where(s < len(i.prefix), s, s + self.prefix - len(i.prefix)) for i in items for s in i.slots]
+        sizes = [sum(map(len, item.slots)) for item in items]
+        self.slots = torch.from_numpy(np.concatenate(shift)).to(device)
+        self.rows = torch.from_numpy(np.repeat(np.arange(len(items)), sizes)).to(device)
+        self.masks = {}  # by window: the layers share a few
+
+    def positions(self, T: int) -> torch.Tensor:
+        return self.position
+
+    def previous_embedding(self, x: torch.Tensor) -> torch.Tensor:
+        previous = x.gather(1, self.before.clamp(min=0).unsqueeze(-1).expand_as(x))
+        previous[:, 0] = 0
+        return previous
+
+    def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        """q (B, T, H, D), k and v (B, T, K, D) to (B, T, H, D). The prefixes attend as in training; padding after
+        them is seen by no real token."""
+        P = self.prefix
+        y = attention(q[:, :P], k[:, :P], v[:, :P], window)
+        if q.size(1) == P:
+            return y
+        if window not in self.masks:
+            same = self.branch[:, P:, None] == self.branch[:, None]
+            near = sliding_window_mask(self.position[:, P:], self.position, window)
+            self.masks[window] = (near & (same | (self.branch[:, None] == 0))).unsqueeze(1)
+        q, k, v = q[:, P:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        mask, grouped = self.masks[window], q.size(1) != k.size(1)
+        z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        return torch.cat([y, z.transpose(1, 2)], dim=1)
+
+
+def score_on_ranks(model: GPT, batches: list[list[Item]]) -> list[list]:
+    """Score batches here; with torch.distributed each rank scores its share, and all get all scores."""
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    scores = {i: score(model, batches[i]) for i in range(rank, len(batches), world_size)}
+    if world_size > 1:
+        shares = [None] * world_size
+        dist.all_gather_object(shares, scores)
+        scores = {i: batch for share in shares for i, batch in share.items()}
+    return [scores[i] for i in range(len(batches))]
+
+
+@ray.remote(max_restarts=3, max_task_retries=3)
+class Scorer:
+    """Scores batches somewhere in the cluster, with a copy of the weights."""
+
+    def __init__(self, num_threads: int):
+        torch.set_num_threads(num_threads)
+        self.model: GPT | None = None
+
+    def score(self, model: list[ray.ObjectRef], items: list[Item]) -> list:
+        if self.model is None:  # with the first batch: an actor that starts again finds its weights there too
+            self.model = ray.get(model[0]).to("cuda" if ray.get_gpu_ids() else "cpu")
+        return score(self.model, items)
+
+
+class Scorers:
+    """Ray actors that score batches, each taking the next one when it is free. They end with this object.
+
+    Raises ValueError when the cluster has no room for so many.
+    """
+
+    def __init__(self, model: GPT, count: int):
+        scaling = scaling_config(count)
+        gpus, cpus = (1, 1) if scaling.use_gpu else (0, scaling.resources_per_worker["CPU"])
+        if gpus and count > ray.cluster_resources()["GPU"]:
+            raise ValueError(f"{count} actors on {ray.cluster_resources()['GPU']:.0f} GPUs: give at most one a GPU")
+        self.model = ray.put(model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu())
+        scorer = Scorer.options(num_cpus=cpus, num_gpus=gpus)
+        self.pool = ActorPool([scorer.remote(cpus) for _ in range(count)])
+
+    def __call__(self, batches: list[list[Item]]) -> Iterator[list]:
+        return self.pool.map(lambda actor, items: actor.score.remote([self.model], items), batches)
+
+
+# What is written
+
+
+def save(result: CoreResult, folder: str) -> None:
+    """core.csv, a line a task and one for CORE, and core_examples.jsonl, a line an example in shuffled order."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(["task", "examples", "accuracy", "centered"])
+    for task, examples in result.examples.items():
+        writer.writerow([task, len(examples), f"{result.accuracy[task]:.6f}", f"{result.centered[task]:.6f}"])
+    writer.writerow(["CORE", sum(map(len, result.examples.values())), "", f"{result.core_metric:.6f}"])
+    storage.write_bytes(storage.join(folder, "core.csv"), table.getvalue().encode())
+    lines = []
+    for task, examples in result.examples.items():
+        for index, example in enumerate(examples):
+            losses = [None if math.isnan(loss) else loss for loss in example.get("mean_losses", [])]  # JSON has no NaN
+            example = example | {"mean_losses": losses} if losses else example
+            lines.append(json.dumps({"task": task, "index": index, **example}))
+    storage.write_bytes(storage.join(folder, "core_examples.jsonl"), "".join(f"{line}\n" for line in lines).encode())

@@ -1,0 +1,319 @@
+"""The inside of sandbox.py: reads a program from stdin, locks itself up, runs it, writes to stdout how it went.
+
+Started as `python -I -S jail.py FOLDER TIMEOUT MEMORY_MB LAYERS`. The guard (this process) forks the prisoner, which
+gives up all it can and then runs the program; the guard, out of its reach, reads its output and ends it in time. Only
+the standard library, and the light part of it: starting up is most of what a run costs.
+"""
+
+import ctypes
+import os
+import resource
+import select
+import sys
+import time
+from types import ModuleType
+
+NOBODY = 65534
+SCRATCH_BYTES = 16 * 2**20  # what a program may write
+OUTPUT_BYTES = 64 * 2**10  # what is kept of what it prints; the rest is read and thrown away
+STATUS_BYTES = 4 * 2**10
+SYSTEM_PATHS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix)  # what Python needs to run
+
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x4000000, 0x8000000, 0x10000000
+CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
+MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 4096, 16384, 1 << 18
+MOUNT_ATTR_READ_ONLY_NOSUID_NODEV, AT_FDCWD, AT_RECURSIVE = 1 | 2 | 4, -100, 0x8000
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
+SYS_MOUNT_SETATTR, SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 442, 444, 445, 446
+LANDLOCK_VERSION, LANDLOCK_PATH_BENEATH = 1, 1
+LANDLOCK_READ_FILE, LANDLOCK_READ = 0b0101, 0b1101  # execute and read files; list folders too
+SIGKILL = 9
+
+# Denied system calls, as numbers on x86_64 and aarch64.
+DENIED = {
+    # the network
+    "socket": (41, 198),
+    "socketpair": (53, 199),
+    "io_uring_setup": (425, 425),
+    # more processes, or other programs
+    "fork": (57, None),
+    "vfork": (58, None),
+    "clone": (56, 220),
+    "clone3": (435, 435),
+    "execve": (59, 221),
+    "execveat": (322, 281),
+    # the processes of others
+    "kill": (62, 129),
+    "tkill": (200, 130),
+    "tgkill": (234, 131),
+    "rt_sigqueueinfo": (129, 138),
+    "rt_tgsigqueueinfo": (297, 240),
+    "ptrace": (101, 117),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "process_madvise": (440, 440),
+    "pidfd_open": (434, 434),
+    "pidfd_send_signal": (424, 424),
+    "prlimit64": (302, 261),
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "sched_setaffinity": (203, 122),
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    # owners, modes and times of files, which landlock leaves alone
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "lchown": (94, None),
+    "fchown": (93, 55),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    # memory that RLIMIT_AS does not count
+    "memfd_create": (319, 279),
+    "memfd_secret": (447, 447),
+    "shmget": (29, 194),
+    "msgget": (68, 186),
+    "semget": (64, 190),
+    "mq_open": (240, 180),
+    # the kernel's large doors
+    "unshare": (272, 97),
+    "setns": (308, 268),
+    "mount": (165, 40),
+    "fsopen": (430, 430),
+    "open_tree": (428, 428),
+    "open_by_handle_at": (304, 265),
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    "syslog": (103, 116),
+}
+AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def main() -> None:
+    folder, timeout, memory_mb = sys.argv[1], float(sys.argv[2]), int(sys.argv[3])
+    layers = sys.argv[4].split(",") if sys.platform == "linux" else []
+    code = sys.stdin.buffer.read()
+    protection = []
+    if "namespaces" in layers and works(enter_namespaces, folder):
+        protection.append("namespaces")
+    token = os.urandom(16).hex().encode()
+    output, stdout = os.pipe()
+    status, report = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        imprison(folder, timeout, memory_mb, layers, protection, stdout, report)
+        run(code, token)
+    os.close(stdout)
+    os.close(report)
+    printed, reported, ended = watch(pid, output, status, time.monotonic() + timeout)
+    names, _, verdict = reported.partition(b"\n")
+    if verdict == token:
+        error = b""
+    elif ended is None:
+        error = b"timed out after %g s" % timeout
+    elif os.WIFSIGNALED(ended):
+        error = b"killed by signal %d" % os.WTERMSIG(ended)
+    else:
+        error = verdict or b"exited with code %d before its end" % os.WEXITSTATUS(ended)
+    sys.stdout.buffer.write(b"\0".join([names, error.replace(b"\0", b""), printed]))
+
+
+def works(layer, *args) -> bool:
+    """Whether the kernel lets the layer be put on."""
+    try:
+        layer(*args)
+    except (OSError, ValueError, AttributeError):  # refused, or not Linux
+        return False
+    return True
+
+
+def call(function: str, *args) -> int:
+    """A function of libc. Raises OSError when it returns -1."""
+    args = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
+    if (result := getattr(libc, function)(*args)) == -1:
+        raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
+    return result
+
+
+def enter_namespaces(folder: str) -> None:
+    """Processes, network, IPC and mounts of its own; in folder a file system of the system folders, read-only, and
+    an empty /tmp. Without root's rights it takes a user namespace."""
+    uid, gid = os.geteuid(), os.getegid()
+    spaces = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
+    try:
+        call("unshare", spaces)
+    except PermissionError:
+        call("unshare", spaces | CLONE_NEWUSER)
+        for file, line in (("setgroups", "deny"), ("uid_map", f"{NOBODY} {uid} 1"), ("gid_map", f"{NOBODY} {gid} 1")):
+            with open(f"/proc/self/{file}", "w") as f:
+                f.write(line)
+    call("mount", None, b"/", None, MS_REC | MS_PRIVATE, None)
+    mount_tmpfs(folder, 2**20, "mode=755")
+    os.mkdir(f"{folder}/tmp")
+    for path in filter(os.path.exists, SYSTEM_PATHS):
+        inside = folder + path
+        if os.path.isdir(path):
+            os.makedirs(inside, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(inside), exist_ok=True)
+            open(inside, "w").close()
+        call("mount", path.encode(), inside.encode(), None, MS_BIND | MS_REC, None)
+    attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_READ_ONLY_NOSUID_NODEV)
+    call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, folder.encode(), AT_RECURSIVE, attributes, ctypes.sizeof(attributes))
+    mount_tmpfs(f"{folder}/tmp", SCRATCH_BYTES, f"nr_inodes=1024,mode=700,uid={NOBODY},gid={NOBODY}")
+
+
+def mount_tmpfs(folder: str, size: int, options: str) -> None:
+    call("mount", b"tmpfs", folder.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, f"size={size},{options}".encode())
+
+
+def imprison(folder: str, timeout: float, memory_mb: int, layers, protection: list[str], stdout: int, report: int):
+    """Give up everything the program has no need of, and report which layers are in force."""
+    os.setsid()  # kill(0) reaches the process group, whatever namespace its other members are in
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(stdout, 1)
+    os.dup2(stdout, 2)
+    os.dup2(report, 3)
+    os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    if "namespaces" in protection:
+        os.chroot(folder)  # also forbids user namespaces within
+        folder = "/tmp"
+    os.chdir(folder)
+    os.environ.update(HOME=folder, TMPDIR=folder)
+    works(become_nobody, folder)
+    works(call, "capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())  # no capabilities
+    works(call, "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    works(call, "prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)  # after the change of user, which takes it back
+    if "namespaces" not in protection and "landlock" in layers and works(restrict_files, folder):
+        protection.append("landlock")
+    limits = {
+        "AS": memory_mb * 2**20,
+        "CPU": int(timeout) + 1,
+        "FSIZE": SCRATCH_BYTES,
+        "NOFILE": 64,
+        "NPROC": 0,  # no process or thread beside itself, so that the limit of memory is one of all it uses
+        "CORE": 0,
+    }
+    for name, limit in limits.items():
+        works(resource.setrlimit, getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+    if "seccomp" in layers and works(deny_system_calls):
+        protection.append("seccomp")
+    if os.geteuid() == 0 and "seccomp" not in protection:
+        raise OSError("the limit of processes does not hold root, and this kernel has no seccomp: run as another user")
+    os.write(3, " ".join([*protection, "limits"]).encode() + b"\n")
+
+
+def become_nobody(folder: str) -> None:
+    """From root to a user who owns nothing but folder, if that one can read Python's library."""
+    if os.geteuid() != 0:
+        return
+    os.seteuid(NOBODY)
+    readable = os.access(os.__file__, os.R_OK, effective_ids=True)
+    os.seteuid(0)
+    if readable:
+        os.chown(folder, NOBODY, NOBODY)
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
+
+
+def restrict_files(folder: str) -> None:
+    """Landlock (docs.kernel.org/userspace-api/landlock.html): read what Python needs, write in folder, no more."""
+    version = call("syscall", SYS_LANDLOCK_CREATE, None, 0, LANDLOCK_VERSION)
+    rights = (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1  # on files; each version added some
+    tcp, scopes = [0b11] * (version >= 4), [0b11] * (version >= 6)  # connections, signals to processes outside
+    handled = (ctypes.c_uint64 * (1 + len(tcp + scopes)))(rights, *tcp, *scopes)
+    ruleset = call("syscall", SYS_LANDLOCK_CREATE, handled, ctypes.sizeof(handled), 0)
+    for path in filter(os.path.exists, (*SYSTEM_PATHS, folder)):
+        allowed = rights if path == folder else LANDLOCK_READ if os.path.isdir(path) else LANDLOCK_READ_FILE
+        parent = os.open(path, os.O_PATH)
+        beneath = allowed.to_bytes(8, sys.byteorder) + parent.to_bytes(4, sys.byteorder)  # a packed struct
+        call("syscall", SYS_LANDLOCK_ADD, ruleset, LANDLOCK_PATH_BENEATH, beneath, 0)
+        os.close(parent)
+    call("syscall", SYS_LANDLOCK_RESTRICT, ruleset, 0)
+    os.close(ruleset)
+
+
+def deny_system_calls() -> None:
+    """A seccomp filter: what is DENIED fails with EPERM; another architecture's calls end the process."""
+    machine = os.uname().machine
+    if machine not in AUDIT_ARCH:
+        raise OSError(f"no system call numbers for {machine}")
+    load, equal, at_least, result = 0x20, 0x15, 0x35, 0x06  # opcodes of classic BPF on 32-bit words
+    kill_process, fail_with_eperm, allow = 0x80000000, 0x00050001, 0x7FFF0000
+    column = list(AUDIT_ARCH).index(machine)
+    program = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (result, 0, 0, kill_process), (load, 0, 0, 0)]
+    program += [(at_least, 0, 1, 0x40000000), (result, 0, 0, fail_with_eperm)]  # the x32 calls
+    for numbers in DENIED.values():
+        if numbers[column] is not None:
+            program += [(equal, 0, 1, numbers[column]), (result, 0, 0, fail_with_eperm)]
+    program.append((result, 0, 0, allow))
+    instructions = b"".join(
+        op.to_bytes(2, sys.byteorder) + bytes([if_true, if_false]) + k.to_bytes(4, sys.byteorder)
+        for op, if_true, if_false, k in program
+    )
+    filters = ctypes.create_string_buffer(instructions)
+    length_and_pointer = (ctypes.c_uint64 * 2)(len(program), ctypes.addressof(filters))
+    call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, length_and_pointer, 0, 0)
+
+
+def run(code: bytes, token: bytes):
+    """Run the program as __main__. Only one that comes to its end writes the token."""
+    main = sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        exec(compile(code, "<program>", "exec"), main.__dict__)
+        sys.stdout.flush()
+    except BaseException as error:
+        verdict = f"{type(error).__name__}: {error}"[:STATUS_BYTES]
+        os.write(3, verdict.encode(errors="replace"))
+        os._exit(1)
+    os.write(3, token)
+    os._exit(0)
+
+
+def watch(pid: int, output: int, status: int, deadline: float) -> tuple[bytes, bytes, int | None]:
+    """Read what the prisoner says until it ends, or end it at the deadline.
+
+    Returns its output, its status line, and its wait status (None when it had to be killed)."""
+    kept = {output: b"", status: b""}
+    most = {output: OUTPUT_BYTES, status: STATUS_BYTES}
+    open_pipes, ended = {output, status}, None
+    while ended is None and (left := deadline - time.monotonic()) > 0:
+        if not open_pipes:  # closed by an exit, or by a program that closes its files and goes on
+            time.sleep(min(left, 0.001))
+        for pipe in select.select(open_pipes, [], [], left)[0] if open_pipes else []:
+            data = os.read(pipe, 2**16)
+            kept[pipe] = (kept[pipe] + data)[: most[pipe]]
+            if not data:
+                open_pipes.remove(pipe)
+        if not open_pipes:
+            done, wait_status = os.waitpid(pid, os.WNOHANG)
+            ended = wait_status if done else None
+    if ended is None:
+        os.kill(pid, SIGKILL)  # and with the first process of its namespace all others
+        os.waitpid(pid, 0)
+    return kept[output], kept[status], ended
+
+
+if __name__ == "__main__":
+    main()

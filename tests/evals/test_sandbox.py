@@ -1,0 +1,358 @@
+"""Programs that try to break out: each is contained and reported, and this process does not notice."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nanochat_ray.evals import sandbox
+from nanochat_ray.evals.sandbox import LAYERS, SandboxResult, run_program
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have none of the layers")
+
+# Which layers are tried, and with them in force, what protection says.
+EVERYTHING = (LAYERS, "namespaces seccomp limits")
+CONTAINER = (("landlock", "seccomp"), "landlock seccomp limits")
+SEPARATE = [EVERYTHING, CONTAINER, (("namespaces",), "namespaces limits")]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Where the sandbox makes its folders: none is left, and no process that was started with one."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    yield folder
+    assert not list(folder.iterdir())
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+
+
+def run(code: str, layers_and_protection=EVERYTHING, timeout: float = 5.0) -> SandboxResult:
+    layers, protection = layers_and_protection
+    result = run_program(code, timeout=timeout, layers=layers)
+    assert result.protection == protection, "this kernel refuses a layer that these tests are about"
+    assert result.passed == (result.error == "")
+    return result
+
+
+each_layer = pytest.mark.parametrize("layers", SEPARATE, ids=lambda layers: layers[1].replace(" ", "-"))
+
+
+@each_layer
+def test_a_program_runs_with_its_output(layers):
+    code = "import hashlib, math, random, re, sys, typing\nprint(math.pi, 'é')\nprint('to stderr', file=sys.stderr)"
+    result = run(code, layers)
+    assert result.passed
+    assert sorted(result.output.splitlines()) == ["3.141592653589793 é", "to stderr"]
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("assert 1 + 1 == 3, 'sums'", "AssertionError: sums"),
+        ("def f(:", "SyntaxError: "),
+        ("f()", "NameError: name 'f' is not defined"),
+        ("def f(): f()\nf()", "RecursionError: "),
+        ("import numpy", "ModuleNotFoundError: "),
+        # what leaves before the tests have run has not passed them
+        ("import sys; sys.exit(0)", "SystemExit: 0"),
+        ("raise SystemExit", "SystemExit: "),
+        ("import os; os._exit(0)", "exited with code 0 before its end"),
+        ("import os; os.closerange(0, 99); os._exit(0)", "exited with code 0 before its end"),
+        ("import os; os.write(3, b'\\0\\0passed'); os._exit(0)", "passed"),
+        ("import ctypes; ctypes.string_at(0)", "killed by signal 11"),
+    ],
+)
+def test_a_failure_is_named(code, error):
+    result = run(code)
+    assert not result.passed
+    assert result.error.startswith(error)
+
+
+def test_what_a_program_says_does_not_change_the_verdict():
+    assert run("print('\\0'.join('namespaces x y'.split()))").passed
+    assert run("import sys; sys.stdout.buffer.write(bytes(range(256)))").passed
+    assert not run("import os; os.write(1, b'\\0\\0'); raise ValueError('\\0')").passed
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "while True: pass",
+        "10 ** 10 ** 8",  # in C, where no signal is looked at
+        "import time\nwhile True: time.sleep(9)",
+        "import signal, time\nfor s in range(1, 65):\n  try: signal.signal(s, signal.SIG_IGN)\n  except OSError: pass\n"
+        "time.sleep(9)",
+        "import os, time; os.closerange(0, 99); time.sleep(9)",
+        "import os, time\ntry: os.setsid()\nexcept OSError: pass\ntime.sleep(9)",
+        "import sys; sys.stdin.read()\nwhile True:\n  try: raise KeyboardInterrupt\n  except BaseException: pass",
+    ],
+)
+def test_time_is_up(code):
+    began = time.monotonic()
+    assert run(code, timeout=0.5).error == "timed out after 0.5 s"
+    assert 0.5 <= time.monotonic() - began < 5
+
+
+def test_five_seconds_by_default():
+    began = time.monotonic()
+    assert run_program("while True: pass").error == "timed out after 5 s"
+    assert 5 <= time.monotonic() - began < 10
+
+
+@each_layer
+@pytest.mark.parametrize(
+    "code",
+    [
+        "'a' * 10**9",
+        "x = []\nwhile True: x.append(bytearray(2**20))",
+        "import mmap; mmap.mmap(-1, 2**30)",
+        "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.malloc.restype = ctypes.c_void_p\n"
+        "while libc.malloc(2**20): pass\nraise MemoryError",
+        "import resource; resource.setrlimit(resource.RLIMIT_AS, (-1, -1)); 'a' * 10**9",
+        "import os\nfor i in range(99):\n  fd = os.memfd_create('m')\n  for _ in range(15): os.write(fd, bytes(2**20))",
+        "for i in range(99):\n  with open(f'f{i}', 'wb') as f: f.truncate(2**20); f.write(bytes(2**24))\n"
+        "  if i == 1: raise OSError",
+    ],
+)
+def test_memory_bombs(layers, code):
+    result = run(code, layers)
+    assert not result.passed
+    assert result.error.split(":")[0].split(" ")[0] in ("MemoryError", "OSError", "ValueError", "PermissionError")
+
+
+@each_layer
+@pytest.mark.parametrize(
+    ("code", "errors"),
+    [
+        ("import os\nwhile True: os.fork()", {"PermissionError", "BlockingIOError"}),
+        ("import os\nfor _ in range(10**4):\n  try: os.fork()\n  except OSError: pass", set()),
+        ("import threading\nwhile True: threading.Thread(target=input).start()", {"RuntimeError"}),
+        ("import subprocess; subprocess.run(['/bin/sh', '-c', 'true'])", {"PermissionError", "BlockingIOError"}),
+        ("import ctypes\nlibc = ctypes.CDLL(None)\nfor call in (57, 58): assert libc.syscall(call) == -1", set()),
+    ],
+)
+def test_fork_bombs(layers, code, errors):
+    result = run(code, layers)
+    assert result.error.split(":")[0] in (errors or {""})
+
+
+def test_a_program_is_not_replaced_by_another():
+    assert run("import os; os.execv('/usr/bin/env', ['env'])").error.startswith("PermissionError")
+
+
+@each_layer
+def test_endless_output_is_cut(layers):
+    result = run("while True: print('x' * 1000)", layers, timeout=0.5)
+    assert result.error == "timed out after 0.5 s"
+    assert len(result.output) == 64 * 1024
+    assert run("print('x' * 10**7)", layers).passed
+
+
+@each_layer
+def test_files_of_others_can_neither_be_read_nor_changed(layers, tmp_path):
+    secret = tmp_path / "secret.txt"
+    secret.write_text("a key")
+    program = """
+import os
+for attempt in ATTEMPTS:
+    try: eval(attempt)
+    except OSError: continue
+    raise SystemExit(attempt)
+"""
+    attempts = [
+        f"open({str(secret)!r}).read()",
+        f"open({str(secret)!r}, 'w')",
+        f"os.listdir({str(tmp_path)!r})",
+        f"os.unlink({str(secret)!r})",
+        f"os.chmod({str(secret)!r}, 0)",
+        f"os.utime({str(secret)!r})",
+        f"os.link({str(secret)!r}, 'here')",
+        f"os.rename({str(secret)!r}, 'here')",
+        f"os.mkdir({str(tmp_path / 'new')!r})",
+        f"os.listdir({str(Path.home())!r} + '/.ssh')",
+        f"os.listdir({os.path.dirname(os.getcwd())!r})",
+        "open('/etc/passwd')",
+        "os.listdir('/proc')",
+        f"open('/proc/{os.getpid()}/environ')",
+        "open('/proc/self/mem', 'wb')",
+        "open('../outside', 'w')",
+        "open('/usr/lib/outside', 'w')",
+        f"open({str(Path(sys.base_prefix) / 'outside')!r}, 'w')",
+        "os.chroot('.')",
+        "os.mknod('disk', 0o60600, os.makedev(8, 0)) or open('disk')",
+    ]
+    before = os.stat(secret)
+    result = run(program.replace("ATTEMPTS", repr(attempts)), layers)
+    assert result.passed, result.error
+    assert secret.read_text() == "a key"
+    assert os.stat(secret) == before
+
+
+@each_layer
+def test_an_empty_folder_of_its_own_is_writable(layers):
+    program = """
+import os, tempfile
+assert os.listdir() == []
+with open("f", "w") as f: f.write("x")
+assert open("f").read() == "x"
+os.mkdir("d")
+os.rename("f", "d/f")
+os.remove("d/f")
+with tempfile.TemporaryFile() as f: f.write(b"x")
+"""
+    result = run(program, layers)
+    assert result.passed, result.error
+
+
+@each_layer
+def test_signals_reach_nobody(layers):
+    victim = subprocess.Popen(["sleep", "60"])  # what it may signal if it is of the same user
+    program = f"""
+import os, signal
+for pid in ({os.getpid()}, {victim.pid}, os.getppid(), -1, -{os.getpgid(0)}, 0):
+    try: os.kill(pid, signal.SIGTERM)
+    except OSError: pass
+"""
+    run(program, layers)
+    assert victim.poll() is None
+    victim.kill()
+    victim.wait()
+
+
+@each_layer
+def test_other_processes_cannot_be_traced(layers):
+    program = f"""
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+for pid in ({os.getpid()}, {os.getppid()}, 1):
+    assert libc.ptrace(16, pid, 0, 0) == -1
+    buffer = ctypes.create_string_buffer(8)
+    local = (ctypes.c_uint64 * 2)(ctypes.addressof(buffer), 8)
+    remote = (ctypes.c_uint64 * 2)(id(libc), 8)
+    assert pid == 1 or libc.process_vm_readv(pid, local, 1, remote, 1, 0) == -1
+"""
+    result = run(program, layers)
+    assert result.passed, result.error
+
+
+@each_layer
+def test_the_network_is_out_of_reach(layers):
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket(socket.AF_UNIX) as local:
+        local.bind("\0nanochat_ray_test_sandbox")
+        local.listen()
+        server.settimeout(0.2)
+        program = f"""
+import socket
+for family, address in ((socket.AF_INET, ("127.0.0.1", {server.getsockname()[1]})),
+                        (socket.AF_INET, ("8.8.8.8", 53)),
+                        (socket.AF_UNIX, "\\0nanochat_ray_test_sandbox")):
+    try: socket.socket(family, socket.SOCK_STREAM).connect(address)
+    except OSError: continue
+    raise SystemExit(address)
+"""
+        result = run(program, layers)
+        assert result.passed, result.error
+        with pytest.raises(TimeoutError):
+            server.accept()
+
+
+@each_layer
+def test_ctypes_gives_no_rights(layers):
+    program = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+for attempt in (
+    lambda: libc.unshare(0x10000000),
+    lambda: libc.unshare(0x00020000),
+    lambda: libc.mount(b"tmpfs", b"/tmp", b"tmpfs", 0, None),
+    lambda: libc.mount(b"proc", b".", b"proc", 0, None),
+    lambda: libc.setns(0, 0),
+    lambda: libc.chroot(b"/"),
+    lambda: libc.umount2(b"/tmp", 2),
+    lambda: libc.sethostname(b"mine", 4),
+    lambda: libc.capset((ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(1 << 21, 1 << 21)),
+):
+    assert attempt() == -1
+for change in (lambda: os.setuid(0), lambda: os.setgroups([0])):
+    if os.getuid() != 0:
+        try: change()
+        except OSError: continue
+        raise SystemExit("other rights")
+"""
+    result = run(program, layers)
+    assert result.passed, result.error
+
+
+@each_layer
+def test_nothing_is_inherited(layers, tmp_path, monkeypatch):
+    monkeypatch.setenv("API_KEY", "a key")
+    (tmp_path / "open.txt").write_text("a key")
+    descriptor = os.open(tmp_path / "open.txt", os.O_RDONLY)
+    os.set_inheritable(descriptor, True)
+    program = """
+import os, sys
+assert "API_KEY" not in os.environ and len(os.environ) < 5, os.environ
+assert os.read(0, 1) == b""
+for fd in range(4, 1024):
+    try: os.fstat(fd)
+    except OSError: continue
+    raise SystemExit(fd)
+assert not [m for m in sys.modules if "nanochat" in m or m == "jail"]
+assert sorted(name for name in vars(sys.modules["__main__"]) if name[:2] != "__") == ["fd", "os", "sys"]
+"""
+    result = run(program, layers)
+    os.close(descriptor)
+    assert result.passed, result.error
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+@pytest.mark.parametrize("layers", [*SEPARATE, ((), "limits")], ids=lambda layers: layers[1].replace(" ", "-"))
+def test_it_needs_no_root(layers, tmp_path_factory):
+    """The same as an ordinary user, whom limits alone hold too."""
+    if not shutil.which("setpriv") or not os.path.exists("/usr/bin/python3"):
+        pytest.skip("no setpriv, or no Python that another user may run")
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chown(folder, 12345, 12345)
+        jail = shutil.copy(sandbox.JAIL, folder)
+        victim = subprocess.Popen(["setpriv", "--reuid=12345", "--clear-groups", "sleep", "60"])
+        user = ["setpriv", "--reuid=12345", "--regid=12345", "--clear-groups"]
+        program = f"""
+import os
+print(os.getuid(), os.listdir())
+for attempt in (os.fork, lambda: os.kill({victim.pid}, 9)) [:{2 if layers[0] else 1}]:
+    try: attempt()
+    except OSError: continue
+    raise SystemExit("broke out")
+"""
+        command = [*user, "/usr/bin/python3", "-I", "-S", jail, folder, "5", "256", ",".join(layers[0])]
+        shown = subprocess.run(command, input=program.encode(), capture_output=True, cwd="/", check=False)
+        protection, error, output = shown.stdout.decode().split("\0")
+        assert (protection, error) == (layers[1], "")
+        assert output.split()[0] == ("65534" if "namespaces" in protection else "12345")
+        assert victim.poll() is None
+        victim.kill()
+        victim.wait()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="limits hold everyone but root")
+def test_root_is_not_left_to_limits_alone(monkeypatch):
+    readable = subprocess.run(["setpriv", "--reuid=65534", "--clear-groups", "test", "-r", os.__file__], check=False)
+    if readable.returncode == 0:
+        assert run_program("pass", layers=()).protection == "limits"
+    else:
+        with pytest.raises(OSError, match="run as another user"):
+            run_program("pass", layers=())
+
+
+def test_a_sandbox_that_cannot_start_says_so(monkeypatch, tmp_path):
+    monkeypatch.setattr(sandbox, "JAIL", tmp_path / "missing.py")
+    with pytest.raises(OSError, match=r"the sandbox did not start: .*missing\.py"):
+        run_program("pass")

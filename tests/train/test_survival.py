@@ -154,7 +154,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(un
 def test_a_hopeless_loss_stops_the_run_and_keeps_the_last_checkpoint(tiny, monkeypatch, nanochat_ray_home):
     monkeypatch.setattr(pretrain, "train", lambda config, workers: config)
     config = pretrain.run(tiny(run="hopeless", num_iterations=60, save_every=35, eval_every=0))
-    too_high = config.lrs | {"unembedding_lr": 1e3}  # every logit is at the cap at once, where no gradient moves it back
+    too_high = config.lrs | {"unembedding_lr": 1e3}  # every logit at the cap, where no gradient moves it back
     with pytest.raises(ValueError, match=r"the loss is \d+\.\d+ at step 4\d, and guessing blindly would cost 8\.32"):
         launch.train(replace(config, lrs=too_high), None)
     assert kept(config.run_dir) == ["step_000035"]

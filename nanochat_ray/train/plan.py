@@ -125,7 +125,7 @@ def _print(plan: RunPlan, options: PlanOptions, rows: int, prediction: Predictio
         "Muon weight decay": f"{plan.weight_decay:.4g}",
     }
     total = sum(prediction.memory.values())
-    memory = {name: f"{size / 2**30:.1f} GiB" for name, size in [*prediction.memory.items(), ("total", total)]}
+    memory = {name: f"{size / 2**20:,.0f} MiB" for name, size in [*prediction.memory.items(), ("total", total)]}
     hours = prediction.seconds / 3600
     outlook = {"time": f"{prediction.seconds:,.0f} s ({hours:.2f} h) at {options.mfu:.0%} MFU"}
     if options.gpus:

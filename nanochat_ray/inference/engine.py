@@ -1,186 +1,272 @@
-"""Batched generation: sequences join a batch when there is a place, share every forward, and leave when done."""
+"""Continuous batching: sequences join and leave between steps; a step reads a chunk of a prompt and decodes a batch.
 
-from collections import deque
+Results do not depend on who else is in the batch, but for rounding.
+"""
+
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
-from nanochat_ray.inference.kv_cache import KVCache
-from nanochat_ray.inference.sampling import SamplingParams, sample
+from nanochat_ray.inference.kv_cache import PAGE, BlockManager, page_bytes
+from nanochat_ray.inference.model_runner import ModelRunner
+from nanochat_ray.inference.sampling import Controls, SamplingParams, logprobs, sample
+from nanochat_ray.inference.scheduler import Scheduler
+from nanochat_ray.inference.sequence import Completion, Sequence
+from nanochat_ray.inference.text import AnswerStream
 from nanochat_ray.inference.tools import calculate
+from nanochat_ray.model.gpt import ROTARY_REACH
 
-PREFILL_TOKENS = 8192  # prompts prefilled together hold at most this many tokens, padding included
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What was generated after a prompt. mask is 1 where a token was sampled, 0 where a tool's output was put in.
-
-    finish_reason is "stop" when the model ended its turn (assistant_end or bos; that token is left out of tokens)
-    and "length" when max_tokens or the end of the model's reach came first.
-    """
-
-    tokens: list[int]
-    mask: list[int]
-    finish_reason: str
-
-
-@dataclass
-class Sequence:
-    """One sample of one prompt on its way."""
-
-    prompt: list[int]
-    sample: int
-    max_tokens: int
-    tokens: list[int] = field(default_factory=list)
-    mask: list[int] = field(default_factory=list)
-    forced: deque[int] = field(default_factory=deque)  # tool output that is still to be put in
-    code_start: int | None = None  # where in tokens the code after python_start begins
-    finish_reason: str | None = None
+CHUNK = 512  # tokens of a prompt in a step, when nobody else waits for it
+LEAST_CHUNK = 16  # below this a chunk takes as long as a step, whatever its length
+STALL = 0.7  # of a decoding step's time: how much longer a step may become by reading a prompt
 
 
 class Engine:
     """Generates for up to max_batch_size sequences at once.
 
-    Without a tokenizer nothing stops a sequence before its length, and no tool is called.
+    Without a tokenizer nothing stops a sequence before its length, and no tool is called. kv_bytes: memory for keys and
+    values; the default holds max_batch_size sequences of the model's sequence_len, or one as long as its reach. chunk:
+    tokens of a prompt that are read in a step; by default as many as keep those that are being answered from waiting.
+    compile: a minute at the first steps (torch.compile), for steps twice as fast.
     """
 
-    def __init__(self, model, tokenizer=None, max_batch_size: int = 32):
+    def __init__(
+        self,
+        model,
+        tokenizer=None,
+        max_batch_size: int = 32,
+        kv_bytes: int | None = None,
+        chunk: int | None = None,
+        compile: bool = False,
+    ):
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size {max_batch_size} must be 1 or more")
-        self.model, self.tokenizer, self.max_batch_size = model, tokenizer, max_batch_size
+        config = model.config
+        per_page = page_bytes(config, model.compute_dtype.itemsize)
+        if kv_bytes is None:
+            blocks = max(
+                max_batch_size * (-(-config.sequence_len // PAGE) + 1), ROTARY_REACH * config.sequence_len // PAGE
+            )
+            kv_bytes = (blocks * config.n_layer + 1) * per_page
+        self.manager = BlockManager(config, kv_bytes // per_page)
+        self.scheduler = Scheduler(self.manager, max_batch_size)
+        self.runner = ModelRunner(model, self.manager, max_batch_size, compile)
+        self.config, self.tokenizer, self.chunk = config, tokenizer, chunk
         names = ("assistant_end", "python_start", "python_end", "output_start", "output_end")
         self.special = {name: tokenizer.special(f"<|{name}|>") for name in names} if tokenizer else {}
         self.stop = {self.special["assistant_end"], tokenizer.bos_id} if tokenizer else set()
+        self.rows: list[Sequence] = []  # whose tables the runner has, row by row
+        self.controls, self.seen = None, None
+        self.decode_seconds, self.beside = 0.0, 4.0 * LEAST_CHUNK  # of a decoding step; tokens to read beside one
+        self.arrivals = 0
+        self.counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
+
+    def submit(self, prompt: list[int], params: SamplingParams) -> list[Sequence]:
+        """Queue params.n sequences that go on from the prompt; step() moves them on.
+
+        max_tokens is cut where the model's reach or the room for keys and values ends. Raises ValueError for a prompt
+        that is empty, too long, or holds ids outside the vocabulary, and for stop strings without a tokenizer.
+        """
+        capacity, vocab_size = self.manager.capacity, self.config.vocab_size
+        if not prompt:
+            raise ValueError("a prompt is empty; it needs at least one token, such as bos")
+        if len(prompt) >= capacity:
+            limit = "the model's reach" if capacity == ROTARY_REACH * self.config.sequence_len else "the cache's room"
+            raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room within {limit} of {capacity}")
+        if min(prompt) < 0 or max(prompt) >= vocab_size:
+            raise ValueError(f"a prompt holds token ids outside 0 … {vocab_size - 1}")
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer")
+        sequences = []
+        for i in range(params.n):
+            answer = AnswerStream(self.tokenizer, params.stop) if params.stop else None
+            sequence = Sequence(list(prompt), params, i, min(params.max_tokens, capacity - len(prompt)), answer)
+            sequence.arrival = self.arrivals
+            self.arrivals += 1
+            sequences.append(sequence)
+        self.scheduler.waiting.extend(sequences)
+        self.counts["requests"] += 1
+        return sequences
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Let a sequence end where it is, between steps; its memory is free at once."""
+        if sequence.finish_reason is None:
+            sequence.finish_reason = "cancelled"
+            self.scheduler.drop(sequence)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
+    @torch.inference_mode()
+    def step(self) -> list[Sequence]:
+        """Read a chunk of the next prompts, decode a token of every running sequence; those that moved on."""
+        moved = self._read_prompts()
+        if self.scheduler.running:
+            moved += self._decode()
+        return moved
 
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """params.n completions of each prompt, in the order of the prompts, a prompt's samples adjacent.
 
-        Sequences beyond max_batch_size wait for a place. max_tokens is cut where the model's reach ends.
-        Raises ValueError for a prompt that is empty, too long, or holds ids outside the vocabulary.
+        Sequences beyond max_batch_size wait for a place. Raises ValueError as submit does.
         """
-        sequences = [sequence for prompt in prompts for sequence in self._sequences(prompt, params)]
-        for _ in self._steps(sequences, params):
-            pass
-        return [Completion(s.tokens, s.mask, s.finish_reason) for s in sequences]
+        sequences = []
+        try:
+            for prompt in prompts:
+                sequences += self.submit(prompt, params)
+            while self.busy:
+                self.step()
+        finally:
+            for sequence in sequences:
+                self.cancel(sequence)
+        return [sequence.completion() for sequence in sequences]
 
     def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[int]:
-        """The tokens of the prompt's first completion as they come, tool output included. Raises as generate does."""
-        return self._follow(self._sequences(prompt, params)[0], params)
+        """The tokens of the prompt's first completion as they come, tool output included. Raises as submit does."""
+        sequence, *others = self.submit(prompt, params)
+        for other in others:
+            self.cancel(other)
+        return self._follow(sequence)
 
-    def _follow(self, sequence: Sequence, params: SamplingParams) -> Iterator[int]:
-        for _ in self._steps([sequence], params):
-            if sequence.finish_reason != "stop":
-                yield sequence.tokens[-1]
+    def _follow(self, sequence: Sequence) -> Iterator[int]:
+        told = 0
+        try:
+            while told < sequence.generated or sequence.finish_reason is None:
+                if told == sequence.generated:
+                    self.step()
+                else:
+                    yield sequence.ids[sequence.prompt_len + told]
+                    told += 1
+        finally:
+            self.cancel(sequence)
 
-    def _sequences(self, prompt: list[int], params: SamplingParams) -> list[Sequence]:
-        reach, vocab_size = self.model.cos.size(0), self.model.config.vocab_size
-        if not prompt:
-            raise ValueError("a prompt is empty; it needs at least one token, such as bos")
-        if len(prompt) >= reach:
-            raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room within the model's reach of {reach}")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise ValueError(f"a prompt holds token ids outside 0 … {vocab_size - 1}")
-        max_tokens = min(params.max_tokens, reach - len(prompt))
-        return [Sequence(list(prompt), i, max_tokens) for i in range(params.n)]
+    def _read_prompts(self) -> list[Sequence]:
+        """Prefill within the step's budget; sequences whose prompts end join the batch with their first token."""
+        moved, left = [], self._chunk_budget()
+        while left > 0 and (chunk := self.scheduler.next_chunk(left)):
+            sequence, end = chunk
+            start, ids = sequence.table.length, sequence.ids
+            began = time.perf_counter()
+            logits = self.runner.prefill(ids[start:end], ids[start - 1] if start else 0, start, sequence.table)
+            self.manager.advance(sequence.table, ids, end)
+            left -= max(end - start, LEAST_CHUNK)
+            if end == len(ids):
+                self.scheduler.start(sequence)
+                if not sequence.generated:
+                    self.counts["prompt_tokens"] += sequence.prompt_len
+                    self.counts["cached_tokens"] += sequence.cached_tokens
+                self._choose(logits, [sequence])
+                moved.append(sequence)
+            if self.decode_seconds and end - start >= LEAST_CHUNK:
+                self._adapt((end - start) / (time.perf_counter() - began))
+        return moved
 
-    @torch.inference_mode()
-    def _steps(self, sequences: list[Sequence], params: SamplingParams) -> Iterator[None]:
-        """Run all sequences to their end. Each step is one forward: a prefill if there is a place, else a decode."""
-        if not sequences:
-            return
-        max_len = max(len(s.prompt) + s.max_tokens for s in sequences)
-        places = min(self.max_batch_size, len(sequences))
-        cache = KVCache(self.model.config, places, max_len, self.model.cos.device, self.model.compute_dtype)
-        waiting, running = deque(_groups(sequences, places)), []
-        while waiting or running:
-            if groups := _admit(waiting, places - len(running)):
-                logits, batch = self._prefill(cache, len(running), groups)
-                running += batch
-            else:
-                logits, batch = self._decode(cache, running), running
-            keys = torch.tensor([(params.seed, s.sample, len(s.tokens)) for s in batch])
-            for sequence, token in zip(batch, sample(logits, params, keys).tolist(), strict=True):
-                self._append(sequence, token)
-            _retire(cache, running)
-            yield
+    def _chunk_budget(self) -> int:
+        if self.chunk is not None:
+            return self.chunk
+        return int(self.beside) if self.scheduler.running else CHUNK
 
-    def _prefill(self, cache: KVCache, first_row: int, groups: list[list[Sequence]]):
-        """Run each group's prompt once, give every sequence a row of the cache; logits (sequences, V), sequences."""
-        prompts = [group[0].prompt for group in groups]
-        longest = max(map(len, prompts))
-        idx = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=cache.keys.device)
-        cache.clear_rows(slice(first_row, None))
-        chunk = cache.chunk(first_row, [len(prompt) for prompt in prompts])
-        logits = self.model.logits(chunk.last_hidden(self.model.hidden(idx, chunk)))
-        batch, sources = [group[0] for group in groups], list(range(len(groups)))
-        for i, group in enumerate(groups):
-            for sequence in group[1:]:
-                cache.copy_row(first_row + i, first_row + len(batch))
-                batch.append(sequence)
-                sources.append(i)
-        return logits[sources], batch
+    def _adapt(self, rate: float) -> None:
+        """Follow the number of tokens that, at this rate a second, are read within the allowed part of a step."""
+        wanted = min(CHUNK, max(LEAST_CHUNK, STALL * self.decode_seconds * rate))
+        self.beside = min(
+            wanted, 1.2 * self.beside
+        )  # small chunks are read at a lower rate: grow slowly, shrink at once
 
-    def _decode(self, cache: KVCache, running: list[Sequence]) -> torch.Tensor:
-        idx = torch.tensor([s.tokens[-1:] for s in running], device=cache.keys.device)
-        chunk = cache.chunk(0, [1] * len(running))
-        return self.model.logits(chunk.last_hidden(self.model.hidden(idx, chunk)))
+    def _decode(self) -> list[Sequence]:
+        """One token for every running sequence that has a place for it."""
+        began = time.perf_counter()
+        self._place_rows(self.scheduler.make_room())
+        rows = self.rows
+        logits = self.runner.decode(
+            [s.ids[-1] for s in rows],
+            [s.ids[-2] if len(s.ids) > 1 else 0 for s in rows],
+            [len(s.ids) - 1 for s in rows],
+        )
+        for row, sequence in enumerate(rows):
+            if self.manager.advance(sequence.table, sequence.ids, len(sequence.ids)):
+                self.runner.place(row, sequence.table)
+        self._choose(logits, rows, self.controls, self.seen)
+        seconds = time.perf_counter() - began
+        self.decode_seconds = 0.7 * self.decode_seconds + 0.3 * seconds if self.decode_seconds else seconds
+        return rows
 
-    def _append(self, sequence: Sequence, sampled: int) -> None:
-        """Give a sequence its next token: tool output that is due, else the sampled one."""
-        forced = bool(sequence.forced)
-        token = sequence.forced.popleft() if forced else sampled
-        if token in self.stop:
-            sequence.finish_reason = "stop"
-            return
-        sequence.tokens.append(token)
-        sequence.mask.append(0 if forced else 1)
+    def _place_rows(self, changed: list[Sequence]) -> None:
+        """Tell the runner who is in which row, and hold the rows' parameters as tensors while they stay the same."""
+        running, placed = self.scheduler.running, self.rows
+        changed = set(changed)
+        same = len(running) == len(placed) and all(a is b for a, b in zip(running, placed, strict=True))
+        for row, sequence in enumerate(running):
+            if sequence in changed or row >= len(placed) or placed[row] is not sequence:
+                self.runner.place(row, sequence.table)
+        if not same:
+            self.rows = list(running)
+            self.controls = Controls([s.params for s in running], self.config.vocab_size, self.runner.device)
+            self.seen = self._seen(running) if self.controls.penalizes else None
+
+    def _seen(self, sequences: list[Sequence]) -> torch.Tensor:
+        seen = torch.zeros(len(sequences), self.config.vocab_size, dtype=torch.bool)
+        for row, sequence in zip(seen, sequences, strict=True):
+            row[sequence.ids] = True
+        return seen.to(self.runner.device)
+
+    def _choose(self, logits: torch.Tensor, sequences: list[Sequence], controls=None, seen=None) -> None:
+        """Give each sequence its next token: tool output that is due, else one sampled from its row of logits."""
+        if controls is None:
+            controls = Controls([s.params for s in sequences], self.config.vocab_size, self.runner.device)
+            seen = self._seen(sequences) if controls.penalizes else None
+        keys = np.array([(s.params.seed, s.sample, s.generated) for s in sequences], dtype=np.uint64)
+        tokens = sample(logits, controls, keys, seen).tolist()
+        for row, sequence in enumerate(sequences):
+            if sequence.forced:
+                tokens[row] = sequence.forced[0]
+        self._note_logprobs(logits, sequences, tokens)
+        if seen is not None:
+            seen[torch.arange(len(tokens)), tokens] = True
+        for sequence, token in zip(sequences, tokens, strict=True):
+            self._append(sequence, token)
+        self.counts["generated_tokens"] += len(tokens)
+
+    def _note_logprobs(self, logits: torch.Tensor, sequences: list[Sequence], tokens: list[int]) -> None:
+        asked = [row for row, s in enumerate(sequences) if s.params.logprobs is not None]
+        if asked:
+            most = min(max(sequences[row].params.logprobs for row in asked), logits.size(-1))
+            for row, (own, likeliest) in zip(
+                asked, logprobs(logits[asked], [tokens[row] for row in asked], most), strict=True
+            ):
+                if tokens[row] not in self.stop:
+                    sequences[row].logprobs.append((own, likeliest[: sequences[row].params.logprobs]))
+
+    def _append(self, sequence: Sequence, token: int) -> None:
+        if token in self.stop and not sequence.forced:
+            return self._end(sequence, "stop")
+        sequence.ids.append(token)
+        sequence.mask.append(0 if sequence.forced else 1)
+        if sequence.forced:
+            sequence.forced.popleft()
         if self.special:
             self._use_tool(sequence, token)
-        if len(sequence.tokens) == sequence.max_tokens:
-            sequence.finish_reason = "length"
+        if sequence.answer:
+            sequence.answer.push(token)
+            if sequence.answer.stopped:
+                return self._end(sequence, "stop")
+        if sequence.generated == sequence.max_tokens:
+            self._end(sequence, "length")
+
+    def _end(self, sequence: Sequence, reason: str) -> None:
+        sequence.finish_reason = reason
+        self.scheduler.drop(sequence)
 
     def _use_tool(self, sequence: Sequence, token: int) -> None:
         """On python_end, queue the calculator's answer; code without one is left without output."""
         if token == self.special["python_start"]:
-            sequence.code_start = len(sequence.tokens)
+            sequence.code_start = len(sequence.ids)
         elif token == self.special["python_end"] and sequence.code_start is not None:
-            result = calculate(self.tokenizer.decode(sequence.tokens[sequence.code_start : -1]))
+            result = calculate(self.tokenizer.decode(sequence.ids[sequence.code_start : -1]))
             sequence.code_start = None
             if result is not None:
                 output = self.tokenizer.encode(result)
                 sequence.forced.extend([self.special["output_start"], *output, self.special["output_end"]])
-
-
-def _groups(sequences: list[Sequence], places: int) -> Iterator[list[Sequence]]:
-    """Neighbours with the same prompt, to be prefilled once; at most as many as there are places."""
-    group = []
-    for sequence in sequences:
-        if group and (len(group) == places or sequence.prompt != group[0].prompt):
-            yield group
-            group = []
-        group.append(sequence)
-    yield group
-
-
-def _admit(waiting: deque[list[Sequence]], places: int) -> list[list[Sequence]]:
-    """Take groups from the head of the queue while their sequences fit the places and their prompts the budget."""
-    groups, longest = [], 0
-    while waiting and len(waiting[0]) <= places:
-        longest = max(longest, len(waiting[0][0].prompt))
-        if groups and longest * (len(groups) + 1) > PREFILL_TOKENS:
-            break
-        groups.append(waiting.popleft())
-        places -= len(groups[-1])
-    return groups
-
-
-def _retire(cache: KVCache, running: list[Sequence]) -> None:
-    """Drop finished sequences; the last row moves into the gap, so that the rows in use stay adjacent."""
-    for row in reversed(range(len(running))):
-        if running[row].finish_reason is not None:
-            last = running.pop()
-            if row < len(running):
-                cache.copy_row(len(running), row)
-                running[row] = last

@@ -1,99 +1,170 @@
-"""Keys, values and smear state of the sequences being generated: one row each, at any mix of lengths."""
+"""Who holds which keys and values: pages of PAGE tokens of one layer, given to sequences in blocks, shared by prefix.
 
-import torch
-import torch.nn.functional as F
+Layers of one window form a group. A block is PAGE tokens of a sequence in one group, a page for each of its layers.
+As in vLLM (arXiv:2309.06180), a full block can be found by its tokens and all before them, and stays to be found until
+its pages are needed; a window's layers keep only the blocks that the next token can see.
+"""
 
-from nanochat_ray.model.attention import attention, sliding_window_mask
-from nanochat_ray.model.gpt import GPTConfig
+import hashlib
+from array import array
+from collections import OrderedDict
+from dataclasses import dataclass, field
 
+from nanochat_ray.model.gpt import ROTARY_REACH, GPTConfig
 
-class KVCache:
-    """Room for batch_size sequences of max_len tokens, allocated once. Rows in use are kept next to each other, from 0.
-
-    keys and values are (layers, batch_size, kv heads, max_len, head_dim), so that a batch of rows up to some length
-    is a view; previous is (batch_size, C), each row's last embedding before the smear; lengths is on the host.
-    """
-
-    def __init__(self, config: GPTConfig, batch_size: int, max_len: int, device="cpu", dtype=torch.float32):
-        shape = (config.n_layer, batch_size, config.n_kv_head, max_len, config.head_dim)
-        # Zeros, since attention multiplies what it masks by 0 and 0 · NaN would spread.
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.previous = torch.zeros(batch_size, config.n_embd, device=device, dtype=dtype)
-        self.lengths = [0] * batch_size
-        self.max_len = max_len
-
-    def clear_rows(self, rows: slice) -> None:
-        self.lengths[rows] = [0] * len(self.lengths[rows])
-
-    def copy_row(self, source: int, target: int) -> None:
-        """Let target continue where source is: another sample of its prompt, or its new place in the batch."""
-        length = self.lengths[source]
-        self.keys[:, target, :, :length] = self.keys[:, source, :, :length]
-        self.values[:, target, :, :length] = self.values[:, source, :, :length]
-        self.previous[target] = self.previous[source]
-        self.lengths[target] = length
-
-    def chunk(self, first_row: int, counts: list[int]) -> "Chunk":
-        """The `cache` of one model.hidden call: row first_row + i takes counts[i] further tokens, padded on the right.
-
-        Raises ValueError when a row, with its padding, would be longer than max_len.
-        """
-        rows = slice(first_row, first_row + len(counts))
-        starts = self.lengths[rows]
-        if (end := max(starts) + max(counts)) > self.max_len:
-            raise ValueError(f"a sequence of {end} tokens does not fit the cache's rows of {self.max_len}")
-        self.lengths[rows] = [start + count for start, count in zip(starts, counts, strict=True)]
-        return Chunk(self, rows, starts, counts)
+PAGE = 32  # tokens
+NULL_PAGE = 0  # what padding points to; never given to a sequence
 
 
-class Chunk:
-    """The next tokens of some rows of a cache, as the model sees them in one forward."""
+class CacheFull(Exception):
+    """There are too few pages left for what a sequence needs."""
 
-    def __init__(self, cache: KVCache, rows: slice, starts: list[int], counts: list[int]):
-        device = cache.keys.device
-        self.cache, self.rows, self.starts, self.counts = cache, rows, starts, counts
-        self.index = torch.arange(len(counts), device=device)
-        self.first = torch.tensor(starts, device=device)
-        self.last = torch.tensor(counts, device=device) - 1
-        self.masks = {}  # by window: the layers share a few
 
-    def positions(self, T: int) -> torch.Tensor:
-        self.at = self.first.unsqueeze(1) + torch.arange(T, device=self.first.device)
-        return self.at
+@dataclass(eq=False)
+class Block:
+    pages: list[int]  # one a layer of its group
+    references: int = 1
+    key: tuple | None = None  # by which it is found: the group, and a hash of all tokens up to its end
 
-    def last_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(B, T, C) to (B, C): each row at its last token that is not padding."""
-        return hidden[self.index, self.last]
 
-    def previous_embedding(self, x: torch.Tensor) -> torch.Tensor:
-        before = self.cache.previous[self.rows] * (self.first > 0).unsqueeze(1)
-        self.cache.previous[self.rows] = self.last_hidden(x)
-        return torch.cat([before.unsqueeze(1), x[:, :-1]], dim=1)
+@dataclass(eq=False)
+class BlockTable:
+    """What one sequence holds: per group, adjacent blocks, and which block of the sequence the first of them is."""
 
-    def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        """Store k and v (B, T, K, D), let q (B, T, H, D) attend to all its row has within the window: (B, T, H, D).
+    blocks: list[list[Block]]
+    first: list[int]
+    length: int = 0  # tokens whose keys and values are stored
+    room: int = 0  # tokens that the blocks have a place for
+    hashes: list[bytes] = field(default_factory=list)  # of the sequence up to the end of each full block
 
-        Padding is stored too, after the row's last token: no query sees it before a real token takes its place.
-        """
-        keys, values = self.cache.keys[layer, self.rows], self.cache.values[layer, self.rows]
-        keys[self.index.unsqueeze(1), :, self.at] = k
-        values[self.index.unsqueeze(1), :, self.at] = v
-        if not any(self.starts):
-            return attention(q, k, v, window)
-        if window not in self.masks:
-            self.masks[window] = self._visible(q.size(1), window)
-        seen, mask = self.masks[window]
-        # A group of query heads shares a key head: as further queries of that head, no key is copied.
-        B, T, H, D = q.shape
-        K, G = k.size(2), H // k.size(2)
-        q = q.view(B, T, K, G, D).transpose(1, 2).reshape(B, K, T * G, D)
-        mask = mask.repeat_interleave(G, dim=2)
-        y = F.scaled_dot_product_attention(q, keys[:, :, seen], values[:, :, seen], attn_mask=mask)
-        return y.view(B, K, T, G, D).transpose(1, 2).reshape(B, T, H, D)
 
-    def _visible(self, T: int, window: int) -> tuple[slice, torch.Tensor]:
-        """The span of positions that any query sees, and within it the mask (B, 1, T, span)."""
-        begin, end = max(0, min(self.starts) - window), max(self.starts) + T
-        mask = sliding_window_mask(self.at, torch.arange(begin, end, device=self.at.device), window)
-        return slice(begin, end), mask.unsqueeze(1)
+def page_bytes(config: GPTConfig, itemsize: int) -> int:
+    return 2 * PAGE * config.n_kv_head * config.head_dim * itemsize
+
+
+class BlockManager:
+    def __init__(self, config: GPTConfig, num_pages: int):
+        """num_pages: of all layers together, the null page included. Raises ValueError for too few to hold a token."""
+        self.windows = sorted(set(config.window_sizes))
+        self.layers = [[i for i, w in enumerate(config.window_sizes) if w == window] for window in self.windows]
+        self.num_pages = num_pages - 1
+        self.capacity = self._capacity(ROTARY_REACH * config.sequence_len)
+        if self.capacity == 0:
+            raise ValueError(f"{num_pages} pages of {PAGE} tokens are too few for {config.n_layer} layers")
+        self.free = list(range(num_pages - 1, NULL_PAGE, -1))
+        self.found: dict[tuple, Block] = {}
+        self.unused: OrderedDict[Block, None] = OrderedDict()  # held by nobody but found, in the order to give up
+        self.unused_pages = 0
+
+    @property
+    def used_pages(self) -> int:
+        """Pages that sequences hold now."""
+        return self.num_pages - len(self.free) - self.unused_pages
+
+    def open(self, tokens: list[int]) -> BlockTable:
+        """A table that holds the longest known prefix of tokens, short of the last one, which is always computed."""
+        table = BlockTable([[] for _ in self.windows], [0 for _ in self.windows])
+        hashes = self._hashes(tokens[: (len(tokens) - 1) // PAGE * PAGE])
+        length = self._longest_known(hashes)
+        table.length, table.room, table.hashes = length * PAGE, length * PAGE, hashes[:length]
+        for group, window in enumerate(self.windows):
+            table.first[group] = _first_visible(table.length, window)
+            for key in hashes[table.first[group] : length]:
+                block = self.found[group, key]
+                if block.references == 0:
+                    del self.unused[block]
+                    self.unused_pages -= len(block.pages)
+                block.references += 1
+                table.blocks[group].append(block)
+        return table
+
+    def reserve(self, table: BlockTable, length: int) -> bool:
+        """Make room for tokens up to length; returns whether blocks were added. Raises CacheFull, having taken none."""
+        if length <= table.room:
+            return False
+        counts = [
+            -(-length // PAGE) - first - len(blocks) for first, blocks in zip(table.first, table.blocks, strict=True)
+        ]
+        needed = sum(max(0, count) * len(layers) for count, layers in zip(counts, self.layers, strict=True))
+        if needed > len(self.free) + self.unused_pages:
+            raise CacheFull
+        for count, layers, blocks in zip(counts, self.layers, table.blocks, strict=True):
+            blocks.extend(Block([self._take() for _ in layers]) for _ in range(count))
+        table.room = -(-length // PAGE) * PAGE
+        return True
+
+    def advance(self, table: BlockTable, tokens: list[int], length: int) -> bool:
+        """Note that the first `length` of the sequence's tokens are stored: full blocks can be found from now on, and
+        those that no later token sees are let go. Returns whether any was."""
+        before, table.length = len(table.hashes), length
+        if length // PAGE == before:
+            return False
+        table.hashes += self._hashes(tokens[before * PAGE : length // PAGE * PAGE], *table.hashes[-1:])
+        released = False
+        for group, (window, blocks) in enumerate(zip(self.windows, table.blocks, strict=True)):
+            for index in range(max(before, table.first[group]), length // PAGE):
+                key, block = (group, table.hashes[index]), blocks[index - table.first[group]]
+                if key not in self.found:
+                    self.found[key], block.key = block, key
+            gone = _first_visible(length, window) - table.first[group]
+            for block in blocks[:gone]:
+                self._release(block)
+            del blocks[:gone]
+            table.first[group] += gone
+            released |= gone > 0
+        return released
+
+    def close(self, table: BlockTable) -> None:
+        for blocks in table.blocks:
+            for block in reversed(blocks):  # the start of a prefix is given up last: the rest is of no use without it
+                self._release(block)
+            blocks.clear()
+
+    def _capacity(self, reach: int) -> int:
+        """The longest sequence, in tokens, that fits when it is alone and its prompt is read in chunks of a page."""
+        pages = 0
+        for start in range(0, reach, PAGE):
+            # Beyond its window a group gives back a block for each that it takes.
+            pages += sum(len(g) for g, window in zip(self.layers, self.windows, strict=True) if start <= window + PAGE)
+            if pages > self.num_pages:
+                return start
+        return reach
+
+    def _release(self, block: Block) -> None:
+        block.references -= 1
+        if block.references == 0 and block.key is None:
+            self.free += block.pages
+        elif block.references == 0:
+            self.unused[block] = None
+            self.unused_pages += len(block.pages)
+
+    def _take(self) -> int:
+        if not self.free:
+            block, _ = self.unused.popitem(last=False)
+            del self.found[block.key]
+            self.unused_pages -= len(block.pages)
+            self.free += block.pages
+        return self.free.pop()
+
+    def _longest_known(self, hashes: list[bytes]) -> int:
+        """How many blocks of a prefix can be gone on from: those that its next token sees are there in all groups."""
+        known, runs = 0, [0] * len(self.windows)
+        for length, key in enumerate(hashes, start=1):
+            for group in range(len(runs)):
+                runs[group] = runs[group] + 1 if (group, key) in self.found else 0
+            if all(run >= length - _first_visible(length * PAGE, w) for run, w in zip(runs, self.windows, strict=True)):
+                known = length
+        return known
+
+    def _hashes(self, tokens: list[int], last: bytes = b"") -> list[bytes]:
+        """Of each block's tokens and all before them; sha256, since a collision would show one user another's text."""
+        hashes = []
+        for start in range(0, len(tokens), PAGE):
+            last = hashlib.sha256(last + array("i", tokens[start : start + PAGE]).tobytes()).digest()
+            hashes.append(last)
+        return hashes
+
+
+def _first_visible(length: int, window: int) -> int:
+    """The first block that the token at position `length` sees."""
+    return max(0, length - window) // PAGE

@@ -1,19 +1,25 @@
-"""Choosing the next token of every row at once. A row's choice depends on its own seed and step alone."""
+"""Choosing the next token of every row at once. A row's choice depends on its own parameters, seed and step alone."""
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 GREEDY_BELOW = 1e-5  # temperatures this small are argmax; dividing by them would overflow
+MOST_SORTED = 1024  # likeliest tokens among which top_p is looked for before the whole vocabulary is sorted
+MOST_LOGPROBS = 20
+ONE = np.uint64(1)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to answer a prompt. Temperature is applied first, then top_k, then top_p over what top_k left.
+    """How to answer a prompt.
 
-    Temperature 0 is greedy. Of the n samples of a prompt, sample i is the same whatever n is.
-    Raises ValueError for a value out of range.
+    Applied in this order: repetition_penalty (arXiv:1909.05858, over the prompt and the answer), temperature, top_k,
+    top_p over what top_k left, min_p (arXiv:2407.01082). Temperature 0 is greedy. stop: strings that end the answer.
+    logprobs: how many of the likeliest tokens to tell with each, by the model's own distribution.
+    Of the n samples of a prompt, sample i is the same whatever n is. Raises ValueError for a value out of range.
     """
 
     max_tokens: int = 256
@@ -22,6 +28,10 @@ class SamplingParams:
     top_p: float | None = None
     seed: int = 42
     n: int = 1
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self):
         for name in ("max_tokens", "n", "top_k"):
@@ -31,6 +41,13 @@ class SamplingParams:
         _check("seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
         _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more")
         _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        penalty = self.repetition_penalty
+        _check("repetition_penalty", penalty, 0 < penalty < math.inf, "above 0; 1 has no effect")
+        _check("stop", self.stop, all(isinstance(s, str) and s for s in self.stop), "texts that are not empty")
+        logprobs = self.logprobs
+        valid = logprobs is None or (isinstance(logprobs, int) and 0 <= logprobs <= MOST_LOGPROBS)
+        _check("logprobs", logprobs, valid, f"from 0 to {MOST_LOGPROBS}")
 
 
 def _check(name: str, value, valid: bool, expected: str) -> None:
@@ -38,50 +55,93 @@ def _check(name: str, value, valid: bool, expected: str) -> None:
         raise ValueError(f"{name} {value!r} must be {expected}")
 
 
-def sample(logits: torch.Tensor, params: SamplingParams, keys: torch.Tensor) -> torch.Tensor:
+class Controls:
+    """The parameters of a batch's rows as columns (B, 1)."""
+
+    def __init__(self, rows: list[SamplingParams], vocab_size: int, device="cpu"):
+        def column(values, dtype=torch.float32):
+            return torch.tensor(list(values), dtype=dtype, device=device).unsqueeze(1)
+
+        self.all_greedy = all(p.temperature < GREEDY_BELOW for p in rows)
+        self.any_greedy = any(p.temperature < GREEDY_BELOW for p in rows)
+        self.filters = any(p.top_k or (p.top_p or 1) < 1 for p in rows)
+        self.penalizes = any(p.repetition_penalty != 1 for p in rows)
+        self.limits = any(p.min_p > 0 for p in rows)
+        top_ks = [min(p.top_k or vocab_size, vocab_size) for p in rows]
+        self.most = max(k if k < vocab_size else min(MOST_SORTED, vocab_size) for k in top_ks) if rows else 0
+        self.greedy = column((p.temperature < GREEDY_BELOW for p in rows), torch.bool)
+        self.temperature = column(1.0 if p.temperature < GREEDY_BELOW else p.temperature for p in rows)
+        self.top_k = column(top_ks, torch.long)
+        self.top_p = column(1.0 if p.top_p is None else p.top_p for p in rows)
+        self.min_p = column(p.min_p for p in rows)
+        self.penalty = column(p.repetition_penalty for p in rows)
+
+
+def sample(logits: torch.Tensor, controls: Controls, keys: np.ndarray, seen: torch.Tensor | None = None):
     """Logits (B, V) to token ids (B,). Row b's randomness is a function of the integers keys[b] alone.
 
-    keys is (B, any) int64 on the CPU; the engine uses (seed, sample, step). Ties go to the lowest id.
+    keys is (B, any) uint64; the engine uses (seed, sample, step). seen is (B, V), true for the tokens that a
+    repetition penalty is for. Ties go to the lowest id.
     """
-    if params.temperature < GREEDY_BELOW:
+    if controls.penalizes:
+        penalized = torch.where(logits > 0, logits / controls.penalty, logits * controls.penalty)
+        logits = torch.where(seen, penalized, logits)
+    if controls.all_greedy:
         return logits.argmax(dim=-1)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / params.temperature
-    weights = logits.exp()
-    if params.top_k is not None or (params.top_p is not None and params.top_p < 1):
-        weights = weights * _filter(logits, params)
+    scores = (logits - logits.amax(dim=-1, keepdim=True)) / controls.temperature
+    weights = scores.exp()
+    if controls.filters:
+        weights = weights * _filter(scores, weights, controls)
+    if controls.limits:
+        weights = weights * (weights >= controls.min_p)  # the likeliest token's weight is 1
     # Inverse CDF in the order of the vocabulary: rounding that swaps two almost equal logits changes nothing.
     cdf = weights.cumsum(dim=-1)
     target = uniforms(keys).to(cdf.device).unsqueeze(-1) * cdf[:, -1:]
-    return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+    drawn = torch.searchsorted(cdf, target, right=True).squeeze(-1)
+    if not controls.any_greedy:
+        return drawn
+    return torch.where(controls.greedy.squeeze(-1), logits.argmax(dim=-1), drawn)
 
 
-def _filter(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """(B, V) booleans: the top_k largest, and of those the fewest whose probability reaches top_p."""
-    k = min(params.top_k or logits.size(-1), logits.size(-1))
-    largest = logits.topk(k, dim=-1).values
-    count = torch.full_like(largest[:, :1], k, dtype=torch.long)
-    if params.top_p is not None:
-        probabilities = largest.softmax(dim=-1)
-        before = probabilities.cumsum(dim=-1) - probabilities
-        count = (before < params.top_p).sum(dim=-1, keepdim=True).clamp(min=1)
+def _filter(scores: torch.Tensor, weights: torch.Tensor, controls: Controls) -> torch.Tensor:
+    """(B, V) booleans: a row's top_k largest, and of those the fewest whose probability reaches top_p."""
+    V, most = scores.size(-1), controls.most
+    largest = scores.topk(most, dim=-1).values
+    # Rows without top_k share their probability among all tokens, also those beyond the sorted ones.
+    shared = weights.sum(dim=-1, keepdim=True)
+    short = (controls.top_k > most) & (largest.exp().sum(dim=-1, keepdim=True) < controls.top_p * shared)
+    if (short & (controls.top_p < 1)).any():
+        largest, most = scores.sort(dim=-1, descending=True).values, V
+    ranked = largest.exp() * (torch.arange(most, device=scores.device) < controls.top_k)
+    shared = torch.where(controls.top_k > most, shared, ranked.sum(dim=-1, keepdim=True))
+    probabilities = ranked / shared
+    before = probabilities.cumsum(dim=-1) - probabilities
+    count = ((before < controls.top_p) & (ranked > 0)).sum(dim=-1, keepdim=True).clamp(min=1)
     threshold = largest.gather(-1, count - 1)
-    above, tied = logits > threshold, logits == threshold
-    return above | (tied & (tied.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
+    above, tied = scores > threshold, scores == threshold
+    chosen = above | (tied & (tied.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
+    return chosen | ((controls.top_k == V) & (controls.top_p == 1))
 
 
-def uniforms(keys: torch.Tensor) -> torch.Tensor:
-    """(B, any) int64 to (B,) fp32 in [0, 1): SplitMix64 (doi:10.1145/2660193.2660195) over each row's integers.
+def logprobs(logits: torch.Tensor, chosen: list[int], most: int) -> list[tuple[float, list[tuple[int, float]]]]:
+    """Of logits (B, V): per row, the chosen token's log probability in nats, and the likeliest tokens with theirs."""
+    logs = logits.log_softmax(dim=-1)
+    values, ids = logs.topk(most, dim=-1) if most else (logs[:, :0], logs[:, :0])
+    own = logs.gather(-1, torch.tensor(chosen, device=logs.device).unsqueeze(-1)).squeeze(-1)
+    rows = zip(own.tolist(), ids.tolist(), values.tolist(), strict=True)
+    return [(logprob, list(zip(row_ids, row_values, strict=True))) for logprob, row_ids, row_values in rows]
+
+
+def uniforms(keys: np.ndarray) -> torch.Tensor:
+    """(B, any) uint64 to (B,) fp32 in [0, 1): SplitMix64 (doi:10.1145/2660193.2660195) over each row's integers.
 
     A hash instead of a generator: there is no state to keep, copy or rewind with a sequence.
     """
-    z = torch.zeros_like(keys[:, 0])
-    for key in keys.unbind(dim=1):
-        z = z + (key + 1) * -0x61C8864680B583EB  # the golden ratio in 64 bits, as a signed number
-        z = (z ^ _shift_right(z, 30)) * -0x40A7B892E31B1A47
-        z = (z ^ _shift_right(z, 27)) * -0x6B2FB644ECCEEE15
-        z = z ^ _shift_right(z, 31)
-    return _shift_right(z, 41).float() / 2**23  # 23 bits: in fp32 their product with a sum stays below the sum
-
-
-def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
-    return (z >> bits) & ((1 << (64 - bits)) - 1)  # torch shifts int64 arithmetically; the hash needs zeros on the left
+    z = np.zeros(len(keys), dtype=np.uint64)
+    for key in keys.T:
+        z = z + (key + ONE) * np.uint64(0x9E3779B97F4A7C15)  # the golden ratio in 64 bits; sums and products wrap
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        z = z ^ (z >> np.uint64(31))
+    # 23 bits: in fp32 their product with a sum stays below the sum
+    return torch.from_numpy((z >> np.uint64(41)).astype(np.float32) / np.float32(2**23))

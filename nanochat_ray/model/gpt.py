@@ -87,11 +87,12 @@ class Attention(nn.Module):
         self.c_proj = Linear(C, C)
         self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if config.has_value_embedding(layer) else None
 
+    def project(self, u):
+        return self.c_q(u), self.c_k(u), self.c_v(u)
+
     def forward(self, u, value_embedding, cos, sin, cache):
         B, T, _ = u.shape
-        q = self.c_q(u).view(B, T, -1, self.head_dim)
-        k = self.c_k(u).view(B, T, -1, self.head_dim)
-        v = self.c_v(u).view(B, T, -1, self.head_dim)
+        q, k, v = (x.view(B, T, -1, self.head_dim) for x in self.project(u))
         if value_embedding is not None:
             # Value residual (arXiv:2410.17897): the token's own embedding, gated per head between 0 and 3.
             gate = 3 * torch.sigmoid(self.ve_gate(u[..., :VALUE_GATE_CHANNELS]))
@@ -190,18 +191,21 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor, cache=None) -> torch.Tensor:
         """The final hidden states (B, T, C), before the head.
 
-        With a cache (inference/kv_cache.py) idx holds the next tokens of each of its rows, and the cache gives their
-        positions, the embedding before them for the smear, and attention over what came before.
+        With a cache (inference/model_runner.py's Step) idx holds the next tokens of its rows, and the cache gives their
+        positions, the ids before them for the smear, and attention over what came before.
         Raises ValueError when a sequence is longer than ROTARY_REACH · sequence_len.
         """
         T = idx.size(1)
         if T > self.cos.size(0):
             raise ValueError(f"input of {T} tokens is longer than {self.cos.size(0)}, the reach of rotary positions")
-        positions = slice(0, T) if cache is None else cache.positions(T)
+        positions = slice(0, T) if cache is None else cache.at
         x = norm(self.transformer.wte(idx))
         cos = self.cos[positions].unsqueeze(-2).to(x.dtype)
         sin = self.sin[positions].unsqueeze(-2).to(x.dtype)
-        previous = F.pad(x, (0, 0, 1, -1)) if cache is None else cache.previous_embedding(x)
+        if cache is None:
+            previous = F.pad(x, (0, 0, 1, -1))
+        else:
+            previous = norm(self.transformer.wte(cache.previous)) * (cache.at > 0).unsqueeze(-1)
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         x = x + self.smear_lambda.to(x.dtype) * gate * previous
         x0, x_mid = x, x

@@ -1,0 +1,232 @@
+"""Forwards over the paged cache: packed weights, attention over pages, and the arrays that describe a batch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from nanochat_ray.inference.kv_cache import NULL_PAGE, PAGE, Block, BlockManager, BlockTable
+from nanochat_ray.model.gpt import GPT, Attention, Linear
+
+LEAST_WIDTH = 2  # of tables: for a width of 1 torch.compile would make a graph apart
+
+
+class PackedLinear(nn.Module):
+    """A Linear on CPUs, its weight in the compute dtype and in oneDNN's layout: 2 to 5 times faster on few rows."""
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
+        super().__init__()
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype).contiguous())
+        self.register_buffer("packed", packed, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+
+
+class PackedAttention(Attention):
+    """With its three projections as one matmul."""
+
+    def project(self, u):
+        return self.c_qkv(u).split(self.sizes, dim=-1)
+
+    def pack(self, dtype: torch.dtype) -> None:
+        weights = [self.c_q.weight, self.c_k.weight, self.c_v.weight]
+        self.sizes = [len(weight) for weight in weights]
+        self.c_qkv = PackedLinear(torch.cat(weights), dtype)
+        del self.c_q, self.c_k, self.c_v
+
+
+def for_inference(model: GPT) -> GPT:
+    """A copy whose matmul weights are held in the compute dtype, packed on CPUs; embeddings are shared with model."""
+    with torch.device("meta"):
+        copy = GPT(model.config)
+    copy.load_state_dict({name: weight.detach() for name, weight in model.state_dict().items()}, assign=True)
+    copy.cos, copy.sin, dtype = model.cos, model.sin, model.compute_dtype
+    copy.eval().requires_grad_(False)
+    if model.cos.device.type != "cpu":
+        for module in copy.modules():
+            if isinstance(module, Linear):
+                module.to(dtype)
+        return copy
+    for block in copy.transformer.h:
+        block.attn.__class__ = PackedAttention
+        block.attn.pack(dtype)
+        block.attn.c_proj = PackedLinear(block.attn.c_proj.weight, dtype)
+        block.mlp.c_fc = PackedLinear(block.mlp.c_fc.weight, dtype)
+        block.mlp.c_proj = PackedLinear(block.mlp.c_proj.weight, dtype)
+    copy.lm_head = PackedLinear(copy.lm_head.weight, dtype)
+    return copy
+
+
+@dataclass
+class Step:
+    """The `cache` of one model.hidden call over idx (B, T): the next T tokens of B sequences.
+
+    at (B, T): their positions. previous (B, T): the ids before them. By group of layers: tables (layers, B, N), the
+    pages of adjacent blocks, and first (B, 1), which block of its sequence a row's table begins with. groups, by layer:
+    its group and its place there.
+    """
+
+    keys: torch.Tensor  # (pages, K, PAGE, D)
+    values: torch.Tensor
+    at: torch.Tensor
+    previous: torch.Tensor
+    tables: list[torch.Tensor]
+    first: list[torch.Tensor]
+    groups: list[tuple[int, int]]
+
+    def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+        """Store k and v (B, T, K, D), let q (B, T, H, D) attend to all its row has within the window: (B, T, H, D)."""
+        group, place = self.groups[layer]
+        table, first = self.tables[group][place], self.first[group]
+        page = table.gather(1, self.at // PAGE - first)
+        self.keys[page, :, self.at % PAGE] = k
+        self.values[page, :, self.at % PAGE] = v
+        if q.is_cuda:
+            return _attend_varlen(q, self.keys, self.values, table, self.at - first * PAGE, window)
+        visible = _visible(self.at - first * PAGE, table.size(1) * PAGE, window)
+        attend = _attend_once if q.size(1) == 1 else _attend
+        return attend(q, self.keys[table], self.values[table], visible)
+
+
+def _visible(queries: torch.Tensor, span: int, window: int) -> torch.Tensor:
+    """(B, T, span): which of a table's tokens the queries at these places (B, T) among them see."""
+    keys, queries = torch.arange(span, device=queries.device), queries.unsqueeze(-1)
+    return (keys <= queries) & (keys >= queries - window)
+
+
+def _attend_varlen(q, keys, values, table, at, window: int) -> torch.Tensor:
+    """FlashAttention over pages, as torch has it on CUDA. Not yet run."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    B, T, _, _ = q.shape
+    starts = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
+    y = varlen_attn(
+        q.flatten(0, 1),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        cu_seq_q=starts,
+        cu_seq_k=None,
+        max_q=T,
+        max_k=table.size(1) * PAGE,
+        window_size=(window, 0),
+        enable_gqa=True,
+        seqused_k=(at[:, -1] + 1).int(),
+        block_table=table.int(),
+    )
+    return y.view_as(q)
+
+
+def _attend(q, keys, values, visible) -> torch.Tensor:
+    """q (B, T, H, D), keys and values (B, N, K, PAGE, D), visible (B, T, N·PAGE). Plain matmuls with the softmax fused
+    between them by torch.compile are faster on CPUs than SDPA, and need no maximum before exp: the norms of q and k
+    bound scores by 1.44·√D."""
+    B, T, H, D = q.shape
+    keys, values = (x.transpose(1, 2).flatten(2, 3) for x in (keys, values))
+    K = keys.size(1)
+    q = (q * D**-0.5).transpose(1, 2).reshape(B, K, -1, D)  # a group of query heads as further queries of its key head
+    scores = (q @ keys.mT).float().view(B, K, -1, T, keys.size(2))
+    weights = torch.where(visible.view(B, 1, 1, T, -1), scores.exp(), 0)
+    y = (weights.to(values.dtype).view(B, K, -1, keys.size(2)) @ values).view(B, H, T, D)
+    return (y / weights.sum(-1).view(B, H, T, 1)).to(values.dtype).transpose(1, 2)
+
+
+def _attend_once(q, keys, values, visible) -> torch.Tensor:
+    """One query a row: products and sums that torch.compile makes one pass over the pages of, without gathering them.
+
+    Shapes as above, T being 1.
+    """
+    B, N, K, _, D = keys.shape
+    q = q.view(B, 1, K, -1, 1, D).float() * D**-0.5
+    scores = (q * keys.unsqueeze(3).float()).sum(-1)
+    weights = torch.where(visible.view(B, N, 1, 1, PAGE), scores.exp(), 0)
+    y = (weights.unsqueeze(-1) * values.unsqueeze(3).float()).sum((1, 4)) / weights.sum((1, 4)).unsqueeze(-1)
+    return y.to(values.dtype).view(B, 1, -1, D)
+
+
+class ModelRunner:
+    """Holds the weights, the pages and, for each row of the running batch, its table."""
+
+    def __init__(self, model: GPT, manager: BlockManager, max_rows: int, compile: bool):
+        """compile: a minute or two, for steps twice as fast."""
+        config, self.device = model.config, model.cos.device
+        self.model, self.layers = for_inference(model), manager.layers
+        shape = (1 + manager.num_pages, config.n_kv_head, PAGE, config.head_dim)
+        # Zeros, since attention multiplies what it masks by 0 and 0 · NaN would spread.
+        self.keys = torch.zeros(shape, device=self.device, dtype=model.compute_dtype)
+        self.values = torch.zeros(shape, device=self.device, dtype=model.compute_dtype)
+        width = -(-manager.capacity // PAGE) + LEAST_WIDTH
+        self.tables = [np.full((len(group), max_rows, width), NULL_PAGE) for group in self.layers]
+        self.first = [np.zeros((max_rows, 1), dtype=np.int64) for _ in self.layers]
+        self.widths = [np.zeros(max_rows, dtype=np.int64) for _ in self.layers]
+        places = {layer: (g, place) for g, group in enumerate(self.layers) for place, layer in enumerate(group)}
+        self.groups = [places[layer] for layer in range(config.n_layer)]
+        self.forward = self._forward
+        if compile:
+            self._compile(max_rows)
+
+    def _compile(self, max_rows: int) -> None:
+        """Graphs for one row, for several, and for a chunk of a prompt, each for any width of the tables."""
+        torch._dynamo.mark_static(self.keys)
+        torch._dynamo.mark_static(self.values)
+        # On CUDA "reduce-overhead" records a CUDA graph for each size of batch. Not yet run.
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        compiled = torch.compile(self._forward, dynamic=True, mode=mode)
+
+        def forward(idx: torch.Tensor, step: Step) -> torch.Tensor:
+            # Weights are constants of the graph, which inductor needs to call oneDNN on packed ones.
+            with torch._inductor.config.patch(freezing=True):
+                return compiled(idx, step)
+
+        self.forward = forward
+        for rows in {1, min(2, max_rows)}:
+            self.decode([0] * rows, [0] * rows, [0] * rows)
+        self.prefill([0] * PAGE, 0, 0, BlockTable([[] for _ in self.layers], [0 for _ in self.layers]))
+
+    def place(self, row: int, table: BlockTable) -> None:
+        """Let a row of the batch be the sequence of this table, or note that its table changed."""
+        for group, blocks in enumerate(table.blocks):
+            pages = self.tables[group][:, row]
+            pages[:, : len(blocks)] = _pages(blocks, self.layers[group])
+            pages[:, len(blocks) : self.widths[group][row]] = NULL_PAGE
+            self.widths[group][row] = len(blocks)
+            self.first[group][row] = table.first[group]
+
+    def decode(self, tokens: list[int], previous: list[int], lengths: list[int]) -> torch.Tensor:
+        """The logits (B, V) after the next token of each of the rows from 0, of which `lengths` tokens are stored."""
+        B = len(tokens)
+        widths = [max(LEAST_WIDTH, int(widths[:B].max())) for widths in self.widths]
+        tables = [table[:, :B, :width] for table, width in zip(self.tables, widths, strict=True)]
+        return self._run([[token] for token in tokens], [[p] for p in previous], lengths, tables, self.first)
+
+    def prefill(self, tokens: list[int], previous: int, start: int, table: BlockTable) -> torch.Tensor:
+        """Store a chunk of one sequence, its first token at position start; the logits (1, V) after its last."""
+        tables = []
+        for layers, blocks in zip(self.layers, table.blocks, strict=True):
+            pages = np.full((len(layers), 1, max(LEAST_WIDTH, len(blocks))), NULL_PAGE)
+            pages[:, 0, : len(blocks)] = _pages(blocks, layers)
+            tables.append(pages)
+        first = [np.array([[block]]) for block in table.first]
+        return self._run([tokens], [[previous, *tokens[:-1]]], [start], tables, first)
+
+    @torch.inference_mode()
+    def _run(self, idx: list, previous: list, starts: list, tables: list[np.ndarray], first: list[np.ndarray]):
+        """The logits (B, V) after the last of idx."""
+        at = np.asarray(starts)[:, None] + np.arange(len(idx[0]))
+        first = [group[: len(idx)] for group in first]
+
+        def to_device(arrays: list[np.ndarray]) -> list[torch.Tensor]:
+            return [torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays]
+
+        idx, at, previous = to_device([np.array(idx), at, np.array(previous)])
+        step = Step(self.keys, self.values, at, previous, to_device(tables), to_device(first), self.groups)
+        return self.forward(idx, step)
+
+    def _forward(self, idx: torch.Tensor, step: Step) -> torch.Tensor:
+        return self.model.logits(self.model.hidden(idx, step)[:, -1])
+
+
+def _pages(blocks: list[Block], layers: list[int]) -> np.ndarray:
+    """(layers, blocks)"""
+    return np.array([block.pages for block in blocks], dtype=np.int64).reshape(len(blocks), len(layers)).T

@@ -1,0 +1,104 @@
+"""Which sequences run, which wait, and which make way when the cache is full."""
+
+from collections import deque
+
+from nanochat_ray.inference.kv_cache import PAGE, BlockManager, CacheFull
+from nanochat_ray.inference.sequence import Sequence
+
+
+class Scheduler:
+    """Sequences are served in the order of arrival. The head of `waiting` is the one whose prompt is being read.
+
+    Preempting is giving up what a sequence has in the cache; it waits at the head and is computed again, mostly from
+    blocks that can still be found.
+    """
+
+    def __init__(self, manager: BlockManager, max_batch_size: int):
+        self.manager, self.max_batch_size = manager, max_batch_size
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # the batch's rows
+        self.preemptions = 0
+
+    def next_chunk(self, budget: int) -> tuple[Sequence, int] | None:
+        """The sequence to read on, with room made for the tokens from table.length to the returned position."""
+        if not self.waiting or len(self.running) == self.max_batch_size:
+            return None
+        sequence = self.waiting[0]
+        if sequence.table is None:
+            sequence.table = self.manager.open(sequence.ids)
+            if self.running and not self._fits(sequence):
+                self._give_up(sequence)
+                return None
+            sequence.cached_tokens = sequence.table.length
+        start = sequence.table.length
+        while True:
+            end = min(start + budget, len(sequence.ids))
+            try:
+                self.manager.reserve(sequence.table, end)
+                return sequence, end
+            except CacheFull:
+                if self.running:
+                    return None  # those that run will free some
+                if budget <= PAGE:
+                    self.preempt()  # a younger one that was being read when this one was preempted
+                budget = PAGE
+
+    def _fits(self, sequence: Sequence) -> bool:
+        """Whether all of a sequence has room now, with a block more to grow in for each that runs."""
+        manager, missing = self.manager, 0
+        blocks = len(sequence.ids) // PAGE + 1
+        for window, layers, held in zip(manager.windows, manager.layers, sequence.table.blocks, strict=True):
+            missing += (min(blocks, window // PAGE + 2) - len(held)) * len(layers)
+        growth = (len(self.running) + 1) * sum(map(len, manager.layers))
+        return missing + min(growth, manager.num_pages // 8) <= len(manager.free) + manager.unused_pages
+
+    def start(self, sequence: Sequence) -> None:
+        """Let the head of the queue, whose ids are all read, join the batch."""
+        assert self.waiting.popleft() is sequence
+        self.running.append(sequence)
+
+    def make_room(self) -> list[Sequence]:
+        """A place for the next token of every row; those that run and whose tables have changed.
+
+        When there is none left the youngest makes way. A sequence alone always has room: its length was limited to it.
+        """
+        changed = []
+        growing = [s for s in self.running if len(s.ids) > s.table.room]
+        for sequence in sorted(growing, key=lambda s: s.arrival):
+            while sequence.table is not None:
+                try:
+                    self.manager.reserve(sequence.table, len(sequence.ids))
+                    changed.append(sequence)
+                    break
+                except CacheFull:
+                    self.preempt()
+        return [sequence for sequence in changed if sequence.table is not None]
+
+    def preempt(self) -> None:
+        """The youngest sequence that holds pages gives them up."""
+        held = [s for s in self.running if s.table is not None] + [s for s in self.waiting if s.table is not None]
+        youngest = max(held, key=lambda s: s.arrival)
+        self._give_up(youngest)
+        self.preemptions += 1
+        if youngest in self.running:
+            self._leave(youngest)
+            self.waiting.appendleft(youngest)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forget a sequence that has ended or was cancelled."""
+        if sequence.table is not None:
+            self._give_up(sequence)
+        if sequence in self.running:
+            self._leave(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Drop a row of the batch; the last one takes its place."""
+        row, last = self.running.index(sequence), self.running.pop()
+        if last is not sequence:
+            self.running[row] = last
+
+    def _give_up(self, sequence: Sequence) -> None:
+        self.manager.close(sequence.table)
+        sequence.table = None

@@ -1,0 +1,56 @@
+"""One sample of one prompt on its way, and what it is in the end."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from nanochat_ray.inference.kv_cache import BlockTable
+from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.inference.text import AnswerStream
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What was generated after a prompt. mask is 1 where a token was sampled, 0 where a tool's output was put in.
+
+    finish_reason is "stop" when the model ended its turn (assistant_end or bos; that token is left out of tokens) or
+    said a stop string, and "length" when max_tokens, the model's reach, or the room for keys and values came first.
+    logprobs: if asked for, of each token its log probability in nats, and the likeliest tokens with theirs.
+    """
+
+    tokens: list[int]
+    mask: list[int]
+    finish_reason: str
+    logprobs: list[tuple[float, list[tuple[int, float]]]] | None = None
+
+
+@dataclass(eq=False)
+class Sequence:
+    ids: list[int]  # the prompt, then what was generated
+    params: SamplingParams
+    sample: int  # which of the prompt's params.n
+    max_tokens: int
+    answer: AnswerStream | None = None  # watches for stop strings
+    prompt_len: int = 0
+    arrival: int = 0  # place in the order of arrival
+    mask: list[int] = field(default_factory=list)
+    logprobs: list[tuple[float, list[tuple[int, float]]]] = field(default_factory=list)
+    forced: deque[int] = field(default_factory=deque)  # tool output that is still to be put in
+    code_start: int | None = None  # where in ids the code after python_start begins
+    table: BlockTable | None = None  # while it has a place in the cache
+    cached_tokens: int = 0  # of the prompt, found in the cache
+    finish_reason: str | None = None
+
+    def __post_init__(self):
+        self.prompt_len = len(self.ids)
+
+    @property
+    def generated(self) -> int:
+        return len(self.ids) - self.prompt_len
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.ids[self.prompt_len :]
+
+    def completion(self) -> Completion:
+        logprobs = None if self.params.logprobs is None else self.logprobs
+        return Completion(self.tokens, self.mask, self.finish_reason, logprobs)

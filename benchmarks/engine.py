@@ -139,7 +139,9 @@ def main() -> None:
         "dtype", "batch", "tok/s", "target here", "ratio", title=f"decoding, fp32 peak {peak / 1e9:.0f} GFLOP/s"
     )
     for dtype in options.dtype:
-        engine = Engine(build(options, dtype), None, max(options.batch), compile=options.compile)
+        engine = Engine(build(options, dtype), None, max(options.batch))
+        if options.compile:
+            engine.compile()
         for batch in options.batch:
             decode_speed(engine, options, batch)  # compiles
         for batch in options.batch:

@@ -29,7 +29,6 @@ class Engine:
     Without a tokenizer nothing stops a sequence before its length, and no tool is called. kv_bytes: memory for keys and
     values; the default holds max_batch_size sequences of the model's sequence_len, or one as long as its reach. chunk:
     tokens of a prompt that are read in a step; by default as many as keep those that are being answered from waiting.
-    compile: a minute at the first steps (torch.compile), for steps twice as fast.
     """
 
     def __init__(
@@ -39,7 +38,6 @@ class Engine:
         max_batch_size: int = 32,
         kv_bytes: int | None = None,
         chunk: int | None = None,
-        compile: bool = False,
     ):
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size {max_batch_size} must be 1 or more")
@@ -52,7 +50,7 @@ class Engine:
             kv_bytes = (blocks * config.n_layer + 1) * per_page
         self.manager = BlockManager(config, kv_bytes // per_page)
         self.scheduler = Scheduler(self.manager, max_batch_size)
-        self.runner = ModelRunner(model, self.manager, max_batch_size, compile)
+        self.runner = ModelRunner(model, self.manager, max_batch_size)
         self.config, self.tokenizer, self.chunk = config, tokenizer, chunk
         names = ("assistant_end", "python_start", "python_end", "output_start", "output_end")
         self.special = {name: tokenizer.special(f"<|{name}|>") for name in names} if tokenizer else {}
@@ -62,6 +60,11 @@ class Engine:
         self.decode_seconds, self.beside = 0.0, 4.0 * LEAST_CHUNK  # of a decoding step; tokens to read beside one
         self.arrivals = 0
         self.counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
+
+    def compile(self) -> None:
+        """torch.compile: a minute or two, for steps several times as fast. May run in a thread beside the one that steps,
+        which goes on uncompiled until it is done."""
+        self.runner.compile()
 
     def submit(self, prompt: list[int], params: SamplingParams) -> list[Sequence]:
         """Queue params.n sequences that go on from the prompt; step() moves them on.

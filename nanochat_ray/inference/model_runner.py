@@ -148,8 +148,7 @@ def _attend_once(q, keys, values, visible) -> torch.Tensor:
 class ModelRunner:
     """Holds the weights, the pages and, for each row of the running batch, its table."""
 
-    def __init__(self, model: GPT, manager: BlockManager, max_rows: int, compile: bool):
-        """compile: a minute or two, for steps twice as fast."""
+    def __init__(self, model: GPT, manager: BlockManager, max_rows: int):
         config, self.device = model.config, model.cos.device
         self.model, self.layers = for_inference(model), manager.layers
         shape = (1 + manager.num_pages, config.n_kv_head, PAGE, config.head_dim)
@@ -163,10 +162,9 @@ class ModelRunner:
         places = {layer: (g, place) for g, group in enumerate(self.layers) for place, layer in enumerate(group)}
         self.groups = [places[layer] for layer in range(config.n_layer)]
         self.forward = self._forward
-        if compile:
-            self._compile(max_rows)
 
-    def _compile(self, max_rows: int) -> None:
+    @torch.inference_mode()
+    def compile(self) -> None:
         """Graphs for one row, for several, and for a chunk of a prompt, each for any width of the tables."""
         torch._dynamo.mark_static(self.keys)
         torch._dynamo.mark_static(self.values)
@@ -179,10 +177,12 @@ class ModelRunner:
             with torch._inductor.config.patch(freezing=True):
                 return compiled(idx, step)
 
+        for rows, tokens in ((1, 1), (2, 1), (1, PAGE)):  # on the null page, beside what the engine does meanwhile
+            tables = [np.full((len(group), rows, LEAST_WIDTH), NULL_PAGE) for group in self.layers]
+            first = [np.zeros((rows, 1), dtype=np.int64) for _ in self.layers]
+            idx = [[0] * tokens] * rows
+            forward(*self._inputs(idx, idx, [0] * rows, tables, first))
         self.forward = forward
-        for rows in {1, min(2, max_rows)}:
-            self.decode([0] * rows, [0] * rows, [0] * rows)
-        self.prefill([0] * PAGE, 0, 0, BlockTable([[] for _ in self.layers], [0 for _ in self.layers]))
 
     def place(self, row: int, table: BlockTable) -> None:
         """Let a row of the batch be the sequence of this table, or note that its table changed."""
@@ -211,8 +211,10 @@ class ModelRunner:
         return self._run([tokens], [[previous, *tokens[:-1]]], [start], tables, first)
 
     @torch.inference_mode()
-    def _run(self, idx: list, previous: list, starts: list, tables: list[np.ndarray], first: list[np.ndarray]):
-        """The logits (B, V) after the last of idx."""
+    def _run(self, *inputs) -> torch.Tensor:
+        return self.forward(*self._inputs(*inputs))
+
+    def _inputs(self, idx: list, previous: list, starts: list, tables: list[np.ndarray], first: list[np.ndarray]):
         at = np.asarray(starts)[:, None] + np.arange(len(idx[0]))
         first = [group[: len(idx)] for group in first]
 
@@ -220,8 +222,7 @@ class ModelRunner:
             return [torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays]
 
         idx, at, previous = to_device([np.array(idx), at, np.array(previous)])
-        step = Step(self.keys, self.values, at, previous, to_device(tables), to_device(first), self.groups)
-        return self.forward(idx, step)
+        return idx, Step(self.keys, self.values, at, previous, to_device(tables), to_device(first), self.groups)
 
     def _forward(self, idx: torch.Tensor, step: Step) -> torch.Tensor:
         return self.model.logits(self.model.hidden(idx, step)[:, -1])

@@ -125,8 +125,9 @@ def main() -> None:
         run(code, token)
     os.close(stdout)
     os.close(report)
+    ready = os.read(status, STATUS_BYTES)  # the program's time begins now, however slow the machine is to get here
     printed, reported, ended = watch(pid, output, status, time.monotonic() + timeout)
-    names, _, verdict = reported.partition(b"\n")
+    names, _, verdict = (ready + reported).partition(b"\n")
     if verdict == token:
         error = b""
     elif ended is None:
@@ -135,7 +136,7 @@ def main() -> None:
         error = b"killed by signal %d" % os.WTERMSIG(ended)
     else:
         error = verdict or b"exited with code %d before its end" % os.WEXITSTATUS(ended)
-    sys.stdout.buffer.write(b"\0".join([names, error.replace(b"\0", b""), printed]))
+    sys.stdout.buffer.write(b"\0".join([names, error.replace(b"\0", b" "), printed]))
 
 
 def works(layer, *args) -> bool:
@@ -282,11 +283,12 @@ def run(code: bytes, token: bytes):
     main = sys.modules["__main__"] = ModuleType("__main__")
     try:
         exec(compile(code, "<program>", "exec"), main.__dict__)
-        sys.stdout.flush()
     except BaseException as error:
         verdict = f"{type(error).__name__}: {error}"[:STATUS_BYTES]
+        works(lambda: sys.stdout.flush())
         os.write(3, verdict.encode(errors="replace"))
         os._exit(1)
+    works(lambda: sys.stdout.flush())  # whatever the program made of it
     os.write(3, token)
     os._exit(0)
 

@@ -6,7 +6,9 @@ where the kernel has them, and the result says which are in force:
 - namespaces: it sees no process but itself, no network, and of the disk only Python and the system's libraries.
 - landlock, where namespaces are refused (containers mostly do): the same of the disk.
 - seccomp: no sockets, no new processes, no signals or ptrace to others, no mounts.
-This guards the machine, not the score: an answer that is out to deceive shares its process with its tests.
+With neither of the first two it may read and write files as this user may (started by root, as nobody if nobody may
+read Python's library). This guards the machine, not the score: a program that is out to deceive shares its process with
+its tests.
 """
 
 import os
@@ -38,26 +40,33 @@ def run_program(
     layers: those to put on if the kernel can; leave some out to see what the others hold. Raises OSError when the
     sandbox itself does not work on this machine.
     """
-    with tempfile.TemporaryDirectory(prefix="sandbox_") as folder:
-        command = [sys.executable, "-I", "-S", str(JAIL), folder, str(timeout), str(memory_mb), ",".join(layers)]
+    folder = tempfile.mkdtemp(prefix="sandbox_")
+    command = [sys.executable, "-I", "-S", str(JAIL), folder, str(timeout), str(memory_mb), ",".join(layers)]
+    pipe = subprocess.PIPE
+    try:
         process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            cwd=folder,
-            env={},
-            start_new_session=True,
+            command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder, env={}, start_new_session=True
         )
-        try:
+        try:  # the jail ends the program in time: beyond it, only its start can take long
             answer, trouble = process.communicate(code.encode(errors="replace"), timeout + START_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise OSError(f"the sandbox did not start within {START_SECONDS} s") from None
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+    finally:
+        remove(folder)
     protection, *rest = answer.decode(errors="replace").split("\0", maxsplit=2)
     if process.returncode or not protection:
         lines = (trouble.decode(errors="replace") + "".join(rest)).strip().splitlines()
         raise OSError(f"the sandbox did not start: {lines[-1] if lines else f'exit code {process.returncode}'}")
     error, output = rest
     return SandboxResult(not error, error, output, protection)
+
+
+def remove(folder: str) -> None:
+    try:
+        os.rmdir(folder)
+    except OSError:  # a program can nest folders deeper than shutil.rmtree goes
+        subprocess.run(["rm", "-rf", folder], check=False)

@@ -19,7 +19,7 @@ from nanochat_ray import storage
 from nanochat_ray.train import checkpoint
 from nanochat_ray.train.loop import TrainConfig, train_loop_per_worker
 
-MAX_FAILURES = 10  # times that lost workers are started again from the newest checkpoint; announced losses don't count
+MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
 RESIZE_SECONDS = 60.0  # between looks at whether a returned node lets a run have more workers again
 SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
 WORKER_ENV = {
@@ -41,9 +41,27 @@ class Monitor:
         self.lines: list[str] = []
         self.outcome: dict | None = None
         self.stop, self.save = False, False
+        self.starts, self.furthest = 0, -1
+        self.failure: str | None = None  # the first of the newest workers': the others fail for want of that one
+
+    def begin(self) -> bool:
+        """Called by each group of workers when it starts. False: it need not, the run has failed."""
+        self.starts += 1
+        if self.starts > MAX_FAILURES:
+            why = self.failure or "none said why: one may have been killed, or have had too little memory"
+            error = f"workers failed {MAX_FAILURES} times in a row without a new step: {why}"
+            self.outcome = {"step": self.furthest, "error": error}
+        self.failure = None
+        return self.starts <= MAX_FAILURES
+
+    def failed(self, rank: int, error: str) -> None:
+        self.failure = self.failure or error
+        self.say(f"worker {rank} failed: {error}")
 
     def update(self, metrics: dict) -> None:
         self.latest = metrics
+        if metrics["step"] > self.furthest:
+            self.starts, self.furthest = 0, metrics["step"]
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -118,9 +136,10 @@ def train(c: TrainConfig, workers: int | None) -> TrainResult:
     """Train to the end, unless the run's newest checkpoint is there already.
 
     Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. workers: at most, see
-    scaling_config. Raises ValueError when there are more workers than rows in a step, when the loss diverged, or when
-    the last checkpoint could not be written, and ray.train.TrainingFailedError when workers failed more than
-    MAX_FAILURES times.
+    scaling_config. Raises ValueError when there are more workers than rows in a step, when the loss diverged, when the
+    last checkpoint could not be written, or when workers fail again and again.
+
+    Signals are for this process. Ray ends its workers by SIGTERM itself: one that gets it dies as if it was killed.
     """
     done = checkpoint.latest_checkpoint(c.run_dir)
     if done and checkpoint.read_meta(done)["step"] == c.num_iterations:
@@ -134,7 +153,7 @@ def train(c: TrainConfig, workers: int | None) -> TrainResult:
         train_loop_per_worker,
         train_loop_config=asdict(c) | {"monitor": monitor},
         scaling_config=scaling,
-        run_config=run_config(c.run_dir, [SaveFirst(monitor)]),
+        run_config=run_config(c.run_dir, max_failures=-1, callbacks=[SaveFirst(monitor)]),  # the monitor counts
     )
     failure: list[BaseException] = []
     # fit() blocks: it has a thread of its own, and this one shows progress and takes signals.
@@ -152,11 +171,11 @@ def train(c: TrainConfig, workers: int | None) -> TrainResult:
     return _result(c)
 
 
-def run_config(run_dir: str, callbacks: Sequence = ()) -> ray.train.RunConfig:
+def run_config(run_dir: str, max_failures: int = 0, callbacks: Sequence = ()) -> ray.train.RunConfig:
     return ray.train.RunConfig(
         name="ray",
         storage_path=run_dir,
-        failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
+        failure_config=ray.train.FailureConfig(max_failures=max_failures),
         callbacks=list(callbacks),
         logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         worker_runtime_env={"env_vars": WORKER_ENV},

@@ -112,11 +112,23 @@ class Worker:
 
 
 def train_loop_per_worker(config: dict) -> None:
-    """Train from the run's newest checkpoint to num_iterations or a requested stop; the monitor is told which."""
+    """What Ray Train runs on every worker, and again after a failure, which the monitor hears of and counts."""
     monitor = config.pop("monitor")
-    worker = start(TrainConfig(**config))
+    rank = ray.train.get_context().get_world_rank()
+    if not broadcast(ray.get(monitor.begin.remote()) if rank == 0 else None):
+        return
+    try:
+        run(TrainConfig(**config), monitor)
+    except Exception as error:
+        ray.get(monitor.failed.remote(rank, f"{type(error).__name__}: {error}".splitlines()[0]))
+        raise
+
+
+def run(c: TrainConfig, monitor) -> None:
+    """Train from the run's newest checkpoint to num_iterations or a requested stop; the monitor is told which."""
+    worker = start(c)
     progress = worker.progress
-    log = MetricsLog(worker.config.run_dir, config, progress.step) if worker.rank == 0 else None
+    log = MetricsLog(c.run_dir, asdict(c), progress.step) if worker.rank == 0 else None
     if log and worker.resumed:
         monitor.say.remote(f"going on from step {progress.step}, workers: {worker.world_size}")
     error = None

@@ -66,7 +66,9 @@ def test_a_program_runs_with_its_output(layers):
         ("raise SystemExit", "SystemExit: "),
         ("import os; os._exit(0)", "exited with code 0 before its end"),
         ("import os; os.closerange(0, 99); os._exit(0)", "exited with code 0 before its end"),
-        ("import os; os.write(3, b'\\0\\0passed'); os._exit(0)", "passed"),
+        ("import os; os.write(3, b'\\0'); os._exit(0)", " "),
+        ("import os; os.write(3, b'passed'); os._exit(0)", "passed"),
+        ("class E(Exception):\n  def __str__(self): raise SystemExit(0)\nraise E", "exited with code 0 before its end"),
         ("import ctypes; ctypes.string_at(0)", "killed by signal 11"),
     ],
 )
@@ -79,6 +81,8 @@ def test_a_failure_is_named(code, error):
 def test_what_a_program_says_does_not_change_the_verdict():
     assert run("print('\\0'.join('namespaces x y'.split()))").passed
     assert run("import sys; sys.stdout.buffer.write(bytes(range(256)))").passed
+    assert run("import sys; sys.stdout = None").passed
+    assert run("import sys; sys.stdout.close()").passed
     assert not run("import os; os.write(1, b'\\0\\0'); raise ValueError('\\0')").passed
 
 
@@ -210,6 +214,10 @@ with tempfile.TemporaryFile() as f: f.write(b"x")
 """
     result = run(program, layers)
     assert result.passed, result.error
+
+
+def test_any_heap_of_folders_is_removed():
+    run("import os\nfor _ in range(3000): os.mkdir('d'); os.chdir('d')\nos.mkdir('e', 0)", CONTAINER)
 
 
 @each_layer
@@ -356,3 +364,9 @@ def test_a_sandbox_that_cannot_start_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(sandbox, "JAIL", tmp_path / "missing.py")
     with pytest.raises(OSError, match=r"the sandbox did not start: .*missing\.py"):
         run_program("pass")
+
+
+def test_a_sandbox_that_takes_too_long_to_start_says_so(monkeypatch):
+    monkeypatch.setattr(sandbox, "START_SECONDS", 0)
+    with pytest.raises(OSError, match="did not start within 0 s"):
+        run_program("pass", timeout=0.001)

@@ -161,6 +161,15 @@ def test_a_hopeless_loss_stops_the_run_and_keeps_the_last_checkpoint(tiny, monke
     assert len(steps(config.run_dir)) < 60
 
 
+def test_what_fails_at_every_start_ends_the_run_and_says_why(tiny, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pretrain, "train", lambda config, workers: config)
+    config = pretrain.run(tiny(run="again"))
+    with pytest.raises(ValueError, match="3 times in a row without a new step: FileNotFoundError: .*missing") as failed:
+        launch.train(replace(config, tokenizer=str(tmp_path / "missing")), None)
+    assert "\n" not in str(failed.value)
+    assert capsys.readouterr().out.count("worker 0 failed: FileNotFoundError: ") == 3
+
+
 def test_a_run_outlives_a_node_grows_back_and_saves_before_a_node_is_drained(tiny, nanochat_ray_home):
     """Seven rows a step, which two workers share unevenly."""
     options = tiny(run="node", workers=2, total_batch_size=7 * 64, num_iterations=300, eval_every=0, save_every=10)

@@ -201,7 +201,7 @@ def sft_options(preset: Preset, plan: RunPlan, base: str, name: str, workers: in
     steps = None
     if preset.minutes:
         steps = max(1, round(SFT_SHARE * plan.num_iterations))
-    return sft.SftOptions(base, run=f"{name}-sft", num_iterations=steps, workers=workers, compile=compiles(preset))
+    return sft.SftOptions(base, run=f"{name}-sft", steps=steps, workers=workers, compile=compiles(preset))
 
 
 def compiles(preset: Preset) -> bool | None:

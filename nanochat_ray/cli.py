@@ -23,27 +23,35 @@ def prepare(args: list[str]) -> None:
 
 def pretrain(args: list[str]) -> None:
     """rows -> a base model"""
+    from nanochat_ray.evals.core import CoreInTraining, in_training
     from nanochat_ray.train.pretrain import PretrainOptions, run
 
-    options = parse("pretrain", PretrainOptions, args)
+    @dataclass
+    class Options(CoreInTraining, PretrainOptions):
+        pass
+
+    options = parse("pretrain", Options, args)
+    measurement = in_training(options)
     start_ray()
-    result = run(options)
+    result = run(options, measurement)
     print(f"val/bpb    {result.val_bpb:.4f}\ncheckpoint {result.checkpoint}")
 
 
 def sft(args: list[str]) -> None:
     """a base model and conversations -> a chat model"""
     from nanochat_ray.data import sources
+    from nanochat_ray.evals.chat import ChatCoreInTraining, in_training
     from nanochat_ray.evals.tasks import MixtureOptions, hub_mixture, offline_mixture
     from nanochat_ray.train.checkpoint import resolve_checkpoint
     from nanochat_ray.train.sft import SftOptions, run
 
     @dataclass
-    class Options(MixtureOptions, SftOptions):
+    class Options(ChatCoreInTraining, MixtureOptions, SftOptions):
         pass
 
     options = parse("sft", Options, args)
     resolve_checkpoint(options.checkpoint)  # a wrong one is known before anything is downloaded
+    measurement = in_training(options, options.datasets_dir)
     if options.mixture == "hub":
         conversations = [hub_mixture(split, options) for split in ("train", "val")]
         start_ray()
@@ -51,7 +59,7 @@ def sft(args: list[str]) -> None:
         start_ray()
         pydocs = [shard.uri for shard in sources.resolve("pydocs").train]
         conversations = [offline_mixture(split, pydocs) for split in ("train", "val")]
-    result = run(options, *conversations)
+    result = run(options, *conversations, measurement)
     print(f"val/bpb    {result.val_bpb:.4f} over the assistant's tokens\ncheckpoint {result.checkpoint}")
 
 

@@ -71,6 +71,19 @@ def pack_documents(documents: Sequence[np.ndarray], row_len: int) -> tuple[np.nd
     return rows, PackCounts(used=rows.size, cropped=cropped, dropped=dropped)
 
 
+def split_conversation(ids: list[int], mask: list[int], row_len: int) -> list[tuple[list[int], list[int]]]:
+    """An (ids, mask) pair, which begins with bos, as pairs that fit into rows; a lone one when it fits whole.
+
+    The pairs after the first begin with a bos of their own, mask 0: what follows it is still predicted, where a row's
+    first token would not be.
+    """
+    pieces = [(ids[:row_len], mask[:row_len])]
+    for start in range(row_len, len(ids), row_len - 1):
+        end = start + row_len - 1
+        pieces.append(([ids[0], *ids[start:end]], [0, *mask[start:end]]))
+    return pieces
+
+
 def pack_conversations(
     conversations: Sequence[tuple[Sequence[int], Sequence[int]]], row_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +94,7 @@ def pack_conversations(
     lengths = np.array([len(ids) for ids, _ in conversations], dtype=np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= row_len:
         wrong = int(np.flatnonzero((lengths < 1) | (lengths > row_len))[0])
-        raise ValueError(f"conversation {wrong} has {lengths[wrong]} tokens, a row holds 1 to {row_len}: cut it first")
+        raise ValueError(f"conversation {wrong} has {lengths[wrong]} tokens, a row holds 1 to {row_len}: split it")
     buckets = LengthBuckets(lengths, row_len)
     bos = conversations[0][0][0] if len(conversations) else 0
     ids, masks, space = [], [], row_len

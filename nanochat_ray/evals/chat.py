@@ -22,6 +22,7 @@ from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.train.checkpoint import load_model
+from nanochat_ray.train.loop import Measurement
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,16 @@ class ChatCoreOptions:
 
 
 @dataclass
+class ChatCoreInTraining:
+    chatcore_every: int = 0
+    """Steps between ChatCORE scores, the last of them at the end; 0 for none."""
+    chatcore_max_problems: int | None = 100
+    """Problems of each task in them."""
+    chatcore_tasks: list[str] | None = None
+    """Some of ARC-Easy, ARC-Challenge, MMLU, GSM8K, HumanEval; the score is then their mean."""
+
+
+@dataclass
 class ChatResult:
     """By task: accuracy, accuracy centered on guessing (0) and perfection (1), and the answers in shuffled order.
 
@@ -104,6 +115,20 @@ def run(options: ChatCoreOptions) -> ChatResult:
     return result
 
 
+def in_training(options: ChatCoreInTraining, datasets_dir: str | None) -> Measurement | None:
+    """ChatCORE for sft.run, or None when it is not asked for. Raises OSError or ValueError as run does."""
+    if options.chatcore_every <= 0:
+        return None
+    problems = load_problems(options.chatcore_tasks, options.chatcore_max_problems, datasets_dir)
+    if "HumanEval" in problems:
+        check_sandbox()
+    return Measurement(options.chatcore_every, partial(measure, problems))
+
+
+def measure(problems: dict[str, list[dict]], model: GPT, tokenizer: Tokenizer) -> dict[str, float]:
+    return evaluate_chat(model, tokenizer, problems).metrics()
+
+
 def load_problems(
     tasks: list[str] | None = None, max_problems: int | None = None, datasets_dir: str | None = None
 ) -> dict[str, list[dict]]:
@@ -118,7 +143,7 @@ def load_problems(
         try:
             problems[name] = TASKS[name].conversations(datasets_dir=datasets_dir, size=max_problems)
         except OSError as error:
-            raise OSError(f"{name}: {error}, or leave it out with --tasks") from None
+            raise OSError(f"{name}: {error}, or give other tasks") from None
     return problems
 
 

@@ -31,6 +31,7 @@ from nanochat_ray.model.attention import attention, sliding_window_mask
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.train.checkpoint import load_model
 from nanochat_ray.train.launch import scaling_config
+from nanochat_ray.train.loop import Measurement
 
 SHOTS_SEED = 1234
 FORWARD_TOKENS = {"cuda": 2**16, "cpu": 2**12}  # in one forward, padding included; one row may be longer
@@ -58,6 +59,16 @@ class CoreOptions:
 
 
 @dataclass
+class CoreInTraining:
+    core_every: int = 0
+    """Steps between CORE scores, the last of them at the end; 0 for none."""
+    core_max_per_task: int = 500
+    """Examples of each task in them; -1 for all."""
+    bundle: str | None = None
+    """Folder of a CORE bundle, on a disk that all workers see; without it the published one is downloaded, once."""
+
+
+@dataclass
 class CoreResult:
     """By task: accuracy, accuracy centered on guessing (0) and perfection (1), and the examples in shuffled order.
 
@@ -73,6 +84,10 @@ class CoreResult:
     def core_metric(self) -> float:
         return sum(self.centered.values()) / len(self.centered)
 
+    def metrics(self) -> dict[str, float]:
+        """Under the names that a run logs."""
+        return {"core_metric": self.core_metric} | {f"core/{task}": a for task, a in self.accuracy.items()}
+
 
 def run(options: CoreOptions) -> CoreResult:
     """Evaluate a checkpoint and write its files. Raises OSError or ValueError naming what is missing or damaged."""
@@ -86,6 +101,19 @@ def run(options: CoreOptions) -> CoreResult:
     result = evaluate_core(model, tokenizer, folder, options.max_per_task, options.tasks, options.actors)
     save(result, options.out or options.checkpoint)
     return result
+
+
+def in_training(options: CoreInTraining) -> Measurement | None:
+    """CORE for pretrain.run, or None when it is not asked for. Raises OSError or ValueError as run does."""
+    if options.core_every <= 0:
+        return None
+    folder = storage.absolute(options.bundle) if options.bundle else bundle.fetch()
+    bundle.read_tasks(folder, options.core_max_per_task)  # what is missing or damaged is known before the training
+    return Measurement(options.core_every, partial(measure, folder, options.core_max_per_task))
+
+
+def measure(bundle_dir: str, max_per_task: int, model: GPT, tokenizer: Tokenizer) -> dict[str, float]:
+    return evaluate_core(model, tokenizer, bundle_dir, max_per_task).metrics()
 
 
 def evaluate_core(

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray import storage
 from nanochat_ray.train import checkpoint
-from nanochat_ray.train.loop import TrainConfig, train_loop_per_worker
+from nanochat_ray.train.loop import Measurement, TrainConfig, train_loop_per_worker
 
 MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
 RESIZE_SECONDS = 60.0  # between looks at whether a returned node lets a run have more workers again
@@ -132,7 +132,7 @@ def claim(run_dir: str, inputs: dict, config: dict) -> None:
     storage.write_json(uri, config | {"inputs": inputs})
 
 
-def train(c: TrainConfig, workers: int | None) -> TrainResult:
+def train(c: TrainConfig, workers: int | None, measurement: Measurement | None = None) -> TrainResult:
     """Train to the end, unless the run's newest checkpoint is there already.
 
     Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. workers: at most, see
@@ -151,7 +151,7 @@ def train(c: TrainConfig, workers: int | None) -> TrainResult:
     monitor = Monitor.options(scheduling_strategy=here).remote()  # dies with the driver, not with a worker's node
     trainer = ray.train.torch.TorchTrainer(
         train_loop_per_worker,
-        train_loop_config=asdict(c) | {"monitor": monitor},
+        train_loop_config=asdict(c) | {"monitor": monitor, "measurement": measurement},
         scaling_config=scaling,
         run_config=run_config(c.run_dir, max_failures=-1, callbacks=[SaveFirst(monitor)]),  # the monitor counts
     )

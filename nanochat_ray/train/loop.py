@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import ray
@@ -68,6 +69,14 @@ class TrainConfig:
     fp8: bool
 
 
+@dataclass(frozen=True)
+class Measurement:
+    """What else is measured during training, besides val/bpb: every `every` steps and at the end."""
+
+    every: int
+    measure: Callable[[GPT, Tokenizer], dict[str, float]]  # on every rank, each with the whole model; pickled to them
+
+
 @dataclass
 class Progress:
     """Where a run stands. position counts rows consumed by all ranks since the start."""
@@ -99,6 +108,7 @@ class Worker:
     progress: Progress
     resumed: bool
     writer: checkpoint.Writer
+    measurement: Measurement | None = None
 
     def __post_init__(self):
         self.model.recompute = self.config.recompute
@@ -113,20 +123,21 @@ class Worker:
 
 def train_loop_per_worker(config: dict) -> None:
     """What Ray Train runs on every worker, and again after a failure, which the monitor hears of and counts."""
-    monitor = config.pop("monitor")
+    monitor, measurement = config.pop("monitor"), config.pop("measurement")
     rank = ray.train.get_context().get_world_rank()
     if not broadcast(ray.get(monitor.begin.remote()) if rank == 0 else None):
         return
     try:
-        run(TrainConfig(**config), monitor)
+        run(TrainConfig(**config), monitor, measurement)
     except Exception as error:
         ray.get(monitor.failed.remote(rank, f"{type(error).__name__}: {error}".splitlines()[0]))
         raise
 
 
-def run(c: TrainConfig, monitor) -> None:
+def run(c: TrainConfig, monitor, measurement: Measurement | None) -> None:
     """Train from the run's newest checkpoint to num_iterations or a requested stop; the monitor is told which."""
     worker = start(c)
+    worker.measurement = measurement
     progress = worker.progress
     log = MetricsLog(c.run_dir, asdict(c), progress.step) if worker.rank == 0 else None
     if log and worker.resumed:
@@ -160,6 +171,8 @@ def train(worker: Worker, monitor, log: MetricsLog | None) -> None:
                 progress.val_bpb = evaluate(worker, token_bytes)
                 if log:
                     log.log(metrics_of(worker) | {"val/bpb": progress.val_bpb})
+            if worker.measurement and (last or (progress.step and due(progress.step, worker.measurement.every))):
+                measure(worker, monitor, log)
             if worker.rank == 0 and c.prompts and (last or due(progress.step, c.sample_every)):
                 write_samples(worker, monitor)
             if ending or request == "save" or (progress.step and due(progress.step, c.save_every)):
@@ -374,6 +387,16 @@ def finish_save(worker: Worker, monitor) -> str | None:
     if error and worker.rank == 0:
         monitor.say.remote(f"checkpoint: step {worker.writer.meta['step']} is not saved: {error}")
     return error
+
+
+@torch.compiler.set_stance("force_eager")  # every prompt would be another shape to compile
+def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
+    """Log what the run's Measurement gives. It takes no training time: only train_step counts."""
+    measured = worker.measurement.measure(worker.model, worker.tokenizer)
+    if log:
+        log.log(metrics_of(worker) | measured)
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in measured.items() if "/" not in name)
+        monitor.say.remote(f"step {worker.progress.step}: {scores}")
 
 
 @torch.compiler.set_stance("force_eager")  # every prompt and every token would be another shape to compile

@@ -6,7 +6,7 @@ from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.scaling import RunPlan, plan_run
 from nanochat_ray.train.launch import TrainResult, claim, train
-from nanochat_ray.train.loop import TrainConfig
+from nanochat_ray.train.loop import Measurement, TrainConfig
 
 SAMPLE_PROMPTS = (
     "The largest planet of the solar system is",
@@ -62,7 +62,7 @@ class PretrainOptions:
     """Of the weights and of the order of rows."""
 
 
-def run(options: PretrainOptions) -> TrainResult:
+def run(options: PretrainOptions, measurement: Measurement | None = None) -> TrainResult:
     """Pretrain, go on where the run's newest checkpoint stands, or return at once when it is finished.
 
     Raises FileNotFoundError without rows, ValueError for options that can't be, or not in this run folder.
@@ -102,7 +102,7 @@ def run(options: PretrainOptions) -> TrainResult:
         recompute=options.recompute,
         fp8=options.fp8,
     )
-    return train(config, options.workers)
+    return train(config, options.workers, measurement)
 
 
 def plan_of(options: PretrainOptions, manifest: dict) -> RunPlan:

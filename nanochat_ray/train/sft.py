@@ -2,17 +2,18 @@
 
 import tempfile
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 
 from nanochat_ray import storage
 from nanochat_ray.data.loader import Rows, write_rows
-from nanochat_ray.data.packing import pack_conversations
+from nanochat_ray.data.packing import pack_conversations, split_conversation
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.gpt import GPTConfig
 from nanochat_ray.model.scaling import BASE_LRS, REFERENCE_BATCH, flops_per_token
 from nanochat_ray.train import checkpoint
 from nanochat_ray.train.launch import TrainResult, claim, train
-from nanochat_ray.train.loop import TrainConfig
+from nanochat_ray.train.loop import Measurement, TrainConfig
 
 LR_SCALE = 0.8  # of the base run's rates
 
@@ -23,8 +24,8 @@ class SftOptions:
     """Checkpoint to start from, or a run folder, of which the newest is taken."""
     run: str | None = None
     """Name of the run folder; the default is the base run's with -sft."""
-    num_iterations: int | None = None
-    """Steps; the default is one epoch."""
+    steps: int | None = None
+    """Steps to train for; the default is one epoch."""
     total_batch_size: int | None = None
     """Tokens in a step, over all workers; the default is the base run's."""
     device_batch_size: int | None = None
@@ -51,7 +52,12 @@ class SftOptions:
     """Of the order of rows."""
 
 
-def run(options: SftOptions, train_conversations: list[dict], val_conversations: list[dict]) -> TrainResult:
+def run(
+    options: SftOptions,
+    train_conversations: list[dict],
+    val_conversations: list[dict],
+    measurement: Measurement | None = None,
+) -> TrainResult:
     """Finetune on conversations (evals/tasks makes them), go on, or return at once when it is finished.
 
     Rates are 0.8 of the base run's, momentum goes on from its state, Muon's weight decay is off.
@@ -72,7 +78,7 @@ def run(options: SftOptions, train_conversations: list[dict], val_conversations:
         "rows": rows,
         "model": meta["model_config"],
         "total_batch_size": batch,
-        "num_iterations": options.num_iterations or epoch,
+        "num_iterations": options.steps or epoch,
         "lrs": {name: LR_SCALE * lr for name, lr in lrs.items()},
         "weight_decay": 0.0,
         "seed": options.seed,
@@ -95,13 +101,13 @@ def run(options: SftOptions, train_conversations: list[dict], val_conversations:
         recompute=options.recompute,
         fp8=options.fp8,
     )
-    return train(config, options.workers)
+    return train(config, options.workers, measurement)
 
 
 def prepare_conversations(splits: dict[str, list[dict]], tokenizer: Tokenizer, sequence_len: int) -> str:
     """Render and pack conversations into a folder of rows, unless the same ones are there; returns the folder.
 
-    Conversations longer than a row are cut to it; none is split or dropped.
+    A conversation longer than a row goes on in another; no token is dropped, which manifest.json counts.
     """
     fingerprint = storage.fingerprint(splits, tokenizer.sha, sequence_len)
     folder = storage.join(storage.home(), "conversations", f"{fingerprint[:8]}-T{sequence_len}")
@@ -112,14 +118,23 @@ def prepare_conversations(splits: dict[str, list[dict]], tokenizer: Tokenizer, s
     for split, conversations in splits.items():
         if not conversations:
             raise ValueError(f"no {split} conversations to finetune on")
-        rendered = [tokenizer.render_conversation(c, max_tokens=sequence_len + 1) for c in conversations]
-        tokens, mask = pack_conversations(rendered, sequence_len + 1)
+        rendered = [tokenizer.render_conversation(c, max_tokens=None) for c in conversations]
+        pieces = list(chain.from_iterable(split_conversation(*c, sequence_len + 1) for c in rendered))
+        tokens, mask = pack_conversations(pieces, sequence_len + 1)
         with tempfile.TemporaryDirectory() as scratch:
             write_rows(Path(scratch) / "rows.arrow", tokens, mask)
             storage.publish(Path(scratch) / "rows.arrow", storage.join(folder, split, "rows_00000.arrow"))
-        learned = int(mask.sum())
-        counts[split] = {"conversations": len(conversations), "rows": len(tokens), "learned_tokens": learned}
-        print(f"sft: {split} {len(conversations):,} conversations in {len(tokens):,} rows, {learned:,} tokens to learn")
+        # Counted in the rows: a conversation has one bos, its first token, and all others that rows hold are added.
+        packed = int((tokens != tokenizer.bos_id).sum()) + len(conversations)
+        counts[split] = count = {
+            "conversations": len(conversations),
+            "rows": len(tokens),
+            "tokens": packed,
+            "dropped_tokens": sum(len(ids) for ids, _ in rendered) - packed,
+            "learned_tokens": int(mask.sum()),
+            "split_conversations": sum(len(ids) > sequence_len + 1 for ids, _ in rendered),
+        }
+        print("sft: " + split + " " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in count.items()))
     storage.write_json(manifest_uri, {"tokenizer_sha256": tokenizer.sha, "sequence_len": sequence_len, **counts})
     return folder
 

@@ -164,7 +164,9 @@ def test_a_hopeless_loss_stops_the_run_and_keeps_the_last_checkpoint(tiny, monke
 def test_what_fails_at_every_start_ends_the_run_and_says_why(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pretrain, "train", lambda config, workers: config)
     config = pretrain.run(tiny(run="again"))
-    with pytest.raises(ValueError, match="3 times in a row without a new step: FileNotFoundError: .*missing") as failed:
+    with pytest.raises(
+        ValueError, match=r"3 times in a row without a new step: FileNotFoundError: .*missing"
+    ) as failed:
         launch.train(replace(config, tokenizer=str(tmp_path / "missing")), None)
     assert "\n" not in str(failed.value)
     assert capsys.readouterr().out.count("worker 0 failed: FileNotFoundError: ") == 3

@@ -29,6 +29,7 @@ def test_help_names_every_stage_and_option():
         (["prepare", "--source", "{tmp}/bad"], "bad.parquet"),
         (["pretrain"], "nanochat-ray prepare"),
         (["eval", "core", "--checkpoint", "{tmp}/missing", "--bundle", "{tmp}"], "missing"),
+        (["pretrain", "--core-every", "1", "--bundle", "{tmp}/missing"], "core.yaml"),
         (["chat", "--checkpoint", "{tmp}/missing"], "missing"),
         (["plan", "--gpu", "Abacus"], "Abacus"),
     ],

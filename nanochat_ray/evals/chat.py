@@ -143,7 +143,7 @@ def load_problems(
         try:
             problems[name] = TASKS[name].conversations(datasets_dir=datasets_dir, size=max_problems)
         except OSError as error:
-            raise OSError(f"{name}: {error}, or give other tasks") from None
+            raise OSError(f"{name}: {error}, or leave it out: --tasks, --chatcore-tasks") from None
     return problems
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nanochat_ray.data.packing import pack_conversations, pack_documents
+from nanochat_ray.data.packing import pack_conversations, pack_documents, split_conversation
 
 BOS = 0
 
@@ -86,6 +86,18 @@ def test_conversations_are_never_cropped():
     assert (tokens[:, 0] == BOS).all()
     assert np.count_nonzero(tokens) == sum(len(ids) - 1 for ids, _ in conversations)
     assert tokens.size - sum(len(ids) for ids, _ in conversations) < 24 + 0.05 * tokens.size  # little is padding
+
+
+@pytest.mark.parametrize("length", [1, 9, 10, 11, 18, 19, 20, 55])
+def test_a_conversation_longer_than_a_row_goes_on_in_others(length):
+    ids, mask = [BOS, *range(1, length)], [0, *(i // 4 % 2 for i in range(1, length))]
+    pieces = split_conversation(ids, mask, 10)
+    assert all(len(piece) == len(flags) <= 10 for piece, flags in pieces)
+    assert all(piece[0] == BOS and flags[0] == 0 for piece, flags in pieces)
+    assert [BOS] + [token for piece, _ in pieces for token in piece[1:]] == ids
+    assert [0] + [flag for _, flags in pieces for flag in flags[1:]] == mask
+    assert all(len(piece) > 1 for piece, _ in pieces[1:])
+    assert (len(pieces) == 1) == (length <= 10)
 
 
 def test_conversation_layout():

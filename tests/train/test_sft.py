@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -14,20 +16,40 @@ def tokenizer(golden):
 
 
 def test_no_token_of_a_conversation_is_lost_and_only_the_assistants_are_learned(tokenizer):
-    splits = {"train": arithmetic.conversations("train", 50), "val": spelling.conversations("val", 10)}
+    """Among them long ones, which take many rows."""
+
+    def talk(text: str, turns: int) -> dict:
+        return {"messages": [{"role": role, "content": text} for _ in range(turns) for role in ("user", "assistant")]}
+
+    long = [talk("one more word " * 9, 20), talk("ö" * 400, 1), talk("def f(x): return x\n" * 30, 3)]
+    splits = {"train": arithmetic.conversations("train", 50) + long, "val": spelling.conversations("val", 10)}
     folder = prepare_conversations(splits, tokenizer, 128)
+    manifest = storage.read_json(storage.join(folder, "manifest.json"))
     for split, conversations in splits.items():
-        rendered = [tokenizer.render_conversation(c) for c in conversations]
+        rendered = [tokenizer.render_conversation(c, max_tokens=None) for c in conversations]
         rows = Rows(storage.join(folder, split))
-        tokens, mask = rows[range(len(rows))], rows.mask(range(len(rows)))
+        tokens, mask = rows[range(len(rows))].ravel(), rows.mask(range(len(rows))).ravel()
         learned = sorted(t for ids, flags in rendered for t, flag in zip(ids, flags, strict=True) if flag)
-        assert sorted(tokens[mask == 1].tolist()) == learned
-        everything = np.bincount([t for ids, _ in rendered for t in ids], minlength=tokenizer.vocab_size)
-        padding = tokens.size - everything.sum()
-        everything[tokenizer.bos_id] += padding
-        assert (np.bincount(tokens.ravel(), minlength=tokenizer.vocab_size) == everything).all()
-        _, targets = rows.batch([0])
-        assert ((targets == -1) == (mask[:1, 1:] == 0)).all()
+        _, targets = rows.batch(range(len(rows)))
+        assert sorted(targets[targets >= 0].tolist()) == learned  # no row's first token is among them
+        starts = np.flatnonzero(np.append(tokens, tokenizer.bos_id) == tokenizer.bos_id)
+        # What is between two bos is a conversation, or in order a part of one that is longer than a row.
+        pieces = [list(zip(tokens[a + 1 : b], mask[a + 1 : b], strict=True)) for a, b in pairwise(starts)]
+        for ids, flags in rendered:
+            left = list(zip(ids, flags, strict=True))[1:]
+            while left:
+                piece = next(p for p in pieces if p and p == left[: len(p)] and (len(p) in (128, len(left))))
+                pieces.remove(piece)
+                left = left[len(piece) :]
+        assert not any(pieces)
+        assert manifest[split] == {
+            "conversations": len(conversations),
+            "rows": len(rows),
+            "tokens": sum(len(ids) for ids, _ in rendered),
+            "dropped_tokens": 0,
+            "learned_tokens": len(learned),
+            "split_conversations": 3 if split == "train" else 0,
+        }
 
 
 def test_the_same_conversations_are_packed_once(tokenizer):

@@ -152,7 +152,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(un
 
 
 def test_a_hopeless_loss_stops_the_run_and_keeps_the_last_checkpoint(tiny, monkeypatch, nanochat_ray_home):
-    monkeypatch.setattr(pretrain, "train", lambda config, workers: config)
+    monkeypatch.setattr(pretrain, "train", lambda config, *_: config)
     config = pretrain.run(tiny(run="hopeless", num_iterations=60, save_every=35, eval_every=0))
     too_high = config.lrs | {"unembedding_lr": 1e3}  # every logit at the cap, where no gradient moves it back
     with pytest.raises(ValueError, match=r"the loss is \d+\.\d+ at step 4\d, and guessing blindly would cost 8\.32"):
@@ -162,11 +162,9 @@ def test_a_hopeless_loss_stops_the_run_and_keeps_the_last_checkpoint(tiny, monke
 
 
 def test_what_fails_at_every_start_ends_the_run_and_says_why(tiny, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(pretrain, "train", lambda config, workers: config)
+    monkeypatch.setattr(pretrain, "train", lambda config, *_: config)
     config = pretrain.run(tiny(run="again"))
-    with pytest.raises(
-        ValueError, match=r"3 times in a row without a new step: FileNotFoundError: .*missing"
-    ) as failed:
+    with pytest.raises(ValueError, match=r"3 times in a row without a new step: FileNotFound.*missing") as failed:
         launch.train(replace(config, tokenizer=str(tmp_path / "missing")), None)
     assert "\n" not in str(failed.value)
     assert capsys.readouterr().out.count("worker 0 failed: FileNotFoundError: ") == 3

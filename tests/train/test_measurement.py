@@ -1,4 +1,4 @@
-"""CORE and ChatCORE during training: the numbers are those of the checkpoints, and the training is the same as without."""
+"""CORE and ChatCORE during training: the numbers are those of the checkpoints, and training is as without."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,8 +46,8 @@ def hub(tmp_path) -> str:
     for name, config, rows in (("allenai/ai2_arc", "ARC-Easy", science), ("openai/gsm8k", "main", problems)):
         (tmp_path / name / config).mkdir(parents=True)
         pq.write_table(pa.Table.from_pylist(rows), tmp_path / name / config / "test.parquet")
-        listed = f"---\nconfigs:\n- config_name: {config}\n  data_files:\n  - split: test\n    path: {config}/test.parquet\n---\n"
-        (tmp_path / name / "README.md").write_text(listed)
+        files = f"  data_files:\n  - split: test\n    path: {config}/test.parquet\n"
+        (tmp_path / name / "README.md").write_text(f"---\nconfigs:\n- config_name: {config}\n{files}---\n")
     return str(tmp_path)
 
 

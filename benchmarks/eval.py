@@ -114,7 +114,7 @@ def naive(model: GPT, tokenizer: Tokenizer, tasks: list[bundle.Task]) -> dict[st
                 right = (logits.argmax(dim=-1) == targets)[0, starts[0] - 1 :].all()
                 decisions[task.name].append((bool(right), False))
                 continue
-            losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+            losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
             spans = zip(losses, starts, sequences, strict=True)
             means = [row[start - 1 : len(sequence) - 1].mean().item() for row, start, sequence in spans]
             pred = means.index(min(means))

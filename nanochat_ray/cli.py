@@ -1,6 +1,7 @@
 """nanochat-ray: every stage as a command. `nanochat-ray STAGE --help` lists a stage's options."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -142,7 +143,9 @@ def start_ray() -> None:
     import ray
     import ray.data
 
-    ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    # Without an address Ray would look for a cluster that someone has started, or left, on this machine.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the stages print progress of their own, in less
     ray.data.DataContext.get_current().enable_progress_bars = False
 

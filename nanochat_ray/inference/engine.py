@@ -62,8 +62,8 @@ class Engine:
         self.counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
 
     def compile(self) -> None:
-        """torch.compile: a minute or two, for steps several times as fast. May run in a thread beside the one that steps,
-        which goes on uncompiled until it is done."""
+        """torch.compile: a minute or two, for steps several times as fast. May run in a thread beside the one that
+        steps, which goes on uncompiled until it is done."""
         self.runner.compile()
 
     def submit(self, prompt: list[int], params: SamplingParams) -> list[Sequence]:

@@ -1,0 +1,355 @@
+"""The chat service on Ray Serve: OpenAI's API and a page, over one engine replica or many.
+
+    nanochat-ray serve --checkpoint DIR            on this machine
+    serve run serving.app:app checkpoint=DIR       the same; on a cluster, a Serve config file names serving.app:app
+
+A request comes to ChatService, which checks and tokenizes it, and goes on to an EngineServer of its model: to the one
+that had the conversation's beginning before, and so most of its prefix in cache.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import socket
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import torch
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from pydantic import BaseModel
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+
+from nanochat_ray import storage
+from nanochat_ray.data.tokenizer import Tokenizer
+from nanochat_ray.train.checkpoint import latest_checkpoint, read_meta, resolve_checkpoint
+from serving import protocol
+from serving.engine_server import EngineServer
+from serving.protocol import ApiError, ChatRequest, CompletionRequest
+
+# Serve copies ChatService to its replicas by value, with what it names that is defined above it.
+UI = Path(__file__).parent / "ui"
+MOST_BODY_BYTES = 1_000_000
+LOST = "the replica that answered was lost; ask again"
+CONSISTENT_HASH_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+PAGE_HEADERS = {  # the page's own policy says the rest
+    "Content-Security-Policy": "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+LATENCIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
+
+
+class ServiceOptions(BaseModel):
+    """What `serve run` and a Serve config file may set; `nanochat-ray serve --help` explains each."""
+
+    checkpoint: str | list[str] | None = None
+    max_batch_size: int = 32
+    queue_limit: int = 64
+    kv_gb: float | None = None
+    dtype: str | None = None
+    compile: bool = True
+    replicas: int = 1
+    max_replicas: int | None = None
+    api_keys: str | None = None
+    requests_per_minute: int | None = None
+    cors_origins: list[str] = []
+
+
+class Model:
+    """What the service knows of a checkpoint, and the way to its engines."""
+
+    def __init__(self, folder: str, engine: DeploymentHandle):
+        self.tokenizer, self.engine = Tokenizer.load(folder), engine
+        self.sequence_len = read_meta(folder)["model_config"]["sequence_len"]
+        self.created = int(storage.modified(storage.join(folder, "meta.json")).timestamp())
+        self.capacity = None  # known once an engine runs
+
+
+class Metrics:
+    def __init__(self):
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("nanochat_requests", "Requests answered", ["route", "status"], registry=registry)
+        self.ttft = Histogram("nanochat_ttft_seconds", "Time to first token", registry=registry, buckets=LATENCIES)
+        self.itl = Histogram("nanochat_inter_token_seconds", "Between tokens", registry=registry, buckets=LATENCIES)
+
+    def text(self, engines: dict[str, list[dict[str, float]]]) -> bytes:
+        """In Prometheus' format, with what each replica of each model's engines counts."""
+        registry, gauges = CollectorRegistry(), {}
+        for model, replicas in engines.items():
+            for replica, stats in enumerate(replicas):
+                for key, value in stats.items():
+                    if key not in gauges:
+                        name, labels = f"nanochat_engine_{key}", ["model", "replica"]
+                        gauges[key] = Gauge(name, f"{key} of an engine", labels, registry=registry)
+                    gauges[key].labels(model, replica).set(value)
+        return generate_latest(self.registry) + generate_latest(registry)
+
+
+api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+
+@api.exception_handler(ApiError)
+async def api_error(request: Request, error: ApiError) -> Response:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+@api.exception_handler(HTTPException)
+async def http_error(request: Request, error: HTTPException) -> Response:
+    body = ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}").body
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+def tokens_of(tokenizer: Tokenizer, asked: protocol.Request) -> tuple[list[int], str]:
+    """The prompt's ids, and what requests of one conversation have in common. Raises ApiError for bad messages."""
+    if isinstance(asked, CompletionRequest):
+        prompt = (
+            asked.prompt[0] if isinstance(asked.prompt[0], str) and isinstance(asked.prompt, list) else asked.prompt
+        )
+        if isinstance(prompt, list):
+            if min(prompt) < 0 or max(prompt) >= tokenizer.vocab_size:
+                raise ApiError(400, f"prompt has token ids outside 0 … {tokenizer.vocab_size - 1}", "prompt")
+            return prompt, repr(prompt[:64])
+        return [tokenizer.bos_id, *tokenizer.encode(prompt)], prompt[:256]
+    conversation = asked.conversation()
+    try:
+        prompt = tokenizer.render_for_completion(conversation)
+    except ValueError as error:
+        raise ApiError(400, str(error), "messages") from None
+    beginning = [m["content"] for m in conversation["messages"][:2] if m["role"] != "assistant"]
+    return prompt, hashlib.sha256(json.dumps(beginning).encode()).hexdigest()
+
+
+async def read_body(request: Request) -> bytes:
+    """Raises ApiError for a body that is too large, before all of it has come."""
+    body = b""
+    async for piece in request.stream():
+        body += piece
+        if len(body) > MOST_BODY_BYTES:
+            raise ApiError(413, f"the body is larger than {MOST_BODY_BYTES:,} bytes", code="request_too_large")
+    return body
+
+
+def read_keys(uri: str | None) -> list[bytes]:
+    """The sha256 of each key, first on its line, as `printf %s KEY | sha256sum` prints it. Raises ValueError else."""
+    if uri is None:
+        return []
+    lines = [line.split()[0] for line in storage.read_text(uri).splitlines() if line.strip()]
+    for line in lines:
+        if len(line) != 64 or set(line) - set("0123456789abcdef"):
+            raise ValueError(f"{uri} holds {line!r}, which is not a sha256 in hexadecimal: printf %s KEY | sha256sum")
+    if not lines:
+        raise ValueError(f"{uri} holds no key")
+    return [line.encode() for line in lines]
+
+
+def ui_file(name: str) -> Response:
+    kinds = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+    path = UI / name
+    if path.parent != UI or path.suffix not in kinds or not path.is_file():
+        raise HTTPException(404, "Not Found")
+    return Response(path.read_bytes(), media_type=kinds[path.suffix], headers=PAGE_HEADERS)
+
+
+@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000, graceful_shutdown_timeout_s=600)
+@serve.ingress(api)
+class ChatService:
+    def __init__(self, models: dict[str, str], options: dict, **engines: DeploymentHandle):
+        pairs = zip(models.items(), engines.values(), strict=True)
+        self.models = {name: Model(folder, engine) for (name, folder), engine in pairs}
+        self.metrics = Metrics()
+        self.keys = read_keys(options["api_keys"])
+        self.per_minute, self.recent = options["requests_per_minute"], defaultdict(list)
+        if options["cors_origins"]:
+            origins = options["cors_origins"]
+            api.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+
+    @api.get("/")
+    async def page(self) -> Response:
+        return ui_file("index.html")
+
+    @api.get("/ui/{name}")
+    async def page_file(self, name: str) -> Response:
+        return ui_file(name)
+
+    @api.get("/health")
+    async def health(self) -> dict:
+        return {"status": "ok", "models": list(self.models)}
+
+    @api.get("/metrics")
+    async def prometheus(self) -> Response:
+        engines = {name: await model.engine.broadcast("stats").results_async() for name, model in self.models.items()}
+        return PlainTextResponse(self.metrics.text(engines))
+
+    @api.get("/v1/models")
+    async def list_models(self, request: Request) -> dict:
+        self.authorize(request)
+        data = [
+            {"id": name, "object": "model", "created": model.created, "owned_by": "nanochat-ray"}
+            | {"context_length": model.sequence_len}
+            for name, model in self.models.items()
+        ]
+        return {"object": "list", "data": data}
+
+    @api.post("/v1/chat/completions")
+    async def chat_completions(self, request: Request) -> Response:
+        return await self.answer(request, ChatRequest)
+
+    @api.post("/v1/completions")
+    async def completions(self, request: Request) -> Response:
+        return await self.answer(request, CompletionRequest)
+
+    async def answer(self, request: Request, kind: type[protocol.Request]) -> Response:
+        route = request.url.path
+        try:
+            self.authorize(request)
+            asked = protocol.parse(kind, await read_body(request))
+            response = await self.respond(asked)
+            self.metrics.requests.labels(route, 200).inc()
+            return response
+        except ApiError as error:
+            self.metrics.requests.labels(route, error.status).inc()
+            raise
+
+    async def respond(self, asked: protocol.Request) -> Response:
+        name = asked.model or next(iter(self.models))
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(404, f"no model {name!r}; there are {known}", "model", "model_not_found")
+        model = self.models[name]
+        prompt, affinity = tokens_of(model.tokenizer, asked)
+        if model.capacity is None:
+            model.capacity = await model.engine.capacity.remote()
+        if len(prompt) >= model.capacity:
+            message = f"the prompt has {len(prompt)} tokens; there is room for {model.capacity - 1}"
+            raise ApiError(400, message, "messages", "context_length_exceeded")
+        params = asked.sampling(model.capacity - len(prompt))
+        stream = bool(asked.stream)
+        messages = self.messages(model, affinity, prompt, vars(params), stream)
+        first = await anext(messages)  # errors that are known by now have a status of their own
+        writer = protocol.Writer(name, model.tokenizer, asked, len(prompt), params.n)
+        if stream:
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+            return StreamingResponse(writer.events(first, messages), 200, headers, media_type="text/event-stream")
+        async for message in protocol.chain(first, messages):
+            writer.take(message)
+        return JSONResponse(writer.whole())
+
+    async def messages(
+        self, model: Model, affinity: str, prompt: list[int], params: dict, stream: bool
+    ) -> AsyncIterator[dict]:
+        """The engine's messages, from another replica if the first one is lost before it said anything."""
+        began = last = time.monotonic()
+        handle = model.engine.options(stream=True, session_id=affinity)
+        for attempt in range(3):
+            try:
+                async for message in handle.generate.remote(prompt, params, stream):
+                    if "busy" in message:
+                        raise ApiError(429, "too many requests wait already; try again soon", code="busy", retry=1)
+                    now, count = time.monotonic(), sum(len(choice["tokens"]) for choice in message["choices"])
+                    if last == began:
+                        self.metrics.ttft.observe(now - began)
+                    elif count:
+                        self.metrics.itl.observe((now - last) / count)
+                    last = now
+                    yield message
+                return
+            except BackPressureError:
+                raise ApiError(429, "too many requests wait already; try again soon", code="busy", retry=1) from None
+            except (RayError, RayServeException) as error:
+                if last != began or attempt == 2:
+                    raise ApiError(503, LOST, code="replica_lost", retry=5) from error
+                await asyncio.sleep(0.5)
+
+    def authorize(self, request: Request) -> None:
+        """Raises ApiError for a missing or unknown key, and for one that asks too often."""
+        key = b""
+        if self.keys:
+            given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+            key = hashlib.sha256(given.encode()).hexdigest().encode()
+            known = [hmac.compare_digest(key, other) for other in self.keys]  # all of them, in constant time
+            if not any(known):
+                raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
+        if self.per_minute and request.method == "POST":
+            now = time.monotonic()
+            recent = self.recent[key] = [then for then in self.recent[key] if then > now - 60]
+            if len(recent) >= self.per_minute:
+                wait = int(recent[0] + 60 - now) + 1
+                message = f"more than {self.per_minute} requests a minute; try again in {wait} s"
+                raise ApiError(429, message, code="rate_limit_exceeded", retry=wait)
+            recent.append(now)
+
+
+def app(options: ServiceOptions) -> serve.Application:
+    """The application. Raises FileNotFoundError without a checkpoint, ValueError for two of one name."""
+    folders = [options.checkpoint] if isinstance(options.checkpoint, str) else options.checkpoint
+    models = {}
+    for given in folders or [newest_checkpoint()]:
+        name, _, folder = given.rpartition("=")
+        folder = resolve_checkpoint(storage.absolute(folder))
+        name = name or model_name(folder)
+        if name in models:
+            raise ValueError(f"two checkpoints are named {name!r}: give one as NAME=FOLDER")
+        models[name] = folder
+    on_gpu = torch.cuda.is_available()
+    # Ongoing requests are both those that run and those that wait; beyond them a router tries another replica.
+    most_ongoing = options.max_batch_size + options.queue_limit
+    scaling = {"num_replicas": options.replicas}
+    if options.max_replicas:
+        scaling = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=options.replicas,
+                max_replicas=options.max_replicas,
+                target_ongoing_requests=options.max_batch_size,
+            )
+        }
+    engines = {
+        name: EngineServer.options(
+            name=f"engine-{name.replace('/', '-').replace('#', '-')}",
+            ray_actor_options={"num_gpus": 1} if on_gpu else {"num_cpus": 1},
+            max_ongoing_requests=most_ongoing,
+            max_queued_requests=most_ongoing,
+            graceful_shutdown_timeout_s=600,  # a new checkpoint waits for the old one's answers
+            request_router_config=RequestRouterConfig(request_router_class=CONSISTENT_HASH_ROUTER),
+            **scaling,
+        ).bind(folder, options.model_dump())
+        for name, folder in models.items()
+    }
+    return ChatService.bind(models, options.model_dump(), **{f"engine_{i}": e for i, e in enumerate(engines.values())})
+
+
+def start(application: serve.Application, host: str, port: int) -> None:
+    """Serve it on the Ray that is connected, until Ray ends. Raises OSError when the port is taken."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+    serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+    serve.run(application, name="nanochat")
+
+
+def newest_checkpoint() -> str:
+    """The checkpoint that was written last among all runs. Raises FileNotFoundError when there is none."""
+    runs = storage.join(storage.home(), "runs")
+    folders = [storage.join(runs, name) for name in storage.listdir(runs)] if storage.exists(runs) else []
+    found = [checkpoint for folder in folders if (checkpoint := latest_checkpoint(folder))]
+    if not found:
+        raise FileNotFoundError(f"no checkpoint under {runs}: train one, or name one with checkpoint=FOLDER")
+    return max(found, key=lambda checkpoint: storage.modified(storage.join(checkpoint, "meta.json")))
+
+
+def model_name(folder: str) -> str:
+    """The run of a checkpoint folder …/runs/<name>/checkpoints/step_000123, or the folder's own name."""
+    parts = folder.rstrip("/").split("/")
+    return parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1]

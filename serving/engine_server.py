@@ -1,0 +1,159 @@
+"""A Serve replica with one checkpoint's engine: a thread steps it, requests wait for their tokens in asyncio."""
+
+import asyncio
+import queue
+import sys
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Iterator
+
+import torch
+from ray import serve
+
+from nanochat_ray.inference.engine import Engine
+from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.inference.sequence import Sequence
+from nanochat_ray.train.checkpoint import load_model
+
+FEW_STREAMS, FLUSH, FLUSH_MANY = 8, 0.05, 0.1  # seconds between messages of a stream, each of which costs CPU time
+SWITCH_SECONDS = 0.001  # that Python lets the engine's thread keep others from running, instead of 5 ms
+
+
+class EngineThread(threading.Thread):
+    """Steps an engine while there is something to do, and wakes those whose sequences have news."""
+
+    def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop):
+        super().__init__(daemon=True)
+        self.engine, self.loop, self.calls = engine, loop, queue.SimpleQueue()
+        self.listeners: dict[Sequence, asyncio.Event] = {}
+        self.failure: str | None = None
+
+    def call(self, function, *args) -> asyncio.Future:
+        """Run function(*args) between two steps."""
+        future = self.loop.create_future()
+        self.calls.put((future, function, args))
+        return future
+
+    def run(self) -> None:
+        news, told = set(), 0.0
+        try:
+            while True:
+                self._answer_calls()
+                if self.engine.busy:
+                    news.update(self.engine.step())
+                # A first token and an end are told at once, what is between them in as few messages as look smooth.
+                due = time.monotonic() - told > (FLUSH if len(self.listeners) <= FEW_STREAMS else FLUSH_MANY)
+                heard = set(news) if due else {s for s in news if s.finish_reason or s.generated == 1}
+                if heard:
+                    news -= heard
+                    told = time.monotonic() if due else told
+                    self.loop.call_soon_threadsafe(self._wake, heard)
+        except Exception:  # every request of this replica is told, and Serve replaces it
+            self.failure = traceback.format_exc()
+            self.loop.call_soon_threadsafe(self._wake, list(self.listeners))
+
+    def _answer_calls(self) -> None:
+        while not self.engine.busy or not self.calls.empty():
+            future, function, args = self.calls.get()
+            try:
+                result, error = function(*args), None
+            except ValueError as wrong:
+                result, error = None, wrong
+            self.loop.call_soon_threadsafe(self._resolve, future, result, error)
+
+    @staticmethod
+    def _resolve(future: asyncio.Future, result, error) -> None:
+        if future.cancelled():
+            return
+        if error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def _wake(self, sequences) -> None:
+        for sequence in sequences:
+            if event := self.listeners.get(sequence):
+                event.set()
+
+
+@serve.deployment
+class EngineServer:
+    def __init__(self, checkpoint: str, options: dict):
+        sys.setswitchinterval(SWITCH_SECONDS)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model, tokenizer, _ = load_model(checkpoint, device, options["dtype"])
+        kv_bytes = None if options["kv_gb"] is None else int(options["kv_gb"] * 2**30)
+        self.engine = Engine(model, tokenizer, options["max_batch_size"], kv_bytes)
+        self.most_ongoing = options["max_batch_size"] + options["queue_limit"]
+        self.ongoing, self.thread = 0, None
+        if options["compile"]:
+            threading.Thread(target=self.engine.compile, daemon=True).start()  # answers uncompiled until it is done
+
+    def capacity(self) -> int:
+        """Tokens of the longest sequence."""
+        return self.engine.manager.capacity
+
+    async def generate(self, prompt: list[int], params: dict, stream: bool) -> AsyncIterator[dict]:
+        """Messages of what is new in each sample: index, tokens, logprobs, finish_reason; first of all {"busy": …}."""
+        if self.ongoing + params["n"] > self.most_ongoing:
+            yield {"busy": True}
+            return
+        if self.thread is None:
+            self.thread = EngineThread(self.engine, asyncio.get_running_loop())
+            self.thread.start()
+        thread, news, sequences = self.thread, asyncio.Event(), []
+        self.ongoing += params["n"]
+        try:
+            sequences = await thread.call(self._submit, prompt, SamplingParams(**params), news)
+            told, ended = [0] * len(sequences), set()
+            while True:
+                await news.wait()
+                news.clear()
+                if thread.failure:
+                    raise RuntimeError(thread.failure)
+                if not stream and not all(s.finish_reason for s in sequences):
+                    continue
+                yield {"choices": list(self._news(sequences, told, ended)), "cached_tokens": sequences[0].cached_tokens}
+                if all(sequence.finish_reason for sequence in sequences):
+                    return
+        finally:
+            self.ongoing -= params["n"]
+            thread.calls.put((thread.loop.create_future(), self._forget, (news,)))
+
+    def _submit(self, prompt: list[int], params: SamplingParams, news: asyncio.Event) -> list[Sequence]:
+        sequences = self.engine.submit(prompt, params)
+        self.thread.listeners |= dict.fromkeys(sequences, news)
+        return sequences
+
+    def _forget(self, news: asyncio.Event) -> None:
+        """The end of a request, also of one whose client went away."""
+        for sequence in [s for s, event in self.thread.listeners.items() if event is news]:
+            self.engine.cancel(sequence)
+            del self.thread.listeners[sequence]
+
+    def _news(self, sequences: list[Sequence], told: list[int], ended: set[int]) -> Iterator[dict]:
+        for i, sequence in enumerate(sequences):
+            reason = sequence.finish_reason  # before the tokens: once it is there, they are complete
+            tokens = sequence.ids[sequence.prompt_len + told[i] :]
+            if i in ended or not (tokens or reason):
+                continue
+            logprobs = sequence.logprobs[told[i] : told[i] + len(tokens)]
+            told[i] += len(tokens)
+            if reason:
+                ended.add(i)
+            yield {"index": i, "tokens": tokens, "logprobs": logprobs, "finish_reason": reason}
+
+    def stats(self) -> dict[str, float]:
+        engine, manager = self.engine, self.engine.manager
+        return engine.counts | {
+            "running": len(engine.scheduler.running),
+            "waiting": len(engine.scheduler.waiting),
+            "kv_pages_used": manager.used_pages,
+            "kv_pages": manager.num_pages,
+            "preemptions": engine.scheduler.preemptions,
+        }
+
+    def check_health(self) -> None:
+        if self.thread and self.thread.failure:
+            raise RuntimeError(self.thread.failure)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import uvicorn
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
 UI = Path(__file__).resolve().parents[2] / "serving" / "ui"
@@ -23,7 +23,7 @@ class Script:
     """What the next answers are. A test changes fields while the service runs."""
 
     answer: list = field(default_factory=lambda: ["Hello", " there."])
-    """Deltas: text, or (part, text), or an exception's message as {"error": ...}, or None to cut the connection."""
+    """Deltas: text; (part, text); {"error": ...}; None to end early; a threading.Event to wait for."""
     delay: float = 0.0
     """Seconds before each delta."""
     refusals: list = field(default_factory=list)
@@ -61,11 +61,12 @@ def app(script: Script) -> FastAPI:
             return refusal(401, "no such key")
         if script.refusals:
             return refusal(*script.refusals.pop(0))
-        tokens = len(script.answer)
+        tokens = sum(isinstance(delta, str | tuple) for delta in script.answer)
         usage = {"prompt_tokens": prompt_tokens(body), "completion_tokens": tokens}
         if not body.get("stream"):
             await asyncio.sleep(script.delay * tokens)
-            parts = [{"type": "text", "text": d} if isinstance(d, str) else dict(type=d[0], text=d[1]) for d in script.answer]
+            deltas = [("text", delta) if isinstance(delta, str) else delta for delta in script.answer]
+            parts = [{"type": part, "text": text} for part, text in deltas]
             message = {"role": "assistant", "content": "".join(p["text"] for p in parts), "nanochat_parts": parts}
             return {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
         return StreamingResponse(stream(usage), media_type="text/event-stream")
@@ -76,6 +77,10 @@ def app(script: Script) -> FastAPI:
                 await asyncio.sleep(script.delay)
                 if delta is None:
                     return
+                if isinstance(delta, threading.Event):
+                    while not delta.is_set():
+                        await asyncio.sleep(0.01)
+                    continue
                 if isinstance(delta, dict):
                     yield event(delta)
                     return
@@ -88,13 +93,16 @@ def app(script: Script) -> FastAPI:
             script.cancelled += 1
             raise
 
-    api.get("/")(lambda: StreamingResponse(open(UI / "index.html", "rb"), media_type="text/html"))
+    api.get("/")(lambda: FileResponse(UI / "index.html"))
     api.mount("/ui", StaticFiles(directory=UI))
     return api
 
 
 def chunk(delta: dict, finish_reason: str | None = None) -> dict:
-    return {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+    return {
+        "object": "chat.completion.chunk",
+        "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}],
+    }
 
 
 def event(data: dict) -> str:

@@ -22,8 +22,9 @@ def service(scripted) -> str:
     return scripted.url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
+    """Chromium, as long as its tests run: no other event loop can start in this thread meanwhile."""
     playwright = pytest.importorskip("playwright.sync_api")
     path = next(filter(None, map(shutil.which, CHROMIUMS)), None)
     if path is None:

@@ -35,6 +35,9 @@ class Script:
     """Bodies received."""
     cancelled: int = 0
     """Streams whose client went away."""
+    streaming: int = 0
+    most_streaming: int = 0
+    """Streams that were open at the same time, at most."""
 
 
 def app(script: Script) -> FastAPI:
@@ -72,6 +75,8 @@ def app(script: Script) -> FastAPI:
         return StreamingResponse(stream(usage), media_type="text/event-stream")
 
     async def stream(usage: dict):
+        script.streaming += 1
+        script.most_streaming = max(script.most_streaming, script.streaming)
         try:
             for delta in script.answer:
                 await asyncio.sleep(script.delay)
@@ -92,6 +97,8 @@ def app(script: Script) -> FastAPI:
         except asyncio.CancelledError:
             script.cancelled += 1
             raise
+        finally:
+            script.streaming -= 1
 
     api.get("/")(lambda: FileResponse(UI / "index.html"))
     api.mount("/ui", StaticFiles(directory=UI))

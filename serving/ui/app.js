@@ -198,12 +198,16 @@ function secondsOf(header) {
 async function* serverSentEvents(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let buffer = "";
-  for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const lines = (buffer + value).split("\n");
-    buffer = lines.pop();
-    for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
+  try {
+    for (;;) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const lines = (buffer + value).split("\n");
+      buffer = lines.pop();
+      for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
+    }
+  } finally {
+    reader.cancel().catch(() => {}); // of a stream that is given up the rest is not sent
   }
 }
 
@@ -350,7 +354,6 @@ async function answer(conversation) {
     if (controller.signal.aborted) message.stopped = true;
     else message.error = explain(error, message.parts.length > 0);
   }
-  controller.abort(); // what is left of a stream that went wrong
   running.delete(conversation.id);
   save(conversation);
   if (conversation === current) {

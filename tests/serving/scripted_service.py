@@ -88,7 +88,7 @@ def app(script: Script) -> FastAPI:
                     continue
                 if isinstance(delta, dict):
                     yield event(delta)
-                    return
+                    continue
                 part, text = (None, delta) if isinstance(delta, str) else delta
                 yield event(chunk({"content": text} | ({"nanochat_part": part} if part else {})))
             yield event(chunk({}, "stop"))

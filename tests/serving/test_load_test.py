@@ -73,7 +73,7 @@ def test_rejections_are_not_failures(scripted, status):
 
 @pytest.mark.parametrize(
     ("answer", "error"),
-    [(["a", {"error": {"message": "replica died"}}], "replica died"), (["a", None], "ended early")],
+    [(["a", {"error": {"message": "replica died"}}, None], "replica died"), (["a", None], "ended early")],
 )
 def test_broken_streams_are_failures(scripted, answer, error):
     scripted.script.answer = answer

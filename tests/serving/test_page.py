@@ -253,7 +253,7 @@ def test_hostile_text_is_inert(scripted, page):
             assert set(thread["texts"]) == {text} and len(thread["texts"]) == 3, name
             assert thread["elements"] == 0 and thread["pwned"] is None, name
             if name in RAW:
-                assert "".join(text.split()) in "".join(answers(page)[0].split()), name
+                assert "".join(answers(page)[0].split()).count("".join(text.split())) == 3, name
             for protocol, rel in thread["links"]:
                 assert protocol in ("http:", ":") and rel == "noopener noreferrer", name
             page.reload()

@@ -38,7 +38,7 @@ class StreamOptions(BaseModel):
 
 
 class Request(BaseModel):
-    """Fields of both endpoints. Without a temperature it is 0.6, which suits small models; without a seed it is random."""
+    """Fields of both endpoints. The default temperature, 0.6, suits small models; the default seed is random."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 

@@ -177,8 +177,11 @@ class ModelRunner:
             with torch._inductor.config.patch(freezing=True):
                 return compiled(idx, step)
 
-        for rows, tokens in ((1, 1), (2, 1), (1, PAGE)):  # on the null page, beside what the engine does meanwhile
-            tables = [np.full((len(group), rows, LEAST_WIDTH), NULL_PAGE) for group in self.layers]
+        # Sizes that are equal here would have to be equal always, so they are primes that nothing else is. The null page
+        # takes what is stored, beside what the engine does meanwhile.
+        for rows, tokens in ((1, 1), (97, 1), (1, 89)):
+            widths = (101, 103, 107, 109)
+            tables = [np.full((len(group), rows, w), NULL_PAGE) for group, w in zip(self.layers, widths, strict=False)]
             first = [np.zeros((rows, 1), dtype=np.int64) for _ in self.layers]
             idx = [[0] * tokens] * rows
             forward(*self._inputs(idx, idx, [0] * rows, tables, first))
@@ -219,7 +222,7 @@ class ModelRunner:
         first = [group[: len(idx)] for group in first]
 
         def to_device(arrays: list[np.ndarray]) -> list[torch.Tensor]:
-            return [torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays]
+            return [torch.from_numpy(array.copy()).to(self.device) for array in arrays]
 
         idx, at, previous = to_device([np.array(idx), at, np.array(previous)])
         return idx, Step(self.keys, self.values, at, previous, to_device(tables), to_device(first), self.groups)

@@ -1,4 +1,4 @@
-"""Continuous batching: sequences join and leave between steps; a step reads a chunk of a prompt and decodes a batch.
+"""Continuous batching: sequences join and leave between steps; a step decodes a batch and reads a chunk of a prompt.
 
 Results do not depend on who else is in the batch, but for rounding.
 """
@@ -18,8 +18,8 @@ from nanochat_ray.inference.text import AnswerStream
 from nanochat_ray.inference.tools import calculate
 from nanochat_ray.model.gpt import ROTARY_REACH
 
-CHUNK = 512  # tokens of a prompt in a step, when nobody else waits for it
-LEAST_CHUNK = 16  # below this a chunk takes as long as a step, whatever its length
+CHUNK = 512  # most tokens of a prompt in a step
+LEAST_CHUNK = 16  # beside running sequences: so that a prompt is read at all, however slow the machine
 STALL = 0.7  # of a decoding step's time: how much longer a step may become by reading a prompt
 
 
@@ -105,11 +105,37 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """Read a chunk of the next prompts, decode a token of every running sequence; those that moved on."""
-        moved = self._read_prompts()
-        if self.scheduler.running:
-            moved += self._decode()
+        """One forward: the next token of every running sequence, and beside them a chunk of the next prompt, whose
+        sequence joins when its prompt ends. Returns those that moved on."""
+        scheduler, began = self.scheduler, time.perf_counter()
+        self._place_rows(scheduler.make_room())
+        rows, chunk = self.rows, scheduler.next_chunk(self._chunk_budget())
+        if not rows and not chunk:
+            return []
+        logits = self.runner.run(rows, chunk)
+        for row, sequence in enumerate(rows):
+            if self.manager.advance(sequence.table, sequence.ids, len(sequence.ids)):
+                self.runner.place(row, sequence.table)
+        moved = list(rows)
+        if chunk:
+            sequence, end = chunk
+            tokens = end - sequence.table.length
+            self.manager.advance(sequence.table, sequence.ids, end)
+        if rows:
+            self._choose(logits[: len(rows)], rows, self.controls, self.seen)
+            self._adapt(time.perf_counter() - began, tokens if chunk else 0)
+        if chunk and end == len(sequence.ids):
+            self._join(sequence, logits[-1:])
+            moved.append(sequence)
         return moved
+
+    def _join(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        self.scheduler.start(sequence)
+        if not sequence.generated:
+            self.counts["prompt_tokens"] += sequence.prompt_len
+            self.counts["cached_tokens"] += sequence.cached_tokens
+        controls = Controls([sequence.params], self.config.vocab_size, self.runner.device)
+        self._choose(logits, [sequence], controls, self._seen([sequence]) if controls.penalizes else None)
 
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """params.n completions of each prompt, in the order of the prompts, a prompt's samples adjacent.
@@ -146,56 +172,19 @@ class Engine:
         finally:
             self.cancel(sequence)
 
-    def _read_prompts(self) -> list[Sequence]:
-        """Prefill within the step's budget; sequences whose prompts end join the batch with their first token."""
-        moved, left = [], self._chunk_budget()
-        while left > 0 and (chunk := self.scheduler.next_chunk(left)):
-            sequence, end = chunk
-            start, ids = sequence.table.length, sequence.ids
-            began = time.perf_counter()
-            logits = self.runner.prefill(ids[start:end], ids[start - 1] if start else 0, start, sequence.table)
-            self.manager.advance(sequence.table, ids, end)
-            left -= max(end - start, LEAST_CHUNK)
-            if end == len(ids):
-                self.scheduler.start(sequence)
-                if not sequence.generated:
-                    self.counts["prompt_tokens"] += sequence.prompt_len
-                    self.counts["cached_tokens"] += sequence.cached_tokens
-                self._choose(logits, [sequence])
-                moved.append(sequence)
-            if self.decode_seconds and end - start >= LEAST_CHUNK:
-                self._adapt((end - start) / (time.perf_counter() - began))
-        return moved
-
     def _chunk_budget(self) -> int:
         if self.chunk is not None:
             return self.chunk
-        return int(self.beside) if self.scheduler.running else CHUNK
+        return int(self.beside) if self.rows else CHUNK
 
-    def _adapt(self, rate: float) -> None:
-        """Follow the number of tokens that, at this rate a second, are read within the allowed part of a step."""
-        wanted = min(CHUNK, max(LEAST_CHUNK, STALL * self.decode_seconds * rate))
-        self.beside = min(
-            wanted, 1.2 * self.beside
-        )  # small chunks are read at a lower rate: grow slowly, shrink at once
-
-    def _decode(self) -> list[Sequence]:
-        """One token for every running sequence that has a place for it."""
-        began = time.perf_counter()
-        self._place_rows(self.scheduler.make_room())
-        rows = self.rows
-        logits = self.runner.decode(
-            [s.ids[-1] for s in rows],
-            [s.ids[-2] if len(s.ids) > 1 else 0 for s in rows],
-            [len(s.ids) - 1 for s in rows],
-        )
-        for row, sequence in enumerate(rows):
-            if self.manager.advance(sequence.table, sequence.ids, len(sequence.ids)):
-                self.runner.place(row, sequence.table)
-        self._choose(logits, rows, self.controls, self.seen)
-        seconds = time.perf_counter() - began
-        self.decode_seconds = 0.7 * self.decode_seconds + 0.3 * seconds if self.decode_seconds else seconds
-        return rows
+    def _adapt(self, seconds: float, tokens: int) -> None:
+        """Note how long a step took, and follow the number of tokens of a prompt that make it longer by STALL."""
+        if not tokens:
+            self.decode_seconds = 0.7 * self.decode_seconds + 0.3 * seconds if self.decode_seconds else seconds
+        elif self.decode_seconds:
+            longer = max(seconds - self.decode_seconds, 0.1 * self.decode_seconds)
+            wanted = min(CHUNK, max(LEAST_CHUNK, STALL * self.decode_seconds * tokens / longer))
+            self.beside = min(wanted, 1.2 * self.beside)  # grow slowly: one quick step says little
 
     def _place_rows(self, changed: list[Sequence]) -> None:
         """Tell the runner who is in which row, and hold the rows' parameters as tensors while they stay the same."""
@@ -216,11 +205,8 @@ class Engine:
             row[sequence.ids] = True
         return seen.to(self.runner.device)
 
-    def _choose(self, logits: torch.Tensor, sequences: list[Sequence], controls=None, seen=None) -> None:
+    def _choose(self, logits: torch.Tensor, sequences: list[Sequence], controls: Controls, seen) -> None:
         """Give each sequence its next token: tool output that is due, else one sampled from its row of logits."""
-        if controls is None:
-            controls = Controls([s.params for s in sequences], self.config.vocab_size, self.runner.device)
-            seen = self._seen(sequences) if controls.penalizes else None
         keys = np.array([(s.params.seed, s.sample, s.generated) for s in sequences], dtype=np.uint64)
         tokens = sample(logits, controls, keys, seen).tolist()
         for row, sequence in enumerate(sequences):

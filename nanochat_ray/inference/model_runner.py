@@ -1,5 +1,6 @@
 """Forwards over the paged cache: packed weights, attention over pages, and the arrays that describe a batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,9 +8,10 @@ import torch
 import torch.nn as nn
 
 from nanochat_ray.inference.kv_cache import NULL_PAGE, PAGE, Block, BlockManager, BlockTable
+from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.model.gpt import GPT, Attention, Linear
 
-LEAST_WIDTH = 2  # of tables: for a width of 1 torch.compile would make a graph apart
+LEAST_WIDTH, LEAST_ROWS = 2, 2  # of tables, and of rows beside a prompt: for 1 torch.compile would make a graph apart
 
 
 class PackedLinear(nn.Module):
@@ -60,33 +62,52 @@ def for_inference(model: GPT) -> GPT:
 
 
 @dataclass
-class Step:
-    """The `cache` of one model.hidden call over idx (B, T): the next T tokens of B sequences.
+class Tables:
+    """Where some sequences' keys and values are. By group of layers: pages (layers, sequences, N) of adjacent blocks,
+    and first (sequences, 1), which block of its sequence each begins with."""
 
-    at (B, T): their positions. previous (B, T): the ids before them. By group of layers: tables (layers, B, N), the
-    pages of adjacent blocks, and first (B, 1), which block of its sequence a row's table begins with. groups, by layer:
-    its group and its place there.
+    pages: list[torch.Tensor]
+    first: list[torch.Tensor]
+
+
+@dataclass
+class Step:
+    """The `cache` of one model.hidden call over idx (1, B + T): a next token for each of B rows, then the next T tokens
+    of a prompt, if there is one.
+
+    at, previous (1, B + T): the tokens' positions, and the ids before them. groups, by layer: its group and its place
+    there.
     """
 
     keys: torch.Tensor  # (pages, K, PAGE, D)
     values: torch.Tensor
     at: torch.Tensor
     previous: torch.Tensor
-    tables: list[torch.Tensor]
-    first: list[torch.Tensor]
+    rows: Tables
+    prompt: Tables | None
     groups: list[tuple[int, int]]
 
     def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        """Store k and v (B, T, K, D), let q (B, T, H, D) attend to all its row has within the window: (B, T, H, D)."""
+        """Store k and v (1, B + T, K, D), let q (1, B + T, H, D) attend to all its sequence has within the window:
+        (1, B + T, H, D)."""
+        B = self.rows.first[0].size(0)
+        rows = (x[0, :B].unsqueeze(1) for x in (self.at, q, k, v))
+        y = self._attend(layer, self.rows, *rows, window, _attend_once).transpose(0, 1)
+        if self.prompt is None:
+            return y
+        prompt = (x[:, B:] for x in (self.at, q, k, v))
+        return torch.cat([y, self._attend(layer, self.prompt, *prompt, window, _attend)], dim=1)
+
+    def _attend(self, layer: int, tables: Tables, at, q, k, v, window: int, attend: Callable) -> torch.Tensor:
+        """at (B, T), q (B, T, H, D), k and v (B, T, K, D) to (B, T, H, D)."""
         group, place = self.groups[layer]
-        table, first = self.tables[group][place], self.first[group]
-        page = table.gather(1, self.at // PAGE - first)
-        self.keys[page, :, self.at % PAGE] = k
-        self.values[page, :, self.at % PAGE] = v
+        table, first = tables.pages[group][place], tables.first[group]
+        page = table.gather(1, at // PAGE - first)
+        self.keys[page, :, at % PAGE] = k
+        self.values[page, :, at % PAGE] = v
         if q.is_cuda:
-            return _attend_varlen(q, self.keys, self.values, table, self.at - first * PAGE, window)
-        visible = _visible(self.at - first * PAGE, table.size(1) * PAGE, window)
-        attend = _attend_once if q.size(1) == 1 else _attend
+            return _attend_varlen(q, self.keys, self.values, table, at - first * PAGE, window)
+        visible = _visible(at - first * PAGE, table.size(1) * PAGE, window)
         return attend(q, self.keys[table], self.values[table], visible)
 
 
@@ -165,7 +186,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def compile(self) -> None:
-        """Graphs for one row, for several, and for a chunk of a prompt, each for any width of the tables."""
+        """Graphs for one row, for several, and for several and a prompt, each for all sizes."""
         torch._dynamo.mark_static(self.keys)
         torch._dynamo.mark_static(self.values)
         # On CUDA "reduce-overhead" records a CUDA graph for each size of batch. Not yet run.
@@ -177,14 +198,15 @@ class ModelRunner:
             with torch._inductor.config.patch(freezing=True):
                 return compiled(idx, step)
 
-        # Sizes that are equal here would have to be equal always, so they are primes that nothing else is. The null page
-        # takes what is stored, beside what the engine does meanwhile.
-        for rows, tokens in ((1, 1), (97, 1), (1, 89)):
-            widths = (101, 103, 107, 109)
-            tables = [np.full((len(group), rows, w), NULL_PAGE) for group, w in zip(self.layers, widths, strict=False)]
+        # Sizes that are equal here would have to be equal always, so they are primes that nothing else is. The null
+        # page takes what is stored, beside what the engine does meanwhile.
+        for rows, tokens in ((1, 0), (97, 0), (97, 89)):
+            pages = [np.full((len(g), rows, w), NULL_PAGE) for g, w in zip(self.layers, (101, 103), strict=False)]
+            prompt = [np.full((len(g), 1, w), NULL_PAGE) for g, w in zip(self.layers, (107, 109), strict=False)]
             first = [np.zeros((rows, 1), dtype=np.int64) for _ in self.layers]
-            idx = [[0] * tokens] * rows
-            forward(*self._inputs(idx, idx, [0] * rows, tables, first))
+            idx = [0] * (rows + tokens)
+            at = [0] * rows + list(range(tokens))
+            forward(*self._inputs(idx, idx, at, (pages, first), (prompt, [f[:1] for f in first]) if tokens else None))
         self.forward = forward
 
     def place(self, row: int, table: BlockTable) -> None:
@@ -196,39 +218,62 @@ class ModelRunner:
             self.widths[group][row] = len(blocks)
             self.first[group][row] = table.first[group]
 
-    def decode(self, tokens: list[int], previous: list[int], lengths: list[int]) -> torch.Tensor:
-        """The logits (B, V) after the next token of each of the rows from 0, of which `lengths` tokens are stored."""
-        B = len(tokens)
-        widths = [max(LEAST_WIDTH, int(widths[:B].max())) for widths in self.widths]
-        tables = [table[:, :B, :width] for table, width in zip(self.tables, widths, strict=True)]
-        return self._run([[token] for token in tokens], [[p] for p in previous], lengths, tables, self.first)
+    @torch.inference_mode()
+    def run(self, rows: list[Sequence], prompt: tuple[Sequence, int] | None = None) -> torch.Tensor:
+        """Read the last token of each of the batch's rows, and of another sequence the tokens up to a position.
 
-    def prefill(self, tokens: list[int], previous: int, start: int, table: BlockTable) -> torch.Tensor:
-        """Store a chunk of one sequence, its first token at position start; the logits (1, V) after its last."""
+        The logits (B, V) after the rows, or (B + 1, V) with the prompt's last.
+        """
+        B = len(rows)
+        idx, previous, at = [s.ids[-1] for s in rows], [s.ids[-2:][0] for s in rows], [len(s.ids) - 1 for s in rows]
+        widths = [max(LEAST_WIDTH, int(widths[:B].max(initial=0))) for widths in self.widths]
+        pages = [table[:, :B, :width] for table, width in zip(self.tables, widths, strict=True)]
+        tables = pages, [first[:B] for first in self.first]
+        if prompt is None:
+            return self.forward(*self._inputs(idx, previous, at, tables, None))
+        padding = [0] * max(0, LEAST_ROWS - B)
+        if padding:
+            tables = [
+                [_padded(array, axis, len(padding)) for array in part] for axis, part in ((1, pages), (0, tables[1]))
+            ]
+        sequence, end = prompt
+        start, ids = sequence.table.length, sequence.ids
+        inputs = self._inputs(
+            idx + padding + ids[start:end],
+            previous + padding + [ids[start - 1] if start else 0, *ids[start : end - 1]],
+            at + padding + list(range(start, end)),
+            tables,
+            self._prompt_tables(sequence.table),
+        )
+        logits = self.forward(*inputs)
+        return torch.cat([logits[:B], logits[-1:]]) if padding else logits
+
+    def _prompt_tables(self, table: BlockTable) -> tuple[list[np.ndarray], list[np.ndarray]]:
         tables = []
         for layers, blocks in zip(self.layers, table.blocks, strict=True):
             pages = np.full((len(layers), 1, max(LEAST_WIDTH, len(blocks))), NULL_PAGE)
             pages[:, 0, : len(blocks)] = _pages(blocks, layers)
             tables.append(pages)
-        first = [np.array([[block]]) for block in table.first]
-        return self._run([tokens], [[previous, *tokens[:-1]]], [start], tables, first)
+        return tables, [np.array([[block]]) for block in table.first]
 
-    @torch.inference_mode()
-    def _run(self, *inputs) -> torch.Tensor:
-        return self.forward(*self._inputs(*inputs))
-
-    def _inputs(self, idx: list, previous: list, starts: list, tables: list[np.ndarray], first: list[np.ndarray]):
-        at = np.asarray(starts)[:, None] + np.arange(len(idx[0]))
-        first = [group[: len(idx)] for group in first]
-
+    def _inputs(self, idx: list[int], previous: list[int], at: list[int], rows, prompt) -> tuple[torch.Tensor, Step]:
         def to_device(arrays: list[np.ndarray]) -> list[torch.Tensor]:
             return [torch.from_numpy(array.copy()).to(self.device) for array in arrays]
 
-        idx, at, previous = to_device([np.array(idx), at, np.array(previous)])
-        return idx, Step(self.keys, self.values, at, previous, to_device(tables), to_device(first), self.groups)
+        idx, previous, at = to_device(np.array([idx, previous, at])[:, None])
+        tables = [part and Tables(*map(to_device, part)) for part in (rows, prompt)]
+        return idx, Step(self.keys, self.values, at, previous, *tables, self.groups)
 
     def _forward(self, idx: torch.Tensor, step: Step) -> torch.Tensor:
-        return self.model.logits(self.model.hidden(idx, step)[:, -1])
+        hidden = self.model.hidden(idx, step).squeeze(0)
+        if step.prompt is not None:
+            hidden = torch.cat([hidden[: step.rows.first[0].size(0)], hidden[-1:]])
+        return self.model.logits(hidden)
+
+
+def _padded(array: np.ndarray, axis: int, count: int) -> np.ndarray:
+    """With sequences on the null page."""
+    return np.concatenate([array, np.full_like(array.take([0], axis), NULL_PAGE).repeat(count, axis)], axis)
 
 
 def _pages(blocks: list[Block], layers: list[int]) -> np.ndarray:

@@ -273,7 +273,9 @@ class ModelRunner:
 
 def _padded(array: np.ndarray, axis: int, count: int) -> np.ndarray:
     """With sequences on the null page."""
-    return np.concatenate([array, np.full_like(array.take([0], axis), NULL_PAGE).repeat(count, axis)], axis)
+    shape = list(array.shape)
+    shape[axis] = count
+    return np.concatenate([array, np.full(shape, NULL_PAGE)], axis)
 
 
 def _pages(blocks: list[Block], layers: list[int]) -> np.ndarray:

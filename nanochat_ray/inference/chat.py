@@ -1,6 +1,5 @@
 """Chat in the terminal: one question, or a conversation."""
 
-import codecs
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -12,13 +11,10 @@ import tyro
 
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.inference.text import AnswerStream
 
-SHOWN_AS = {
-    "<|python_start|>": "[calculator: ",
-    "<|python_end|>": "]",
-    "<|output_start|>": "[result: ",
-    "<|output_end|>": "]",
-}
+OPENS = {"text": "", "python": "[calculator: ", "python_output": "[result: "}
+CLOSES = {"text": "", "python": "]", "python_output": "]"}
 
 
 @dataclass
@@ -69,7 +65,7 @@ def chat(model, tokenizer, options: ChatOptions) -> None:
 
 def answer(engine: Engine, turns: list[list[int]], question: str, params: SamplingParams) -> list[list[int]]:
     """Print the answer as it is generated; returns the turns that were in context and the new one."""
-    tokenizer, context = engine.tokenizer, engine.model.config.sequence_len
+    tokenizer, context = engine.tokenizer, engine.config.sequence_len
     bos, *turn = tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
     # A short context keeps half of itself for the conversation, however long an answer may be.
     turns = fit_turns(turns, context - min(params.max_tokens, context // 2) - len(turn) - 1)
@@ -91,16 +87,16 @@ def fit_turns(turns: list[list[int]], room: int) -> list[list[int]]:
 
 
 def decode_stream(tokens: Iterable[int], tokenizer) -> Iterator[str]:
-    """Text of the tokens as they come, tool calls in brackets. Bytes wait until they make a whole character."""
-    shown = {tokenizer.special(name): text for name, text in SHOWN_AS.items()}
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    """Text of the tokens as they come, tool calls in brackets."""
+    stream = AnswerStream(tokenizer)
     for token in tokens:
-        if token in shown:
-            yield decoder.decode(b"", final=True) + shown[token]
-        elif text := decoder.decode(tokenizer.decode_bytes([token])):
+        before = stream.kind
+        text = "".join(text for _, text in stream.push(token))
+        if stream.kind != before:
+            text += CLOSES[before] + OPENS[stream.kind]
+        if text:
             yield text
-    if rest := decoder.decode(b"", final=True):
-        yield rest
+    yield from (text for _, text in stream.finish())
 
 
 def _recorded(tokens: Iterable[int], record: list[int]) -> Iterator[int]:

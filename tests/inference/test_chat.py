@@ -3,16 +3,10 @@ import io
 import pytest
 import torch
 
-from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference.chat import ChatOptions, chat, decode_stream
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT, GPTConfig
-
-
-@pytest.fixture(scope="module")
-def tokenizer(golden):
-    return Tokenizer.load(str(golden / "nanochat_d2"))
 
 
 @pytest.fixture(scope="module")

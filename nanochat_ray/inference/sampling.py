@@ -44,7 +44,8 @@ class SamplingParams:
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, 0 < penalty < math.inf, "above 0; 1 has no effect")
-        _check("stop", self.stop, all(isinstance(s, str) and s for s in self.stop), "texts that are not empty")
+        valid = not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop)
+        _check("stop", self.stop, valid, "a tuple of texts that are not empty")
         logprobs = self.logprobs
         valid = logprobs is None or (isinstance(logprobs, int) and 0 <= logprobs <= MOST_LOGPROBS)
         _check("logprobs", logprobs, valid, f"from 0 to {MOST_LOGPROBS}")

@@ -1,101 +1,263 @@
-import json
-from types import SimpleNamespace
+import random
 
+import numpy as np
 import pytest
 import torch
 
-from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference.engine import Completion, Engine
-from nanochat_ray.inference.kv_cache import KVCache
-from nanochat_ray.inference.sampling import SamplingParams, sample
+from nanochat_ray.inference.kv_cache import PAGE, page_bytes
+from nanochat_ray.inference.sampling import Controls, SamplingParams, sample
+from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.model.gpt import GPT, GPTConfig
 
 GREEDY = SamplingParams(max_tokens=40, temperature=0)
 
 
-@pytest.fixture
-def reference(golden, reference_model):
-    return reference_model, json.loads((golden / "greedy.json").read_text())
+def pages(model: GPT, count: int) -> int:
+    """The bytes of so many pages, beside the null page."""
+    return (1 + count) * page_bytes(model.config, 4)
 
 
-@pytest.fixture(scope="module")
-def lively():
-    """Random weights all through (init_weights leaves blocks and smear off), GQA, windows of 128 and 256."""
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(256, 300, n_layer=4, n_head=4, n_kv_head=2, n_embd=64, window_pattern="SL"))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.4)
-    return model
+def finish(engine: Engine) -> None:
+    while engine.busy:
+        engine.step()
+        assert 0 <= engine.manager.used_pages <= engine.manager.num_pages
+    assert engine.manager.used_pages == 0
 
 
-def random_prompts(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randint(300, (length,), generator=generator).tolist() for length in lengths]
+def sampled_from(logits: torch.Tensor, params: SamplingParams, sample_index: int = 0) -> torch.Tensor:
+    """What the rows (T, V) of one sequence's logits give at its steps 0 … T - 1."""
+    keys = np.array([(params.seed, sample_index, step) for step in range(len(logits))], dtype=np.uint64)
+    return sample(logits, Controls([params] * len(logits), logits.size(-1)), keys)
 
 
-@pytest.mark.parametrize("max_batch_size", [1, 2, 32])
-def test_greedy_equals_nanochats(reference, max_batch_size):
+@torch.no_grad()
+def recomputed(model: GPT, prompt: list[int], tokens: list[int]) -> torch.Tensor:
+    """The logits (T, V) that each of the tokens was chosen by, from one forward without a cache."""
+    return model(torch.tensor([prompt + tokens]))[0, len(prompt) - 1 : -1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_batch_size": 1}, {"max_batch_size": 2}, {"max_batch_size": 32}, {"chunk": 7}, {"chunk": 1}],
+    ids=str,
+)
+def test_greedy_equals_nanochats(reference, options):
     model, cases = reference
-    completions = Engine(model, None, max_batch_size).generate([case["prompt"] for case in cases], GREEDY)
+    completions = Engine(model, None, **options).generate([case["prompt"] for case in cases], GREEDY)
     assert completions == [Completion(case["greedy"], [1] * 40, "length") for case in cases]
 
 
-def test_generation_equals_full_recompute_past_windows_and_context(lively):
-    prompts, params = random_prompts(1, 100, 250), SamplingParams(max_tokens=180, seed=3)
-    for prompt, completion in zip(prompts, Engine(lively, None).generate(prompts, params), strict=True):
-        with torch.no_grad():
-            logits = lively(torch.tensor([prompt + completion.tokens]))[0, len(prompt) - 1 : -1]
-        keys = torch.tensor([(params.seed, 0, step) for step in range(180)])
-        agree = sample(logits, params, keys) == torch.tensor(completion.tokens)
+def test_greedy_survives_preemption(reference):
+    model, cases = reference
+    for chunk in (64, 7):
+        engine = Engine(model, None, kv_bytes=pages(model, 35), chunk=chunk)
+        sequences = [engine.submit(case["prompt"], GREEDY)[0] for case in reversed(cases)]
+        finish(engine)
+        assert engine.scheduler.preemptions > 0
+        assert [s.tokens for s in reversed(sequences)] == [case["greedy"] for case in cases]
+
+
+@pytest.mark.parametrize("count", [2400, 64])  # pages: plenty, or so few that rows are preempted
+def test_greedy_among_31_that_come_and_go(reference, random_prompts, count):
+    model, cases = reference
+    choose = random.Random(count)
+    engine = Engine(model, None, 32, kv_bytes=pages(model, count), chunk=48)
+    others, golden, waiting = [], [], [*cases, *cases]
+
+    def crowd() -> None:
+        while sum(s.finish_reason is None for s in others) < 31:
+            [prompt] = random_prompts(choose.choice([1, 20, 64, 200]), seed=len(others) % 9)
+            params = SamplingParams(choose.randrange(1, 90), choose.choice([0, 1.0]), top_p=0.9, seed=len(others))
+            others.extend(engine.submit(prompt, params))
+
+    while waiting or any(s.finish_reason is None for s in golden):
+        crowd()
+        if waiting:
+            golden += engine.submit(waiting.pop(0)["prompt"], GREEDY)
+        for _ in range(4):
+            engine.step()
+        for sequence in choose.sample(others, 2):
+            engine.cancel(sequence)
+    for sequence in others:
+        engine.cancel(sequence)
+    assert [s.tokens for s in golden] == [case["greedy"] for case in cases] * 2
+    assert engine.manager.used_pages == 0
+    assert (engine.scheduler.preemptions > 0) == (count == 64)
+
+
+def test_greedy_from_a_known_prefix_and_after_its_eviction(reference, random_prompts):
+    model, cases = reference
+    engine = Engine(model, None, 4, kv_bytes=pages(model, 60))
+    expected = [case["greedy"] for case in cases]
+
+    def answer() -> tuple[list[list[int]], list[int]]:
+        sequences = [engine.submit(case["prompt"], GREEDY)[0] for case in cases]
+        finish(engine)
+        return [s.tokens for s in sequences], [s.cached_tokens for s in sequences]
+
+    whole_blocks = [0, 0, 32, 128]  # of prompts of 1, 2, 37 and 150 tokens
+    tokens, _ = answer()
+    assert tokens == expected
+    assert answer() == (expected, whole_blocks)
+    assert engine.counts == {
+        "requests": 8,
+        "prompt_tokens": 2 * 190,
+        "cached_tokens": 160 + engine.counts["cached_tokens"] % 160,  # the golden prompts begin alike
+        "generated_tokens": 320,
+    }
+    # The next turn of a chat goes on from the answer before it.
+    turn = [*cases[3]["prompt"], *expected[3], 1, 2, 3]
+    [sequence] = engine.submit(turn, GREEDY)
+    finish(engine)
+    assert sequence.cached_tokens == 160
+    assert sequence.tokens == recomputed(model, turn, sequence.tokens).argmax(-1).tolist()
+    engine.generate(random_prompts(250, 240, 230, 220, 210, 200), SamplingParams(2))
+    tokens, cached = answer()
+    assert tokens == expected
+    assert cached[3] < 128
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 33}, {"pages": 60, "chunk": 100}], ids=str)
+def test_generation_equals_full_recompute_past_windows_and_context(lively, random_prompts, options):
+    kv_bytes = pages(lively, options["pages"]) if "pages" in options else None
+    engine = Engine(lively, None, 3, kv_bytes, options.get("chunk"))
+    prompts, params = random_prompts(1, 100, 250), SamplingParams(max_tokens=160, seed=3)
+    for prompt, completion in zip(prompts, engine.generate(prompts, params), strict=True):
+        drawn = sampled_from(recomputed(lively, prompt, completion.tokens), params)
         assert len(set(completion.tokens)) > 20  # not stuck in a loop that any cache would get right
-        assert agree.sum() >= 179  # a draw may fall where rounding decides
+        assert (drawn == torch.tensor(completion.tokens)).sum() >= 159  # a draw may fall where rounding decides
+    assert (engine.scheduler.preemptions > 0) == ("pages" in options)
 
 
-def test_uneven_chunks_through_the_cache_equal_one_forward(lively):
-    prompts = random_prompts(360, 330)
-    cache = KVCache(lively.config, batch_size=4, max_len=400)
-    cache.keys.fill_(50.0)  # what an earlier sequence left behind
-    with torch.no_grad():
-        expected = [lively.hidden(torch.tensor([prompt]))[0] for prompt in prompts]
-        at = [0, 0]
-        for counts in ([7, 30], [1, 9], [160, 120], [1, 1], [190, 150], [1, 20]):
-            idx = torch.zeros(2, max(counts), dtype=torch.long)
-            for row, count in enumerate(counts):
-                idx[row, :count] = torch.tensor(prompts[row][at[row] : at[row] + count])
-            hidden = lively.hidden(idx, cache.chunk(1, counts))
-            for row, count in enumerate(counts):
-                torch.testing.assert_close(
-                    hidden[row, :count], expected[row][at[row] : at[row] + count], atol=1e-4, rtol=0
-                )
-                at[row] += count
-    assert cache.lengths == [0, 360, 330, 0]
-    with pytest.raises(ValueError, match="401 tokens"):
-        cache.chunk(1, [41, 1])
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 64, 128, 129, 160, 256, 288])
+def test_prompts_that_end_at_the_borders_of_pages_and_windows(lively, random_prompts, length):
+    engine, params = Engine(lively, None, 2), SamplingParams(max_tokens=4, temperature=0)
+    [prompt] = random_prompts(length)
+    for known in (0, (length - 1) // PAGE * PAGE):
+        [sequence] = engine.submit(prompt, params)
+        finish(engine)
+        assert sequence.cached_tokens == known
+        assert sequence.tokens == recomputed(lively, prompt, sequence.tokens).argmax(-1).tolist()
 
 
-def test_samples_share_a_prefill_and_do_not_depend_on_the_batch(reference, monkeypatch):
-    model, _ = reference
-    first, second, third = random_prompts(30, 5, 60)
-    forwards, hidden = [], model.hidden
-    monkeypatch.setattr(model, "hidden", lambda idx, cache: forwards.append(tuple(idx.shape)) or hidden(idx, cache))
-
+def test_samples_share_their_prompts_pages_and_do_not_depend_on_the_batch(lively, random_prompts):
+    first, second, third = random_prompts(70, 5, 60)
     params = SamplingParams(max_tokens=12, n=3, top_k=50, seed=5)
-    samples = Engine(model, None).generate([first], params)
-    assert forwards == [(1, 30)] + [(3, 1)] * 11
+    engine = Engine(lively, None)
+    sequences = engine.submit(first, params)
+    finish(engine)
+    assert [s.cached_tokens for s in sequences] == [0, 64, 64]
+    samples = [s.completion() for s in sequences]
     assert len({tuple(sample.tokens) for sample in samples}) == 3
-
-    forwards.clear()
-    crowd = Engine(model, None, max_batch_size=5).generate([second, first, third], params)
-    assert sum(rows for rows, length in forwards if length > 1) == 3
-    assert max(rows for rows, _ in forwards) <= 5
-    assert crowd[3:6] == samples
-    assert Engine(model, None, max_batch_size=9).generate([second, first, third], params) == crowd  # one prefill
-    assert Engine(model, None, max_batch_size=2).generate([first], params) == samples  # more samples than places
-    other = SamplingParams(max_tokens=12, top_k=50, seed=6)
-    assert Engine(model, None).generate([first], other)[0] not in samples
+    for size in (2, 5, 9):  # fewer places than samples, and more
+        crowd = Engine(lively, None, max_batch_size=size).generate([second, first, third], params)
+        assert crowd[3:6] == samples
     one = SamplingParams(max_tokens=12, top_k=50, seed=5)
-    assert list(Engine(model, None).stream(first, one)) == samples[0].tokens
+    assert Engine(lively, None).generate([first], one) == samples[:1]
+    assert list(Engine(lively, None).stream(first, params)) == samples[0].tokens
+    other = SamplingParams(max_tokens=12, top_k=50, seed=6)
+    assert Engine(lively, None).generate([first], other)[0] not in samples
+
+
+def test_every_row_of_a_batch_keeps_its_own_parameters(lively, random_prompts):
+    """Also when rows move because others end, and when a penalty is for tokens chosen before a preemption."""
+    kinds = [
+        SamplingParams(30, temperature=0),
+        SamplingParams(9, temperature=2.0, seed=1),
+        SamplingParams(30, temperature=0, repetition_penalty=5.0),
+        SamplingParams(14, top_k=3, seed=2),
+        SamplingParams(30, min_p=0.2, top_p=0.7, seed=3, repetition_penalty=1.3),
+    ]
+    prompts = random_prompts(20, 40, 30, 10, 50)
+    alone = [
+        Engine(lively, None, 1).generate([prompt], params)[0].tokens
+        for prompt, params in zip(prompts, kinds, strict=True)
+    ]
+    assert len(set(alone[2])) == 30  # with so high a penalty nothing is said twice
+    assert not set(alone[2]) & set(prompts[2])
+    for count in (2000, 18):
+        engine = Engine(lively, None, 8, pages(lively, count), chunk=16)
+        sequences = [engine.submit(prompt, params)[0] for prompt, params in zip(prompts, kinds, strict=True)]
+        finish(engine)
+        assert [s.tokens for s in sequences] == alone
+        assert (engine.scheduler.preemptions > 0) == (count == 18)
+
+
+def test_logprobs_are_those_of_a_full_forward(lively, random_prompts):
+    prompts = random_prompts(40, 7, 90)
+    kinds = [SamplingParams(20, logprobs=5, top_k=3), SamplingParams(20), SamplingParams(20, 0.5, logprobs=0, n=2)]
+    engine = Engine(lively, None, 3, chunk=16)
+    sequences = [s for prompt, params in zip(prompts, kinds, strict=True) for s in engine.submit(prompt, params)]
+    finish(engine)
+    assert sequences[1].completion().logprobs is None
+    for sequence in [sequences[0], *sequences[2:]]:
+        noted = sequence.completion().logprobs
+        expected = recomputed(lively, sequence.ids[: sequence.prompt_len], sequence.tokens).log_softmax(-1)
+        own = expected.gather(1, torch.tensor(sequence.tokens).unsqueeze(1)).squeeze(1)
+        assert [value for value, _ in noted] == pytest.approx(own.tolist(), abs=1e-3)
+        for (_, likeliest), row in zip(noted, expected, strict=True):
+            assert len(likeliest) == sequence.params.logprobs
+            assert [v for _, v in likeliest] == pytest.approx(row.topk(len(likeliest)).values.tolist(), abs=1e-3)
+            assert [row[token].item() for token, _ in likeliest] == pytest.approx([v for _, v in likeliest], abs=1e-3)
+
+
+def test_cancelling_frees_memory_in_every_state_and_leaves_the_others_alone(lively, random_prompts):
+    prompts = random_prompts(90, 80, 200, 30)
+    expected = Engine(lively, None, 1).generate(prompts[:1], GREEDY)[0].tokens
+
+    def ends(engine: Engine, kept: Sequence, *cancelled: Sequence) -> None:
+        for sequence in [*cancelled, *cancelled]:  # twice does nothing more
+            engine.cancel(sequence)
+            assert sequence.finish_reason == "cancelled"
+            assert sequence.table is None
+        finish(engine)
+        assert (kept.tokens, kept.finish_reason) == (expected, "length")
+
+    engine = Engine(lively, None, 2, chunk=64)
+    kept, running, half_read, waiting = (engine.submit(prompt, GREEDY)[0] for prompt in prompts)
+    engine.cancel(waiting)  # before any step
+    while not running.generated:
+        engine.step()
+    engine.cancel(running)
+    while not half_read.table:
+        engine.step()
+    assert 0 < half_read.table.length < 200
+    ends(engine, kept, running, half_read, waiting)
+
+    engine = Engine(lively, None, 4, pages(lively, 28), chunk=64)
+    kept, preempted = (engine.submit(prompt, GREEDY)[0] for prompt in prompts[:2])
+    while not engine.scheduler.preemptions:
+        engine.step()
+    assert preempted.generated > 0
+    assert preempted.table is None
+    ends(engine, kept, preempted)
+    engine.cancel(kept)  # after its end
+    assert kept.finish_reason == "length"
+
+
+def test_a_stream_that_is_left_frees_its_memory(lively, random_prompts):
+    [prompt] = random_prompts(40)
+    engine = Engine(lively, None)
+    expected = engine.generate([prompt], GREEDY)[0].tokens
+    stream = engine.stream(prompt, GREEDY)
+    assert [next(stream) for _ in range(3)] == expected[:3]
+    assert engine.manager.used_pages > 0
+    stream.close()
+    assert (engine.manager.used_pages, engine.busy) == (0, False)
+
+
+def test_memory_is_bounded_and_nobody_is_lost(lively, random_prompts):
+    engine = Engine(lively, None, 6, pages(lively, 40))
+    keys, values = engine.runner.keys, engine.runner.values
+    places = keys.data_ptr(), values.data_ptr(), keys.shape, values.shape
+    assert keys.nbytes + values.nbytes == pages(lively, 40)
+    lengths = [1, 200, 33, 64, 150, 2, 90, 10] * 3
+    sequences = [engine.submit(prompt, SamplingParams(25))[0] for prompt in random_prompts(*lengths)]
+    finish(engine)
+    assert all((s.finish_reason, s.generated) == ("length", 25) for s in sequences)
+    assert engine.scheduler.preemptions > 0
+    assert (engine.runner.keys.data_ptr(), engine.runner.values.data_ptr(), keys.shape, values.shape) == places
 
 
 def test_bad_prompts_and_the_end_of_the_reach(reference):
@@ -105,46 +267,68 @@ def test_bad_prompts_and_the_end_of_the_reach(reference):
     for prompt, message in (([], "empty"), ([5] * reach, "2560 tokens"), ([300], "0 … 299"), ([-1], "0 … 299")):
         with pytest.raises(ValueError, match=message):
             engine.generate([[1], prompt], GREEDY)
+        assert not engine.busy
         with pytest.raises(ValueError, match=message):
             engine.stream(prompt, GREEDY)  # before the first token is asked for
     [completion] = engine.generate([[5] * (reach - 3)], GREEDY)
     assert (len(completion.tokens), completion.finish_reason) == (3, "length")
-    with pytest.raises(ValueError, match="max_batch_size 0"):
-        Engine(model, None, max_batch_size=0)
+    with pytest.raises(ValueError, match="need a tokenizer"):
+        engine.submit([1], SamplingParams(stop=("a",)))
+    for options, message in (
+        ({"max_batch_size": 0}, "max_batch_size 0"),
+        ({"kv_bytes": 5000}, "too few for 4 layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(model, None, **options)
+    small = Engine(model, None, kv_bytes=pages(model, 8))
+    with pytest.raises(ValueError, match="64 tokens leaves no room within the cache's room of 64"):
+        small.submit([1] * 64, GREEDY)
 
 
-class ScriptedModel:
+class ScriptedRunner:
     """Says script[p] at position p, whatever it reads; remembers what it was given to read."""
 
+    device = torch.device("cpu")
+
     def __init__(self, script: list[int], vocab_size: int):
-        self.config = GPTConfig(256, vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=2)
-        self.cos, self.compute_dtype = torch.zeros(2560, 1), torch.float32
-        self.script, self.read = torch.tensor(script), {}
+        self.script, self.vocab_size, self.read = script, vocab_size, {}
 
-    def hidden(self, idx, cache):
-        positions = cache.positions(idx.size(1))
-        self.read |= dict(zip(positions[0].tolist(), idx[0].tolist(), strict=True))
-        return positions.unsqueeze(-1)
+    def place(self, row, table):
+        pass
 
-    def logits(self, hidden):
-        return torch.nn.functional.one_hot(self.script[hidden.squeeze(-1) + 1], self.config.vocab_size).float()
+    def decode(self, tokens, previous, lengths):
+        self.read |= dict(zip(lengths, tokens, strict=True))
+        assert all(self.read[at - 1] == token for at, token in zip(lengths, previous, strict=True) if at)
+        return self._say(lengths)
 
+    def prefill(self, tokens, previous, start, table):
+        self.read |= dict(enumerate(tokens, start))
+        return self._say([start + len(tokens) - 1])
 
-@pytest.fixture(scope="module")
-def tokenizer(golden):
-    return Tokenizer.load(str(golden / "nanochat_d2"))
-
-
-def answer_by_script(tokenizer, said: list[int], **options) -> tuple[SimpleNamespace, list[int], ScriptedModel]:
-    prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": "How many?"}]})
-    model = ScriptedModel(prompt + said, tokenizer.vocab_size)
-    [completion] = Engine(model, tokenizer).generate([prompt], SamplingParams(temperature=0, **options))
-    return completion, prompt, model
+    def _say(self, positions):
+        said = torch.tensor([self.script[position + 1] for position in positions])
+        return torch.nn.functional.one_hot(said, self.vocab_size).float()
 
 
-def test_the_calculators_answer_is_forced_in(tokenizer):
-    conversation = {"messages": [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": []}]}
-    conversation["messages"][1]["content"] = [
+@pytest.fixture
+def scripted(tokenizer):
+    """Makes an engine that says a script."""
+    model = GPT(GPTConfig(256, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32))
+
+    def make(script: list[int], **options) -> Engine:
+        engine = Engine(model, tokenizer, **options)
+        engine.runner = ScriptedRunner(script, tokenizer.vocab_size)
+        return engine
+
+    return make
+
+
+@pytest.fixture
+def counting(tokenizer):
+    """A prompt; an answer with calls of the calculator, its ids and mask; and what a model might say in its place."""
+    messages = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": []}]
+    prompt = tokenizer.render_for_completion({"messages": messages[:1]})
+    messages[1]["content"] = [
         {"type": "text", "text": "Let me count: "},
         {"type": "python", "text": "'strawberry'.count('r') * 1,000"},
         {"type": "text", "text": " no, "},
@@ -153,32 +337,81 @@ def test_the_calculators_answer_is_forced_in(tokenizer):
         {"type": "python_output", "text": "3.0"},
         {"type": "text", "text": " Three."},
     ]
-    ids, mask = tokenizer.render_conversation(conversation)
-    prompt = tokenizer.render_for_completion({"messages": conversation["messages"][:1]})
+    ids, mask = tokenizer.render_conversation({"messages": messages})
     ids, mask = ids[len(prompt) :], mask[len(prompt) :]
     # What the model would say where the tool speaks, a stop and a python_start among it, must not matter.
     junk = [tokenizer.bos_id, tokenizer.special("<|python_start|>"), *tokenizer.encode("99 and more words")]
     said = [token if m else junk[i % len(junk)] for i, (token, m) in enumerate(zip(ids, mask, strict=True))]
-    completion, prompt, model = answer_by_script(tokenizer, said)
-    assert completion == Completion(ids[:-1], mask[:-1], "stop")
-    assert [model.read[p] for p in range(len(prompt) + len(ids) - 1)] == prompt + ids[:-1]
+    return prompt, ids, mask, said
+
+
+def test_the_calculators_answer_is_forced_in(scripted, counting):
+    prompt, ids, mask, said = counting
+    engine = scripted(prompt + said)
+    [completion] = engine.generate([prompt], SamplingParams(temperature=0, logprobs=1))
+    assert (completion.tokens, completion.mask, completion.finish_reason) == (ids[:-1], mask[:-1], "stop")
+    assert [engine.runner.read[p] for p in range(len(prompt) + len(ids) - 1)] == prompt + ids[:-1]
+    # Of each token its own log probability: forced ones are not what the model found likeliest.
+    likely = [own == likeliest[0][1] for own, likeliest in completion.logprobs]
+    assert [bool(m) for m in completion.mask] == likely
 
     output = mask.index(0) + 1  # max_tokens ends the sequence in the middle of the tool's output
-    completion, _, _ = answer_by_script(tokenizer, said, max_tokens=output)
+    [completion] = scripted(prompt + said).generate([prompt], SamplingParams(output, temperature=0))
     assert completion == Completion(ids[:output], mask[:output], "length")
 
 
-def test_assistant_end_and_bos_stop(tokenizer):
+def test_a_tools_output_outlasts_preemption_and_stops_nobody_else(scripted, counting, monkeypatch):
+    """The youngest row is preempted before each of its tokens; an older one gets a token in every step."""
+    prompt, ids, mask, said = counting
+    engine = scripted(prompt + said, max_batch_size=2, chunk=512)
+    older, younger = engine.submit(prompt, SamplingParams(temperature=0, n=2))
+    make_room, pending = engine.scheduler.make_room, 0
+
+    def preempt_then_make_room():
+        nonlocal pending
+        if len(engine.scheduler.running) == 2:
+            pending += bool(younger.forced)
+            engine.scheduler.preempt()
+        return make_room()
+
+    monkeypatch.setattr(engine.scheduler, "make_room", preempt_then_make_room)
+    while older.finish_reason is None:
+        before = older.generated
+        engine.step()
+        assert older.generated > before or older.finish_reason == "stop"
+    finish(engine)
+    assert engine.scheduler.preemptions >= len(ids) - 2
+    assert pending == mask.count(0)
+    for sequence in (older, younger):
+        assert sequence.completion() == Completion(ids[:-1], mask[:-1], "stop")
+
+
+def test_assistant_end_and_bos_stop(scripted, tokenizer):
     for stop in (tokenizer.special("<|assistant_end|>"), tokenizer.bos_id):
-        completion, _, _ = answer_by_script(tokenizer, [65, 66, stop, 67])
-        assert completion == Completion([65, 66], [1, 1], "stop")
-        assert answer_by_script(tokenizer, [stop])[0] == Completion([], [], "stop")
+        for said, tokens in (([65, 66, stop, 67], [65, 66]), ([stop, 67], [])):
+            [completion] = scripted([1, *said]).generate([[1]], SamplingParams(temperature=0, logprobs=0))
+            assert (completion.tokens, completion.finish_reason) == (tokens, "stop")
+            assert len(completion.logprobs) == len(completion.mask) == len(tokens)
 
 
-def test_rows_that_end_at_different_times_leave_the_others_alone(tokenizer):
+def test_rows_that_end_at_different_times_leave_the_others_alone(scripted, tokenizer):
     """Prompts are prefixes of one script, so that each has its own number of steps to the stop."""
     script = [*range(40, 80), tokenizer.special("<|assistant_end|>")]
-    engine = Engine(ScriptedModel(script, tokenizer.vocab_size), tokenizer, max_batch_size=3)
     lengths = [38, 3, 39, 20, 1, 40, 37, 12]
+    engine = scripted(script, max_batch_size=3)
     completions = engine.generate([script[:length] for length in lengths], SamplingParams(temperature=0))
     assert [c.tokens for c in completions] == [script[length:40] for length in lengths]
+
+
+def test_a_stop_string_ends_every_sample_with_the_token_that_completes_it(scripted, tokenizer):
+    singles = [tokenizer.ranks[bytes([byte])] for byte in "so: 🙂 STOP and more".encode()]
+    for stop, said in ((("STOP",), "so: 🙂 STOP"), (("no", "🙂"), "so: 🙂"), (("s",), "s")):
+        params = SamplingParams(temperature=0, n=2, stop=stop, logprobs=0)
+        completions = scripted([1, *singles]).generate([[1]], params)
+        for completion in completions:
+            assert tokenizer.decode(completion.tokens) == said
+            assert completion.finish_reason == "stop"
+            assert len(completion.logprobs) == len(completion.mask) == len(said.encode())
+    length = len("so: 🙂 STO".encode())  # max_tokens comes first
+    [completion] = scripted([1, *singles]).generate([[1]], SamplingParams(length, 0, stop=("STOP",)))
+    assert (len(completion.tokens), completion.finish_reason) == (length, "length")

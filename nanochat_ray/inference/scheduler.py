@@ -31,17 +31,15 @@ class Scheduler:
                 return None
             sequence.cached_tokens = sequence.table.length
         start = sequence.table.length
-        while True:
-            end = min(start + budget, len(sequence.ids))
-            try:
-                self.manager.reserve(sequence.table, end)
-                return sequence, end
-            except CacheFull:
-                if self.running:
-                    return None  # those that run will free some
-                if budget <= PAGE:
-                    self.preempt()  # a younger one that was being read when this one was preempted
-                budget = PAGE
+        end = min(start + budget, len(sequence.ids))
+        try:
+            self.manager.reserve(sequence.table, end)
+        except CacheFull:
+            if self.running:
+                return None  # those that run will free some
+            end = min(end, (start // PAGE + 1) * PAGE)
+            self.manager.reserve(sequence.table, end)  # alone it has room: its length was limited to that
+        return sequence, end
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether all of a sequence has room now, with a block more to grow in for each that runs."""

@@ -260,6 +260,19 @@ def test_memory_is_bounded_and_nobody_is_lost(lively, random_prompts):
     assert (engine.runner.keys.data_ptr(), engine.runner.values.data_ptr(), keys.shape, values.shape) == places
 
 
+@pytest.mark.parametrize("chunk", [7, 31, 50, None])
+def test_a_sequence_has_room_up_to_the_capacity_whatever_the_chunk(random_prompts, chunk):
+    """In as few pages as hold a window of 100 tokens, which is no whole number of pages."""
+    model = GPT(GPTConfig(100, 300, n_layer=1, n_head=1, n_kv_head=1, n_embd=32))
+    model.init_weights()
+    [prompt] = random_prompts(960)
+    for count, length, tokens in ((5, 960, 40), (4, 100, 28), (1, 30, 2)):
+        engine = Engine(model, None, 1, pages(model, count), chunk=chunk)
+        [sequence] = engine.submit(prompt[:length], SamplingParams(max_tokens=999))
+        finish(engine)
+        assert (sequence.generated, sequence.finish_reason) == (tokens, "length")
+
+
 def test_bad_prompts_and_the_end_of_the_reach(reference):
     model, _ = reference
     engine, reach = Engine(model, None), 2560

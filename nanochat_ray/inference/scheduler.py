@@ -29,7 +29,8 @@ class Scheduler:
             if self.running and not self._fits(sequence):
                 self._give_up(sequence)
                 return None
-            sequence.cached_tokens = sequence.table.length
+            if not sequence.generated:
+                sequence.cached_tokens = sequence.table.length
         start = sequence.table.length
         end = min(start + budget, len(sequence.ids))
         try:

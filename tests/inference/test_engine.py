@@ -260,6 +260,15 @@ def test_memory_is_bounded_and_nobody_is_lost(lively, random_prompts):
     assert (engine.runner.keys.data_ptr(), engine.runner.values.data_ptr(), keys.shape, values.shape) == places
 
 
+def test_the_cached_part_of_a_prompt_is_no_longer_than_the_prompt(lively, random_prompts):
+    """A sequence that was preempted finds its own answer in the cache, which is no part of its prompt."""
+    engine = Engine(lively, None, 4, pages(lively, 28), chunk=64)
+    sequences = [engine.submit(prompt, SamplingParams(70))[0] for prompt in random_prompts(33, 34)]
+    finish(engine)
+    assert engine.scheduler.preemptions > 0
+    assert [s.cached_tokens for s in sequences] == [0, 0]
+
+
 @pytest.mark.parametrize("chunk", [7, 31, 50, None])
 def test_a_sequence_has_room_up_to_the_capacity_whatever_the_chunk(random_prompts, chunk):
     """In as few pages as hold a window of 100 tokens, which is no whole number of pages."""

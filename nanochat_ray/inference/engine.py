@@ -41,6 +41,8 @@ class Engine:
     ):
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size {max_batch_size} must be 1 or more")
+        if chunk is not None and chunk < 1:
+            raise ValueError(f"chunk {chunk} must be 1 or more")
         config = model.config
         per_page = page_bytes(config, model.compute_dtype.itemsize)
         if kv_bytes is None:

@@ -260,6 +260,19 @@ def test_memory_is_bounded_and_nobody_is_lost(lively, random_prompts):
     assert (engine.runner.keys.data_ptr(), engine.runner.values.data_ptr(), keys.shape, values.shape) == places
 
 
+def test_a_step_tells_each_that_moved_once(lively, random_prompts):
+    engine = Engine(lively, None, 4)
+    sequences = [engine.submit(prompt, GREEDY)[0] for prompt in random_prompts(5, 6, 7)]
+    told = dict.fromkeys(sequences, 0)
+    while engine.busy:
+        moved = engine.step()
+        assert len(moved) == len(set(moved))
+        for sequence in moved:
+            assert sequence.generated > told[sequence]
+            told[sequence] = sequence.generated
+    assert set(told.values()) == {40}
+
+
 def test_the_cached_part_of_a_prompt_is_no_longer_than_the_prompt(lively, random_prompts):
     """A sequence that was preempted finds its own answer in the cache, which is no part of its prompt."""
     engine = Engine(lively, None, 4, pages(lively, 28), chunk=64)
@@ -298,6 +311,7 @@ def test_bad_prompts_and_the_end_of_the_reach(reference):
         engine.submit([1], SamplingParams(stop=("a",)))
     for options, message in (
         ({"max_batch_size": 0}, "max_batch_size 0"),
+        ({"chunk": 0}, "chunk 0"),
         ({"kv_bytes": 5000}, "too few for 4 layers"),
     ):
         with pytest.raises(ValueError, match=message):

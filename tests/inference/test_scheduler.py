@@ -1,0 +1,113 @@
+"""The engine's bookkeeping under random use, with a model whose answer depends on every token it can find in its pages.
+
+In place of keys and values a page holds, of each token, a number made of it and all before it. The next token is a
+function of the last such number, so that a page that is not the sequence's own changes what is said.
+"""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from nanochat_ray.inference.engine import Engine
+from nanochat_ray.inference.kv_cache import NULL_PAGE, PAGE, page_bytes
+from nanochat_ray.inference.model_runner import ModelRunner
+from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.model.gpt import GPT, GPTConfig
+
+V = 50
+CONFIG = GPTConfig(60, V, n_layer=3, n_head=1, n_kv_head=1, n_embd=24, window_pattern="SL")  # windows of 128 and 60
+
+
+def mix(before, token):
+    """Works on Python's numbers and on arrays alike."""
+    return (before * 1103515245 + token * 12345 + 7) % 2147483647
+
+
+class CheckedRunner(ModelRunner):
+    """The tables are the real ones; the forward is made of numbers that can be checked."""
+
+    def __init__(self, model: GPT, manager, max_rows: int):
+        super().__init__(model, manager, max_rows, compile=False)
+        self.windows = [manager.windows[group] for group, _ in self.groups]
+        self.stored = np.zeros((CONFIG.n_layer, manager.num_pages + 1, PAGE), dtype=np.int64)
+        self.tokens = np.zeros_like(self.stored)
+
+    def _run(self, idx, previous, starts, tables, first):
+        said = np.zeros((len(idx), CONFIG.n_layer), dtype=np.int64)
+        for row, (tokens, before, start) in enumerate(zip(idx, previous, starts, strict=True)):
+            for layer, (group, place) in enumerate(self.groups):
+                pages, offset = tables[group][place, row], first[group][row, 0] * PAGE
+                said[row, layer] = self._store(layer, pages, offset, tokens, before, start)
+        assert (said == said[:, :1]).all()
+        return torch.nn.functional.one_hot(torch.from_numpy(said[:, 0]), V).float()
+
+    def _store(self, layer, pages, offset, tokens, before, start) -> int:
+        """Note the tokens in a layer's pages and check all that they see; the next token."""
+
+        def at(position: int) -> tuple:
+            page = pages[(position - offset) // PAGE]
+            assert page != NULL_PAGE
+            return layer, page, position % PAGE
+
+        number = self.stored[at(start - 1)] if start else 0
+        for i, (token, last) in enumerate(zip(tokens, before, strict=True)):
+            assert start + i == 0 or self.tokens[at(start + i - 1)] == last
+            number = mix(number, token)
+            self.stored[at(start + i)], self.tokens[at(start + i)] = number, token
+        seen = [at(position) for position in range(max(0, start - self.windows[layer]), start + len(tokens))]
+        seen = tuple(np.array(seen).T)
+        numbers = self.stored[seen]
+        assert (mix(numbers[:-1], self.tokens[seen][1:]) == numbers[1:]).all()
+        return int(number % V)
+
+
+def answer(prompt: list[int], length: int) -> list[int]:
+    number, said = 0, []
+    for token in prompt:
+        number = mix(number, token)
+    for _ in range(length):
+        said.append(number % V)
+        number = mix(number, said[-1])
+    return said
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = GPT(CONFIG)
+    model.init_weights()
+    return model
+
+
+@pytest.mark.parametrize(("chunk", "pages"), [(None, 25), (None, 40), (1, 25), (7, 25), (50, 40), (512, 25)])
+def test_each_answer_is_made_of_its_own_pages(model, chunk, pages):
+    choose = random.Random(pages)
+    engine = Engine(model, None, 6, kv_bytes=pages * page_bytes(CONFIG, 4), chunk=chunk)
+    engine.runner = CheckedRunner(model, engine.manager, 6)
+    texts = [[choose.randrange(V) for _ in range(300)] for _ in range(3)]
+    sequences, most = [], 0
+    for _ in range(600):
+        if len(engine.scheduler.waiting) < 4 and choose.random() < 0.2:
+            length = choose.choice([1, 32, 33, 64, choose.randrange(1, 200)])
+            prompt = [*choose.choice(texts)[: length - 1], choose.randrange(3)]
+            if len(prompt) < engine.manager.capacity:
+                params = SamplingParams(choose.choice([1, 5, 40, 150]), temperature=0, n=choose.choice([1, 1, 2]))
+                sequences += engine.submit(prompt, params)
+        if sequences and choose.random() < 0.03:
+            engine.cancel(choose.choice(sequences[-12:]))
+        engine.step()
+        most = max(most, len(engine.scheduler.running))
+    while engine.busy:
+        engine.step()
+    assert engine.manager.used_pages == 0
+    assert len(sequences) > 10
+    assert most > 1
+    assert engine.scheduler.preemptions > 0 or chunk is None  # which prompts are read when is then up to the clock
+    assert sum(sequence.cached_tokens > 0 for sequence in sequences) > 1
+    for sequence in sequences:
+        prompt = sequence.ids[: sequence.prompt_len]
+        assert sequence.tokens == answer(prompt, sequence.generated)
+        assert sequence.finish_reason in ("length", "cancelled")
+        assert sequence.finish_reason == "cancelled" or sequence.generated == sequence.max_tokens
+    assert sum(sequence.finish_reason == "length" for sequence in sequences) > len(sequences) / 2

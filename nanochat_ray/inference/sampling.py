@@ -66,6 +66,7 @@ class Controls:
         self.all_greedy = all(p.temperature < GREEDY_BELOW for p in rows)
         self.any_greedy = any(p.temperature < GREEDY_BELOW for p in rows)
         self.filters = any(p.top_k or (p.top_p or 1) < 1 for p in rows)
+        self.nuclear = any((p.top_p or 1) < 1 for p in rows)
         self.penalizes = any(p.repetition_penalty != 1 for p in rows)
         self.limits = any(p.min_p > 0 for p in rows)
         top_ks = [min(p.top_k or vocab_size, vocab_size) for p in rows]
@@ -74,6 +75,7 @@ class Controls:
         self.temperature = column(1.0 if p.temperature < GREEDY_BELOW else p.temperature for p in rows)
         self.top_k = column(top_ks, torch.long)
         self.top_p = column(1.0 if p.top_p is None else p.top_p for p in rows)
+        self.unfiltered = (self.top_k == vocab_size) & (self.top_p == 1)
         self.min_p = column(p.min_p for p in rows)
         self.penalty = column(p.repetition_penalty for p in rows)
 
@@ -92,7 +94,7 @@ def sample(logits: torch.Tensor, controls: Controls, keys: np.ndarray, seen: tor
     scores = (logits - logits.amax(dim=-1, keepdim=True)) / controls.temperature
     weights = scores.exp()
     if controls.filters:
-        weights = weights * _filter(scores, weights, controls)
+        weights = _filter(scores, weights, controls)
     if controls.limits:
         weights = weights * (weights >= controls.min_p)  # the likeliest token's weight is 1
     # Inverse CDF in the order of the vocabulary: rounding that swaps two almost equal logits changes nothing.
@@ -105,23 +107,35 @@ def sample(logits: torch.Tensor, controls: Controls, keys: np.ndarray, seen: tor
 
 
 def _filter(scores: torch.Tensor, weights: torch.Tensor, controls: Controls) -> torch.Tensor:
-    """(B, V) booleans: a row's top_k largest, and of those the fewest whose probability reaches top_p."""
-    V, most = scores.size(-1), controls.most
-    largest = scores.topk(most, dim=-1).values
+    """The weights (B, V) of a row's top_k largest, and of those the fewest whose probability reaches top_p; else 0."""
+    largest = scores.topk(controls.most, dim=-1).values
+    if controls.nuclear:
+        largest, count = _nucleus(scores, weights, largest, controls)
+    else:
+        count = controls.top_k.clamp(max=controls.most)
+    threshold = largest.gather(-1, count - 1).masked_fill(controls.unfiltered, -math.inf)
+    chosen = scores >= threshold
+    if (chosen.sum(dim=-1, keepdim=True) > count.masked_fill(controls.unfiltered, scores.size(-1))).any():
+        above, tied = scores > threshold, scores == threshold  # of tied tokens the first ones
+        few = tied & (tied.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True))
+        chosen = above | few | controls.unfiltered
+    return torch.where(chosen, weights, 0)
+
+
+def _nucleus(scores: torch.Tensor, weights: torch.Tensor, largest: torch.Tensor, controls: Controls):
+    """Each row's largest scores (B, most), sorted, and how many of them top_k and top_p leave (B, 1)."""
+    most = largest.size(-1)
     # Rows without top_k share their probability among all tokens, also those beyond the sorted ones.
     shared = weights.sum(dim=-1, keepdim=True)
     short = (controls.top_k > most) & (largest.exp().sum(dim=-1, keepdim=True) < controls.top_p * shared)
     if (short & (controls.top_p < 1)).any():
-        largest, most = scores.sort(dim=-1, descending=True).values, V
+        largest, most = scores.sort(dim=-1, descending=True).values, scores.size(-1)
     ranked = largest.exp() * (torch.arange(most, device=scores.device) < controls.top_k)
     shared = torch.where(controls.top_k > most, shared, ranked.sum(dim=-1, keepdim=True))
     probabilities = ranked / shared
     before = probabilities.cumsum(dim=-1) - probabilities
     count = ((before < controls.top_p) & (ranked > 0)).sum(dim=-1, keepdim=True).clamp(min=1)
-    threshold = largest.gather(-1, count - 1)
-    above, tied = scores > threshold, scores == threshold
-    chosen = above | (tied & (tied.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
-    return chosen | ((controls.top_k == V) & (controls.top_p == 1))
+    return largest, count
 
 
 def logprobs(logits: torch.Tensor, chosen: list[int], most: int) -> list[tuple[float, list[tuple[int, float]]]]:

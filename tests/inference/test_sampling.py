@@ -81,6 +81,18 @@ def test_top_p_reaches_beyond_the_sorted_tokens():
     assert set(head[1::3].tolist()) == set(range(V - 5, V))
 
 
+def test_of_tied_tokens_the_first_are_kept():
+    """In rows that have more of them than places, which costs the others beside them nothing."""
+    logits = torch.tensor([1.0, 3.0, 2.0, 2.0, 2.0, 0.0]).expand(4 * 500, -1)
+    kinds = [SamplingParams(top_k=3), SamplingParams(), SamplingParams(top_k=2), SamplingParams(top_p=0.5)]
+    for rows, kept in (
+        (kinds, [{1, 2, 3}, set(range(6)), {1, 2}, {1, 2}]),
+        (kinds[:3], [{1, 2, 3}, set(range(6)), {1, 2}]),
+    ):
+        tokens = draw(logits[: len(rows) * 500], rows * 500).view(500, -1)
+        assert [set(drawn.tolist()) for drawn in tokens.T] == kept
+
+
 def test_a_repetition_penalty_makes_seen_tokens_less_likely():
     seen = torch.tensor([True, False, True, False, False, True])
     penalized = torch.tensor([1.0 / 1.5, 0.0, 2.0 / 1.5, 0.5, 2.0, -1.0 * 1.5])

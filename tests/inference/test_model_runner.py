@@ -4,16 +4,21 @@ import pytest
 import torch
 
 from nanochat_ray.inference.engine import Engine
-from nanochat_ray.inference.kv_cache import BlockManager
+from nanochat_ray.inference.kv_cache import BlockManager, BlockTable
 from nanochat_ray.inference.model_runner import ModelRunner, for_inference
 from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.model.gpt import GPT, GPTConfig
+
+
+def sequence_of(ids: list[int], table: BlockTable) -> Sequence:
+    return Sequence(ids, SamplingParams(), 0, 1, table=table)
 
 
 def test_uneven_chunks_and_decoding_equal_one_forward(lively, random_prompts):
     """Two sequences take turns, past both windows, on pages that are full of what others left behind."""
     manager = BlockManager(lively.config, 200)
-    runner = ModelRunner(lively, manager, 4, compile=False)
+    runner = ModelRunner(lively, manager, 4)
     runner.keys.fill_(50.0)
     runner.values.fill_(50.0)
     prompts = random_prompts(400, 380)
@@ -22,9 +27,9 @@ def test_uneven_chunks_and_decoding_equal_one_forward(lively, random_prompts):
     tables = [manager.open(prompt) for prompt in prompts]
     for chunks in ((7, 30), (1, 9), (160, 120), (1, 1), (190, 150), (1, 20)):
         for prompt, table, logits, chunk in zip(prompts, tables, expected, chunks, strict=True):
-            start, end = table.length, table.length + chunk
+            end = table.length + chunk
             manager.reserve(table, end)
-            said = runner.prefill(prompt[start:end], prompt[start - 1] if start else 0, start, table)
+            said = runner.run([], (sequence_of(prompt, table), end))
             manager.advance(table, prompt, end)
             torch.testing.assert_close(said, logits[end - 1 : end], atol=1e-3, rtol=0)
     for _ in range(40):
@@ -32,9 +37,7 @@ def test_uneven_chunks_and_decoding_equal_one_forward(lively, random_prompts):
         for row, table in enumerate(tables):
             manager.reserve(table, table.length + 1)
             runner.place(row, table)
-        tokens = [prompt[length] for prompt, length in zip(prompts, lengths, strict=True)]
-        previous = [prompt[length - 1] for prompt, length in zip(prompts, lengths, strict=True)]
-        said = runner.decode(tokens, previous, lengths)
+        said = runner.run([sequence_of(p[: table.length + 1], table) for p, table in zip(prompts, tables, strict=True)])
         logits = torch.stack([logits[length] for logits, length in zip(expected, lengths, strict=True)])
         torch.testing.assert_close(said, logits, atol=1e-3, rtol=0)
         for prompt, table in zip(prompts, tables, strict=True):
@@ -59,11 +62,11 @@ def test_the_copy_for_inference_leaves_the_model_to_its_training(reference_model
 
 def test_bfloat16_packs_its_weights_in_bfloat16(reference_model, random_prompts):
     model = reference_model.set_compute_dtype(torch.bfloat16)
-    runner = ModelRunner(model, manager := BlockManager(model.config, 50), 1, compile=False)
+    runner = ModelRunner(model, manager := BlockManager(model.config, 50), 1)
     assert runner.keys.dtype == runner.model.transformer.h[0].mlp.c_fc.packed.dtype == torch.bfloat16
     [prompt] = random_prompts(60)
     manager.reserve(table := manager.open(prompt), 60)
-    said = runner.prefill(prompt, 0, 0, table)
+    said = runner.run([], (sequence_of(prompt, table), 60))
     assert said.dtype == torch.float32
     with torch.no_grad():
         torch.testing.assert_close(said, model(torch.tensor([prompt]))[:, -1], atol=0.1, rtol=0)
@@ -79,7 +82,8 @@ def test_compiled_steps_say_what_eager_ones_say(random_prompts):
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     prompts = [[token % 97 for token in prompt] for prompt in random_prompts(5, 150, 33)]
-    eager, compiled = (Engine(model, None, 3, chunk=20, compile=c) for c in (False, True))
+    eager, compiled = (Engine(model, None, 3, chunk=20) for _ in range(2))
+    compiled.compile()
     params = SamplingParams(max_tokens=20, temperature=0)
     expected = eager.generate(prompts, params)
     assert len({token for completion in expected for token in completion.tokens}) > 10

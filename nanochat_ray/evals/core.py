@@ -319,7 +319,7 @@ def score(model: GPT, items: list[Item]) -> list[list[tuple[float, bool]]]:
 class PackedItems:
     """Items as rows of one forward: prefixes, padded to the longest, then each row's branches, padded likewise.
 
-    It is the `cache` of model.hidden, which gives the layout to the model: positions, the embedding before each, and
+    It is the `cache` of model.hidden, which gives the layout to the model: positions (at), the id before each, and
     what may be seen. A branch goes on from its row's prefix and sees nothing of the other branches.
     """
 
@@ -339,22 +339,15 @@ class PackedItems:
                 position[row, place] = item.position + length + np.arange(len(tokens))
                 before[row, at : at + 1] = length - 1
                 at += len(tokens)
-        self.idx, self.position, self.branch, self.before = (
-            torch.from_numpy(array).to(device) for array in (idx, position, branch, before)
+        previous = np.take_along_axis(idx, before.clip(min=0), axis=1)  # of the first, which has none, not looked at
+        self.idx, self.at, self.branch, self.previous = (
+            torch.from_numpy(array).to(device) for array in (idx, position, branch, previous)
         )
         shift = [np.where(s < len(i.prefix), s, s + self.prefix - len(i.prefix)) for i in items for s in i.slots]
         sizes = [sum(map(len, item.slots)) for item in items]
         self.slots = torch.from_numpy(np.concatenate(shift)).to(device)
         self.rows = torch.from_numpy(np.repeat(np.arange(len(items)), sizes)).to(device)
         self.masks = {}  # by window: the layers share a few
-
-    def positions(self, T: int) -> torch.Tensor:
-        return self.position
-
-    def previous_embedding(self, x: torch.Tensor) -> torch.Tensor:
-        previous = x.gather(1, self.before.clamp(min=0).unsqueeze(-1).expand_as(x))
-        previous[:, 0] = 0
-        return previous
 
     def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """q (B, T, H, D), k and v (B, T, K, D) to (B, T, H, D). The prefixes attend as in training; padding after
@@ -365,7 +358,7 @@ class PackedItems:
             return y
         if window not in self.masks:
             same = self.branch[:, P:, None] == self.branch[:, None]
-            near = sliding_window_mask(self.position[:, P:], self.position, window)
+            near = sliding_window_mask(self.at[:, P:], self.at, window)
             self.masks[window] = (near & (same | (self.branch[:, None] == 0))).unsqueeze(1)
         q, k, v = q[:, P:].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask, grouped = self.masks[window], q.size(1) != k.size(1)

@@ -40,13 +40,14 @@ class PackedAttention(Attention):
 
 
 def for_inference(model: GPT) -> GPT:
-    """A copy whose matmul weights are held in the compute dtype, packed on CPUs; embeddings are shared with model."""
+    """A copy whose matmul weights are held in the compute dtype, packed on CPUs where torch has oneDNN (not on Macs);
+    embeddings are shared with model."""
     with torch.device("meta"):
         copy = GPT(model.config)
     copy.load_state_dict({name: weight.detach() for name, weight in model.state_dict().items()}, assign=True)
     copy.cos, copy.sin, dtype = model.cos, model.sin, model.compute_dtype
     copy.eval().requires_grad_(False)
-    if model.cos.device.type != "cpu":
+    if model.cos.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         for module in copy.modules():
             if isinstance(module, Linear):
                 module.to(dtype)

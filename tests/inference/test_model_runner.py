@@ -5,7 +5,7 @@ import torch
 
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.kv_cache import BlockManager, BlockTable
-from nanochat_ray.inference.model_runner import ModelRunner, for_inference
+from nanochat_ray.inference.model_runner import ModelRunner, PackedLinear, for_inference
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.model.gpt import GPT, GPTConfig
@@ -70,6 +70,15 @@ def test_bfloat16_packs_its_weights_in_bfloat16(reference_model, random_prompts)
     assert said.dtype == torch.float32
     with torch.no_grad():
         torch.testing.assert_close(said, model(torch.tensor([prompt]))[:, -1], atol=0.1, rtol=0)
+
+
+def test_without_onednn_weights_are_not_packed(reference, monkeypatch):
+    model, cases = reference
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
+    engine = Engine(model, None, 2)
+    assert not any(isinstance(module, PackedLinear) for module in engine.runner.model.modules())
+    completions = engine.generate([case["prompt"] for case in cases], SamplingParams(max_tokens=40, temperature=0))
+    assert [completion.tokens for completion in completions] == [case["greedy"] for case in cases]
 
 
 @pytest.mark.slow

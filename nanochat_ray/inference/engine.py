@@ -46,9 +46,8 @@ class Engine:
         config = model.config
         per_page = page_bytes(config, model.compute_dtype.itemsize)
         if kv_bytes is None:
-            blocks = max(
-                max_batch_size * (-(-config.sequence_len // PAGE) + 1), ROTARY_REACH * config.sequence_len // PAGE
-            )
+            rows = max_batch_size * (-(-config.sequence_len // PAGE) + 1)
+            blocks = max(rows, ROTARY_REACH * config.sequence_len // PAGE)
             kv_bytes = (blocks * config.n_layer + 1) * per_page
         self.manager = BlockManager(config, kv_bytes // per_page)
         self.scheduler = Scheduler(self.manager, max_batch_size)

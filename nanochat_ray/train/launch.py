@@ -1,11 +1,14 @@
 """The driver's side of training: start the workers, show how far they are, and stop them cleanly."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import ray
@@ -132,8 +135,36 @@ def claim(run_dir: str, inputs: dict, config: dict) -> None:
     storage.write_json(uri, config | {"inputs": inputs})
 
 
-def train(c: TrainConfig, workers: int | None, measurement: Measurement | None = None) -> TrainResult:
+def provenance() -> dict:
+    """What ran where, for comparing runs: the commit of this code, if git knows it, and the cluster's nodes."""
+    git = ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        commit = ""
+    parts = Counter(_node(node["Resources"]) for node in ray.nodes() if node["Alive"])
+    cluster = " + ".join(f"{n} × ({part})" if n > 1 else part for part, n in parts.items())
+    return {"commit": commit or None, "cluster": cluster}
+
+
+def _node(resources: dict) -> str:
+    """8 × H100, or 2 CPUs."""
+    if gpus := resources.get("GPU"):
+        kind = next((key.partition(":")[2] for key in resources if key.startswith("accelerator_type:")), "GPU")
+        return f"{gpus:.0f} × {kind}"
+    return f"{resources.get('CPU', 0):.0f} CPUs"
+
+
+def train(
+    c: TrainConfig,
+    workers: int | None,
+    measurement: Measurement | None = None,
+    report: Callable[[dict], None] | None = None,
+) -> TrainResult:
     """Train to the end, unless the run's newest checkpoint is there already.
+
+    report: is given the metrics, which else go to the terminal. For runs of a sweep, which share a cluster: they take
+    as many workers as they ask for and not fewer, and the first failure is raised, for the sweep to decide.
 
     Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. workers: at most, see
     scaling_config. Raises ValueError when there are more workers than rows in a step, when the loss diverged, when the
@@ -145,7 +176,7 @@ def train(c: TrainConfig, workers: int | None, measurement: Measurement | None =
     if done and checkpoint.read_meta(done)["step"] == c.num_iterations:
         print(f"{c.stage}: nothing to do, {c.run_dir} is finished", flush=True)
         return _result(c)
-    scaling = scaling_config(workers)
+    scaling = scaling_config(workers, elastic=report is None)
     c = replace(c, device_batch_size=device_batch_size(c, scaling))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = Monitor.options(scheduling_strategy=here).remote()  # dies with the driver, not with a worker's node
@@ -153,14 +184,15 @@ def train(c: TrainConfig, workers: int | None, measurement: Measurement | None =
         train_loop_per_worker,
         train_loop_config=asdict(c) | {"monitor": monitor, "measurement": measurement},
         scaling_config=scaling,
-        run_config=run_config(c.run_dir, max_failures=-1, callbacks=[SaveFirst(monitor)]),  # the monitor counts
+        # The monitor counts failures, or the sweep does.
+        run_config=run_config(c.run_dir, max_failures=0 if report else -1, callbacks=[SaveFirst(monitor)]),
     )
     failure: list[BaseException] = []
     # fit() blocks: it has a thread of its own, and this one shows progress and takes signals.
     thread = threading.Thread(target=_fit, args=[trainer, failure], daemon=True)
     with StopOnSignal(monitor) as signals:
         thread.start()
-        show_progress(thread, monitor, c)
+        show_progress(thread, monitor, c, report)
     if failure:
         raise failure[0]
     last = ray.get(monitor.read_outcome.remote())
@@ -207,15 +239,17 @@ def _fit(trainer: ray.train.torch.TorchTrainer, failure: list[BaseException]) ->
         failure.append(error)
 
 
-def scaling_config(workers: int | None) -> ray.train.ScalingConfig:
+def scaling_config(workers: int | None, elastic: bool = True) -> ray.train.ScalingConfig:
     """Workers and what each gets: `workers`, by default one on every GPU of the cluster, else one CPU worker.
 
-    Several are elastic: a run goes on with those that a lost node leaves, one at least, and grows back when it returns.
+    Several can be elastic: a run goes on with those that a lost node leaves, one at least, and grows back when it
+    returns.
     Raises ValueError for more CPU workers than CPUs.
     """
+    least = 1 if elastic else None
     if gpus := int(ray.cluster_resources().get("GPU", 0)):
         return ray.train.ScalingConfig(
-            num_workers=_elastic(workers or gpus), use_gpu=True, elastic_resize_monitor_interval_s=RESIZE_SECONDS
+            num_workers=_between(least, workers or gpus), use_gpu=True, elastic_resize_monitor_interval_s=RESIZE_SECONDS
         )
     workers = workers or 1
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
@@ -224,14 +258,14 @@ def scaling_config(workers: int | None) -> ray.train.ScalingConfig:
     if each is None:
         raise ValueError(f"{workers} workers on {sum(nodes)} CPUs: give at most one a CPU")
     return ray.train.ScalingConfig(
-        num_workers=_elastic(workers),
+        num_workers=_between(least, workers),
         resources_per_worker={"CPU": each},
         elastic_resize_monitor_interval_s=RESIZE_SECONDS,
     )
 
 
-def _elastic(workers: int) -> int | tuple[int, int]:
-    return (1, workers) if workers > 1 else workers
+def _between(least: int | None, most: int) -> int | tuple[int, int]:
+    return (least, most) if least and least < most else most
 
 
 class StopOnSignal:
@@ -256,9 +290,9 @@ class StopOnSignal:
         self.__exit__()
 
 
-def show_progress(thread: threading.Thread, monitor, c: TrainConfig) -> None:
-    """One live line on a terminal; elsewhere a line whenever a twentieth of the run is done."""
-    live, shown, next_line, said = sys.stdout.isatty(), None, 0, 0
+def show_progress(thread: threading.Thread, monitor, c: TrainConfig, report: Callable | None = None) -> None:
+    """One live line on a terminal; elsewhere a line whenever a twentieth of the run is done; or what report does."""
+    live, shown, next_line, said = sys.stdout.isatty() and not report, None, 0, 0
     alive = True
     while alive:  # once more after its end, for the last lines
         thread.join(0.5)
@@ -270,7 +304,9 @@ def show_progress(thread: threading.Thread, monitor, c: TrainConfig) -> None:
         if metrics is None or metrics["step"] == shown:
             continue
         shown = metrics["step"]
-        if live:
+        if report:
+            report(metrics)
+        elif live:
             print("\r\033[K" + progress_line(metrics, c), end="", flush=True)
         elif shown >= next_line or shown == c.num_iterations:
             print(progress_line(metrics, c), flush=True)

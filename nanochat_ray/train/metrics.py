@@ -172,10 +172,12 @@ def _start_wandb(run_dir: str, config: dict):
     id_uri = storage.join(run_dir, "wandb_id")  # the same when the run resumes: one curve, not two
     if not storage.exists(id_uri):
         storage.write_bytes(id_uri, uuid.uuid4().hex.encode())
+    parent = Path(run_dir).parent.name
     local = tempfile.mkdtemp(prefix="wandb-") if storage.is_remote(run_dir) else run_dir
     return wandb.init(
         project="nanochat-ray",
         name=Path(run_dir).name,
+        group=None if parent == "runs" else parent,  # the runs of a sweep are in a folder of its own
         id=storage.read_text(id_uri),
         resume="allow",
         dir=local,

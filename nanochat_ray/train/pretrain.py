@@ -1,11 +1,12 @@
 """Pretraining: a depth and a folder of rows -> a base model."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import Tokenizer
-from nanochat_ray.model.scaling import RunPlan, plan_run
-from nanochat_ray.train.launch import TrainResult, claim, train
+from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
+from nanochat_ray.train.launch import TrainResult, claim, provenance, train
 from nanochat_ray.train.loop import Measurement, TrainConfig
 
 SAMPLE_PROMPTS = (
@@ -62,9 +63,15 @@ class PretrainOptions:
     """Of the weights and of the order of rows."""
 
 
-def run(options: PretrainOptions, measurement: Measurement | None = None) -> TrainResult:
+def run(
+    options: PretrainOptions,
+    measurement: Measurement | None = None,
+    report: Callable[[dict], None] | None = None,
+    base_lrs: dict[str, float] = BASE_LRS,
+) -> TrainResult:
     """Pretrain, go on where the run's newest checkpoint stands, or return at once when it is finished.
 
+    report: see launch.train. base_lrs: for a search of them.
     Raises FileNotFoundError without rows, ValueError for options that can't be, or not in this run folder.
     """
     rows = storage.absolute(options.rows) if options.rows else newest_rows()
@@ -75,14 +82,14 @@ def run(options: PretrainOptions, measurement: Measurement | None = None) -> Tra
         "model": asdict(plan.config),
         "total_batch_size": plan.total_batch_size,
         "num_iterations": plan.num_iterations,
-        "lrs": plan.lrs,
+        "lrs": {name: lr * plan.lr_scale for name, lr in base_lrs.items()},
         "weight_decay": plan.weight_decay,
         "seed": options.seed,
     }
     data = {key: manifest[key] for key in ("source_fingerprint", "tokenizer_sha256", "sequence_len")}
     name = options.run or f"d{options.depth}-{storage.fingerprint(inputs, data)[:6]}"
     run_dir = storage.join(storage.home(), "runs", name)
-    claim(run_dir, inputs | {"data": data}, asdict(options) | {"plan": asdict(plan)})
+    claim(run_dir, inputs | {"data": data}, asdict(options) | {"plan": asdict(plan)} | provenance())
     tokenizer = Tokenizer.load(manifest["tokenizer"])
     config = TrainConfig(
         **inputs,
@@ -102,7 +109,7 @@ def run(options: PretrainOptions, measurement: Measurement | None = None) -> Tra
         recompute=options.recompute,
         fp8=options.fp8,
     )
-    return train(config, options.workers, measurement)
+    return train(config, options.workers, measurement, report)
 
 
 def plan_of(options: PretrainOptions, manifest: dict) -> RunPlan:

@@ -1,37 +1,32 @@
 """One self-contained HTML page from run folders alone: curves, plans, numbers, wall time, samples, chat answers.
 
-python -m experiments.report RUN_FOLDER [RUN_FOLDER …] --out report.html
+Of a sweep's folder also what its results say: laws, optima, verdicts, with their figures.
+
+python -m experiments.report FOLDER [FOLDER …] --out report.html
 """
 
-import io
 import json
 import math
 import posixpath
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Annotated
 
-import matplotlib
 import numpy as np
 import tyro
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
+from experiments import findings
+from experiments.svg import DASHES, NICE_STEPS, SERIES, empty_figure, style, svg
 from nanochat_ray import storage
 from nanochat_ray.train.metrics import read_metrics
 
-# Drawn in these colours, which the page's style sheet then decides, for light and dark and print.
-INK, GRID = "#00000a", "#00000b"
-SERIES = [f"#0000a{i}" for i in range(8)]
-CSS_COLORS = {INK: "currentColor", GRID: "var(--grid)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES)}
-DASHES = ["-", (0, (4, 2)), (0, (1, 1.5))]  # tells a ninth run from the first
-NICE_STEPS = [1, 2, 2.5, 5, 10]  # between ticks
 MAX_POINTS = 400  # of a curve: more than a small chart can show
 STEEP_START = 0.1  # of the steps: charts are not stretched to show it
 
@@ -88,6 +83,19 @@ def read_run(uri: str) -> Run:
         chat=json_or("chat.json", []),
         notes=notes,
     )
+
+
+def runs_of(folder: str) -> list[str]:
+    """The runs in a sweep's folder, those in results.csv first; or the folder itself, if it is a run's."""
+    if not storage.exists(storage.join(folder, "sweep.json")):
+        return [folder]
+    runs = [name for name in storage.listdir(folder) if storage.exists(storage.join(folder, name, "config.json"))]
+    return [storage.join(folder, name) for name in sorted(runs, key=_naturally)]
+
+
+def _naturally(name: str) -> list:
+    """d2 before d10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _by_step(lines: list[dict]) -> list[dict]:
@@ -171,18 +179,6 @@ def numbers(run: Run) -> dict[str, str]:
 # Charts
 
 
-def svg(figure: Figure, name: str) -> Markup:
-    """A figure as inline SVG in the page's colours and font. The same data give the same bytes."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    for drawn, color in CSS_COLORS.items():
-        text = text.replace(drawn, color)
-    return Markup(text.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(name)}"', 1))
-
-
 def chart(runs: list[Run], metric: str, x: str) -> Markup | None:
     """One metric of every run against step, time or FLOPs; None when no run has it."""
     curves = [series(run, "step", x, metric) for run in runs]
@@ -190,9 +186,7 @@ def chart(runs: list[Run], metric: str, x: str) -> Markup | None:
         curves = [[point for point in curve if point[1] > 0] for curve in curves]
     if not any(curves):
         return None
-    figure = Figure(figsize=(4.2, 2.9))
-    figure.patch.set_alpha(0)
-    axes = figure.add_axes((0.12, 0.18, 0.85, 0.78))
+    figure, axes = empty_figure()
     unit, scale = _x_unit(x, max(point[1] for curve in curves for point in curve))
     for i, curve in enumerate(curves):
         kept = sorted({round(j) for j in np.linspace(0, len(curve) - 1, min(len(curve), MAX_POINTS))})
@@ -206,7 +200,10 @@ def chart(runs: list[Run], metric: str, x: str) -> Markup | None:
             linewidth=1.7,
         )
     _limit(axes, [point for curve in curves for point in curve if point[0] >= STEEP_START * curve[-1][0]], x)
-    _style(axes, f"{X_AXES[x]}{unit}", x)
+    style(axes, f"{X_AXES[x]}{unit}")
+    if x == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(5, steps=NICE_STEPS, integer=True))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     return svg(figure, f"{CURVES[metric]}, against {X_AXES[x]}")
 
 
@@ -231,25 +228,6 @@ def _limit(axes: Axes, shown: list[tuple[float, ...]], x: str) -> None:
         axes.set_xlim(left=0)
 
 
-def _style(axes: Axes, label: str, x: str) -> None:
-    axes.patch.set_alpha(0)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelsize=10, labelcolor=INK, pad=5)
-    axes.set_xlabel(label, color=INK, fontsize=10.5)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=NICE_STEPS))
-    if x == "total_training_flops":
-        low, high = axes.get_xlim()
-        decades = math.log10(high / low)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.7 else (1, 3) if decades < 3 else (1,)))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}".replace("e+", "e")))
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=NICE_STEPS, integer=x == "step"))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if x == "step" else "{x:g}"))
-
-
 # The page
 
 
@@ -257,7 +235,8 @@ def write_report(run_folders: list[str], out: str, title: str = "nanochat-ray") 
     """Write the page. run_folders and out are paths or URIs. Raises FileNotFoundError for a folder that isn't there."""
     if not run_folders:
         raise ValueError("a report needs at least one run folder")
-    runs = [read_run(uri) for uri in run_folders]
+    found = [about for uri in run_folders if (about := findings.read(uri))]
+    runs = [read_run(uri) for folder in run_folders for uri in runs_of(folder)]
     charts = {label: [chart(runs, metric, x) for x in X_AXES] for metric, label in CURVES.items()}
     measured = [numbers(run) for run in runs]
     environment = Environment(
@@ -267,10 +246,16 @@ def write_report(run_folders: list[str], out: str, title: str = "nanochat-ray") 
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"show": show, "duration": duration, "flatten": flatten}
+    environment.filters |= {
+        "show": show,
+        "duration": duration,
+        "flatten": flatten,
+        "words": lambda name: name.replace("_", " "),
+    }
     html = environment.get_template("report.html.jinja").render(
         title=title,
         steep_start=f"{STEEP_START:.0%}",
+        findings=found,
         runs=runs,
         measured=measured,
         columns=list(dict.fromkeys(label for values in measured for label in values)),
@@ -279,13 +264,23 @@ def write_report(run_folders: list[str], out: str, title: str = "nanochat-ray") 
     storage.write_bytes(out, html.encode())
 
 
+def conclude(folder: str, title: str) -> str:
+    """Print what a sweep's results say and write its report.html; returns the uri of that."""
+    out = storage.join(folder, "report.html")
+    write_report([folder], out, title)
+    for sentence in findings.read(folder).sentences:
+        print(sentence)
+    print(f"results   {storage.join(folder, 'results.csv')}\nreport    {out}")
+    return out
+
+
 def main(
     run_folders: Annotated[list[str], tyro.conf.Positional], /, out: str = "report.html", title: str = "nanochat-ray"
 ) -> None:
     """Write one HTML page about any number of runs, from their folders alone.
 
     Args:
-        run_folders: Folders with metrics.jsonl, config.json and so on, as paths or URIs.
+        run_folders: Folders of runs or sweeps, as paths or URIs.
         out: The page to write.
         title: Its heading.
     """

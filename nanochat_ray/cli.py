@@ -104,6 +104,13 @@ def chat(args: list[str]) -> None:
     talk(model, tokenizer, options)
 
 
+def leaderboard(args: list[str]) -> None:
+    """runs that reached a CORE score or a val/bpb, by training time"""
+    from experiments.leaderboard import LeaderboardOptions, run
+
+    run(parse("leaderboard", LeaderboardOptions, args))
+
+
 @dataclass
 class ServeOptions:
     """A chat service with OpenAI's API and a page, on this machine or the cluster that RAY_ADDRESS names."""
@@ -183,6 +190,7 @@ STAGES = {
     "chat": chat,
     "serve": serve,
     "plan": plan,
+    "leaderboard": leaderboard,
     "import": import_,
 }
 
@@ -204,7 +212,7 @@ def start_ray() -> None:
 
 
 def usage() -> str:
-    lines = [f"  {name:<9} {stage.__doc__}" for name, stage in STAGES.items()]
+    lines = [f"  {name:<11} {stage.__doc__}" for name, stage in STAGES.items()]
     return "\n".join(["usage: nanochat-ray STAGE [options]   (STAGE --help lists them)", "", *lines])
 
 

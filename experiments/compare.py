@@ -1,0 +1,196 @@
+"""Is a change of the code better at every depth? The same plans from two versions, side by side, with a paired test.
+
+    python -m experiments.compare --baseline main --candidate HEAD --depths 1 2 --seeds 1 2 3
+    ray job submit --working-dir . -- python -m experiments.compare --baseline FOLDER --candidate FOLDER
+
+A version is a git revision, or a folder with a checkout, changes and all. Its code goes to the cluster as a Ray runtime
+environment; this process only tells it what to train. Baseline and candidate take turns on the same nodes, so that
+what else these do weighs on both. The verdict is printed, and written as compare.md for a pull request.
+"""
+
+import os
+import shutil
+import subprocess
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import ray
+import tyro
+from ray import tune
+
+from experiments import paired, sweep
+from experiments.report import conclude
+from nanochat_ray import storage
+from nanochat_ray.cli import one_line_errors, start_ray
+from nanochat_ray.evals import core
+from nanochat_ray.train.metrics import read_metrics
+from nanochat_ray.train.pretrain import PretrainOptions
+
+CODE = ("nanochat_ray", "pyproject.toml")  # what a run needs of a version
+POLL_SECONDS = 2.0
+
+
+@dataclass
+class CompareOptions(sweep.SweepOptions):
+    baseline: str = "main"
+    """A git revision, or a folder with a checkout."""
+    candidate: str = "HEAD"
+    """A git revision, or a folder with a checkout."""
+    depths: list[int] | None = None
+    """The default is 1 and 2 in the cpu preset, and 12 and 16 in the gpu preset."""
+    seeds: list[int] | None = None
+    """Of weights and order of rows, one run of each side for each; the default is 1, 2 and 3."""
+
+
+def run(options: CompareOptions) -> str:
+    """Train both sides; returns the uri of compare.md. Raises ValueError for a version that isn't there, and what
+    run_trials raises."""
+    preset = sweep.preset_of(options)
+    depths = sorted(options.depths or ([12, 16] if preset.core else [1, 2]))
+    seeds = options.seeds or [1, 2, 3]
+    sides = {"baseline": archive(options.baseline), "candidate": archive(options.candidate)}
+    rows = sweep.shared_rows(options, preset, preset.ratio * sweep.scaling_params(preset, max(depths)))
+    hashes = {side: storage.fingerprint(code.hex())[:8] for side, (code, _) in sides.items()}
+    name = options.name or f"compare-{storage.fingerprint(rows, asdict(preset), hashes)[:6]}"
+    folder = storage.join(storage.home(), "runs", name)
+    for side, (code, _) in sides.items():
+        storage.write_bytes(storage.join(folder, "code", f"{side}-{hashes[side]}.zip"), code)
+
+    runs = [sweep.spaced(sweep.pretrain_options(options, preset, rows, depth)) for depth in depths]
+    workers = sweep.share_workers(options, [sweep.plan_of(run) for run in runs])
+    trials = [
+        sweep.trial(
+            label := f"{side}-d{run.depth}-s{seed}",
+            replace(run, run=f"{name}/{label}", seed=seed),
+            n,
+            options,
+            code=storage.join(folder, "code", f"{side}-{hashes[side]}.zip"),
+            columns={"side": side, "commit": sides[side][1]},
+        )
+        for seed in seeds
+        for run, n in zip(runs, workers, strict=True)
+        for side in sides
+    ]
+    labels = {side: describe(getattr(options, side), sides[side][1]) for side in sides}
+    print(f"compare: {labels['candidate']} against {labels['baseline']}, {len(trials)} runs in {folder}", flush=True)
+    storage.write_json(storage.join(folder, "sweep.json"), {"kind": "compare", **labels, "options": asdict(options)})
+    results = sweep.run_trials(folder, trials, train_version)
+    markdown = paired.markdown(results, labels["baseline"], labels["candidate"])
+    out = storage.join(folder, "compare.md")
+    storage.write_bytes(out, markdown.encode())
+    conclude(folder, "Comparison")
+    print(f"markdown  {out}")
+    return out
+
+
+def describe(version: str, commit: str | None) -> str:
+    name = Path(version).resolve().name if os.path.isdir(version) else version
+    return f"{name} ({commit})" if commit and not commit.startswith(name) else name
+
+
+# Versions of the code
+
+
+def archive(version: str) -> tuple[bytes, str | None]:
+    """(a zip of the version's code in one folder, its commit). The same code gives the same bytes.
+
+    Raises ValueError for what is neither a folder with this package nor a revision of this repository.
+    """
+    if os.path.isdir(version):
+        return zip_folder(Path(version)), commit_of(version)
+    here = Path(__file__).parents[1]
+    commit = git(here, "rev-parse", "--short=12", "--verify", f"{version}^{{commit}}")
+    if commit is None:
+        raise ValueError(f"{version!r} is no folder, and no revision of the git repository in {here}")
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder) / "tree.zip"
+        if git(here, "archive", f"--output={tree}", commit, *CODE) is None:
+            raise ValueError(f"revision {version!r} has no {' and '.join(CODE)}")
+        shutil.unpack_archive(tree, Path(folder) / "tree")
+        return zip_folder(Path(folder) / "tree"), commit
+
+
+def zip_folder(folder: Path) -> bytes:
+    """CODE of a folder under one top folder, as Ray wants it, with neither times nor caches in it."""
+    files = [f for part in CODE for f in ([folder / part] if (folder / part).is_file() else (folder / part).rglob("*"))]
+    files = sorted(f for f in files if f.is_file() and "__pycache__" not in f.parts)
+    if not any(f.name == "pretrain.py" for f in files):
+        raise ValueError(f"{folder} has no nanochat_ray/train/pretrain.py: give the folder of a checkout")
+    with tempfile.TemporaryFile() as out:
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as packed:
+            for file in files:
+                entry = zipfile.ZipInfo(f"code/{file.relative_to(folder).as_posix()}")
+                entry.external_attr = 0o644 << 16
+                packed.writestr(entry, file.read_bytes(), zipfile.ZIP_DEFLATED)
+        out.seek(0)
+        return out.read()
+
+
+def commit_of(folder: str) -> str | None:
+    return git(Path(folder), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12") or None
+
+
+def git(folder: Path, *command: str) -> str | None:
+    done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+# One run
+
+
+def train_version(config: dict) -> None:
+    """Train with the version's own code, and score and write down the result with this one's."""
+    given = config["trial"]
+    options = PretrainOptions(**given["options"])
+    run_dir = storage.join(storage.home(), "runs", options.run)
+    try:
+        uri = given["code"] if storage.is_remote(given["code"]) else f"file://{given['code']}"
+        changed = {k: v for k, v in given["options"].items() if v != getattr(PretrainOptions, k)}
+        checkpoint = watch(_pretrain_there(uri).remote(changed), run_dir)
+        score = None
+        if given["bundle"]:
+            score = core.run(
+                core.CoreOptions(
+                    checkpoint, given["bundle"], given["max_per_task"], actors=options.workers, out=run_dir
+                )
+            ).core_metric
+        more = sweep.setup_of(options) | {"core_metric": score, "notes": ""} | given["columns"]
+        sweep.write_result(run_dir, more)
+    except Exception as error:
+        tune.report({"error": f"{type(error).__name__}: {error}"})
+
+
+def _pretrain_there(code: str):
+    """The task that trains with another version of the code, and returns the checkpoint."""
+
+    # Defined in here so that it is sent by value: by its name, the other version's module would be imported.
+    def pretrain_there(options: dict) -> str:
+        from nanochat_ray.train import pretrain
+
+        return pretrain.run(pretrain.PretrainOptions(**options)).checkpoint
+
+    return ray.remote(num_cpus=0, max_retries=0, runtime_env={"working_dir": code})(pretrain_there)
+
+
+def watch(result: ray.ObjectRef, run_dir: str) -> str:
+    """Wait for a run, and tell Tune meanwhile how far it is."""
+    shown = None
+    while not ray.wait([result], timeout=POLL_SECONDS)[0]:
+        steps = [line for line in read_metrics(run_dir) if "train/loss" in line]
+        if steps and steps[-1]["step"] != shown:
+            shown = steps[-1]["step"]
+            tune.report(steps[-1])
+    return ray.get(result)
+
+
+@one_line_errors
+def main() -> None:
+    options = tyro.cli(CompareOptions, prog="python -m experiments.compare", description=__doc__)
+    start_ray()
+    run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+"""What a sweep's results say, by its kind: sentences, tables and figures, from its folder alone."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from markupsafe import Markup
+
+from experiments import fits, paired
+from experiments.svg import INK, SERIES, empty_figure, style, svg
+from experiments.sweep import read_results
+from nanochat_ray import storage
+from nanochat_ray.model.scaling import RunPlan, plan_run
+
+GPT2_CORE = 0.256525  # GPT-2 XL's score
+MOST_EXTRAPOLATION = 100  # times the FLOPs of the largest run, beyond which no prediction is made …
+MOST_SPREAD = 30  # … nor when the ends of its interval are further apart than this factor
+DEEPEST = 200
+
+# Which parameters are a model's size N.
+COUNTED = {
+    "transformer + lm_head": ("params_transformer_matrices", "params_lm_head"),
+    "all": ("params_total",),
+    "without embeddings": ("params_transformer_matrices", "params_scalars"),
+}
+
+
+@dataclass
+class Findings:
+    title: str
+    sentences: list[str] = field(default_factory=list)
+    figures: list[tuple[str, Markup]] = field(default_factory=list)  # with captions
+    columns: list[str] = field(default_factory=list)
+    table: list[list] = field(default_factory=list)
+
+
+def read(folder: str) -> Findings | None:
+    """The findings of a sweep's folder; None for any other folder."""
+    uri = storage.join(folder, "sweep.json")
+    if not storage.exists(uri):
+        return None
+    about = storage.read_json(uri)
+    results = storage.join(folder, "results.csv")
+    rows = read_results(folder) if storage.exists(results) else []
+    if not rows:
+        return Findings(about["kind"], ["No run is finished yet."])
+    found = KINDS[about["kind"]](rows, about, folder)
+    found.columns = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    found.table = [[row[key] for key in found.columns] for row in rows]
+    return found
+
+
+# Miniseries
+
+
+def miniseries(rows: list[dict], about: dict, folder: str) -> Findings:
+    found = Findings("Miniseries")
+    flops, bpb = ([row[key] for row in rows] for key in ("flops", "val_bpb"))
+    if len(rows) >= 2:
+        law = fits.power_law(flops, bpb)
+        found.sentences.append(f"val_bpb = {_law(law, 'FLOPs')}, over {len(rows)} depths")
+        if len(rows) >= 5:
+            floored = fits.power_law(flops, bpb, with_floor=True)
+            found.sentences.append(f"with a floor, val_bpb = {floored.floor} + {_law(floored, 'FLOPs')}")
+            if floored.relative_error < law.relative_error:
+                law = floored
+        found.figures.append(("Bits per byte against training FLOPs", _series_figure(rows, "val_bpb", law, bpb)))
+    else:
+        found.sentences.append("one depth is finished: a law takes two, and its intervals three")
+    scored = [row for row in rows if row.get("core_metric") is not None]
+    found.sentences.append(predict_depth(scored, dial_of(folder, rows[0]["run"])))
+    if len(scored) >= 2:
+        errors = fits.power_law([row["flops"] for row in scored], [1 - row["core_metric"] for row in scored])
+        cores = [row["core_metric"] for row in scored]
+        found.figures.append(("CORE against training FLOPs", _series_figure(scored, "core_metric", errors, cores)))
+    return found
+
+
+def predict_depth(scored: list[dict], dial: dict) -> str:
+    """A line on the depth that reaches GPT-2's CORE, or on why the data don't tell. dial: plan_run's arguments."""
+    goal = f"CORE {GPT2_CORE}"
+    reached = [row for row in scored if row["core_metric"] >= GPT2_CORE]
+    if reached:
+        first = min(reached, key=lambda row: row["depth"])
+        return f"{goal} is reached at depth {first['depth']} (CORE {first['core_metric']:.4f})"
+    unknown = f"the depth that reaches {goal} can't be predicted from these runs: "
+    if len(scored) < 3:
+        return unknown + f"{len(scored)} of them have a CORE score, and a prediction takes three"
+    law = fits.power_law([row["flops"] for row in scored], [1 - row["core_metric"] for row in scored])
+    if law.exponent.high >= 0:
+        return unknown + f"CORE does not clearly rise with FLOPs, 1 - CORE has the exponent {law.exponent}"
+    flops = law.solve(1 - GPT2_CORE)
+    most = max(row["flops"] for row in scored)
+    if flops.value > MOST_EXTRAPOLATION * most or flops.high > MOST_SPREAD * flops.low:
+        return unknown + f"it would take {flops} FLOPs, and the largest run had {most:.3g}"
+    depth, low, high = (depth_of(f, dial) for f in (flops.value, flops.low, flops.high))
+    return f"{goal} is predicted at depth {depth} [{low}, {high}], of {flops} FLOPs, as 1 - CORE = {_law(law, 'FLOPs')}"
+
+
+def depth_of(flops: float, dial: dict) -> int:
+    """The smallest depth whose run takes at least so many FLOPs."""
+    return next((d for d in range(1, DEEPEST) if plan_of_depth(d, dial).total_flops >= flops), DEEPEST)
+
+
+def plan_of_depth(depth: int, dial: dict) -> RunPlan:
+    return plan_run(depth, **dial)
+
+
+def dial_of(folder: str, run: str) -> dict:
+    """What plan_run was given for a run, but for its depth and horizon."""
+    config = storage.read_json(storage.join(folder, run, "config.json"))
+    model = config["plan"]["config"]
+    return {
+        "target_param_data_ratio": config["plan"]["target_param_data_ratio"],
+        "head_dim": config["plan"]["head_dim"],
+        "total_batch_size": config["total_batch_size"],
+        **{key: model[key] for key in ("sequence_len", "vocab_size", "window_pattern")},
+    }
+
+
+def _law(law: fits.PowerLaw, x: str) -> str:
+    error = "" if math.isnan(law.relative_error) else f" (points lie {law.relative_error:.2%} about it)"
+    return f"{law.coefficient} · {x}^{law.exponent}{error}"
+
+
+def _series_figure(rows: list[dict], key: str, law: fits.PowerLaw, values: list[float]) -> Markup:
+    """Results by depth with their law; CORE's is one of 1 - CORE."""
+    figure, axes = empty_figure(5.6, 3.6)
+    flops = np.array([row["flops"] for row in rows])
+    x = np.geomspace(flops.min() / 1.5, flops.max() * 3, 60)
+    y, (low, high) = law(x), law.band(x)
+    if key == "core_metric":
+        y, low, high = 1 - y, 1 - high, 1 - low
+    axes.set_xscale("log")
+    axes.plot(x, y, color=SERIES[0], linewidth=1.7)
+    margin = 0.5 * (max(values) - min(values)) or 0.1
+    top, bottom = max(values) + margin, min(values) - margin
+    if np.isfinite(low).all():
+        axes.fill_between(x, low.clip(bottom, top), high.clip(bottom, top), color=SERIES[0], alpha=0.15, linewidth=0)
+    axes.plot(flops, values, "o", color=SERIES[0], markersize=5)
+    for row, value in zip(rows, values, strict=True):
+        axes.annotate(
+            f"d{row['depth']}", (row["flops"], value), (5, 5), textcoords="offset points", color=INK, fontsize=9
+        )
+    axes.set_ylim(bottom, top)
+    style(axes, "training FLOPs; band: 95 % interval of the law")
+    return svg(figure, f"{key} against FLOPs")
+
+
+# Scaling laws
+
+
+def scaling_laws(rows: list[dict], about: dict, folder: str) -> Findings:
+    found = Findings("Scaling laws")
+    for row in rows:  # what was asked for; whole steps give a little more or less
+        row["budget"] = _budget(row["flops"], about["budgets"])
+    fitted = {name: iso_flop(rows, name) for name in COUNTED}
+    lawful = {name: fit for name, fit in fitted.items() if fit.size}
+    for name, fit in fitted.items():
+        found.sentences += [f"N = {name}: {sentence}" for sentence in _sentences(fit)]
+    cleanest = cleanest_count(lawful)
+    if cleanest:
+        widths = ", ".join(f"{name} {fit.size.exponent.width:.3g}" for name, fit in lawful.items())
+        found.sentences.append(
+            f"the cleanest law is of N = {cleanest}: the interval of its exponent is the narrowest ({widths})"
+        )
+    elif not lawful:
+        found.sentences.append("no law: that takes two budgets with a minimum inside their sizes")
+    else:
+        found.sentences.append("which count gives the cleanest law can't be told: no interval has an end")
+    for name, fit in fitted.items():
+        found.figures.append((f"Loss at equal FLOPs, N = {name}", _iso_figure(rows, name, fit)))
+    name = cleanest or next(iter(lawful), None)
+    if name:
+        for key, label in (("size", "optimal N"), ("tokens", "optimal D, tokens"), ("ratio", "optimal D / N")):
+            found.figures.append((f"{label}, N = {name}", _optimum_figure(lawful[name], key, label)))
+    return found
+
+
+def _budget(flops: float, budgets: list[float]) -> float:
+    return min(budgets, key=lambda budget: abs(math.log(budget / flops)))
+
+
+def iso_flop(rows: list[dict], counted: str) -> fits.IsoFlop:
+    return fits.isoflop(
+        [row["budget"] for row in rows],
+        [size(row, counted) for row in rows],
+        [row["tokens_trained"] for row in rows],
+        [row["val_bpb"] for row in rows],
+    )
+
+
+def size(row: dict, counted: str) -> float:
+    return sum(row[key] for key in COUNTED[counted])
+
+
+def cleanest_count(lawful: dict[str, fits.IsoFlop]) -> str | None:
+    """The way to count parameters whose law of N against FLOPs has the narrowest interval of its exponent."""
+    known = {name: fit for name, fit in lawful.items() if math.isfinite(fit.size.exponent.width)}
+    return min(known, key=lambda name: known[name].size.exponent.width) if known else None
+
+
+def _sentences(fit: fits.IsoFlop) -> list[str]:
+    lines = []
+    for best in fit.optima:
+        if best.note:
+            lines.append(f"the budget of {best.flops:.3g} FLOPs is not used, {best.note}")
+            continue
+        lines.append(
+            f"at {best.flops:.3g} FLOPs the optimum is N {best.size}, D {best.tokens}, D/N {best.ratio}, "
+            f"val_bpb {best.loss:.4f}"
+        )
+        if not all(best.fitted):
+            left_out = best.fitted.count(False)
+            lines[-1] += f"; {left_out} points are more than a factor {fits.FIT_RANGE} off and left out (hollow)"
+    if fit.size:
+        lines.append(
+            f"optimal N = {_law(fit.size, 'FLOPs')}, D = {_law(fit.tokens, 'FLOPs')}, D/N = {_law(fit.ratio, 'FLOPs')}"
+        )
+    return lines
+
+
+def _iso_figure(rows: list[dict], counted: str, fit: fits.IsoFlop) -> Markup:
+    """A parabola a budget: filled points were fitted, hollow ones lie outside; a cross marks an optimum."""
+    figure, axes = empty_figure(5.6, 3.8)
+    axes.set_xscale("log")
+    for i, best in enumerate(fit.optima):
+        color = SERIES[i % len(SERIES)]
+        points = sorted((size(row, counted), row["val_bpb"]) for row in rows if row["budget"] == best.flops)
+        for inside in (True, False):
+            chosen = [p for p, fitted in zip(points, best.fitted, strict=True) if fitted == inside]
+            if chosen:
+                axes.plot(*zip(*chosen, strict=True), "o", color=color, markersize=5, mfc=color if inside else "none")
+        inner = [p[0] for p, fitted in zip(points, best.fitted, strict=True) if fitted]
+        if best.curve:
+            x = np.geomspace(min(inner), max(inner), 60)
+            axes.plot(x, np.polyval(best.curve, np.log(x)), color=color, linewidth=1.5)
+        if not best.note:
+            axes.plot([best.size.value], [best.loss], "x", color=color, markersize=9, markeredgewidth=2)
+        text = f"{best.flops:.3g}" + (" (not used)" if best.note else "")
+        axes.annotate(text, points[-1], (6, 0), textcoords="offset points", color=color, fontsize=9)
+    axes.margins(x=0.18)
+    style(axes, "parameters N, by FLOPs; filled: fitted, cross: optimum")
+    return svg(figure, f"iso-FLOP curves, {counted}")
+
+
+def _optimum_figure(fit: fits.IsoFlop, key: str, label: str) -> Markup:
+    figure, axes = empty_figure(4.2, 2.9, left=0.17)
+    law, used = getattr(fit, key), [best for best in fit.optima if not best.note]
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    flops = np.array([best.flops for best in used])
+    inside, beyond = np.geomspace(flops.min(), flops.max(), 30), np.geomspace(flops.max(), flops.max() * 10, 30)
+    axes.plot(inside, law(inside), color=SERIES[0], linewidth=1.7)
+    axes.plot(beyond, law(beyond), color=SERIES[0], linewidth=1.7, linestyle=(0, (4, 2)))
+    x = np.concatenate([inside, beyond])
+    low, high = law.band(x)
+    if np.isfinite(low).all():
+        axes.fill_between(x, low, high, color=SERIES[0], alpha=0.15, linewidth=0)
+    axes.plot(flops, [getattr(best, key).value for best in used], "o", color=SERIES[0], markersize=5)
+    for best in used:
+        value = getattr(best, key)
+        if math.isfinite(value.high):
+            axes.plot([best.flops] * 2, [value.low, value.high], color=SERIES[0], linewidth=1.2)
+    style(axes, "training FLOPs; dashed: beyond the budgets")
+    return svg(figure, f"{label} against FLOPs")
+
+
+# Comparisons and searches
+
+
+def compare(rows: list[dict], about: dict, folder: str) -> Findings:
+    found = Findings(f"{about['candidate']} against {about['baseline']}", paired.verdicts(rows))
+    finished = [row for row in rows if row["side"] in ("baseline", "candidate")]
+    figure, axes = empty_figure(5.6, 3.6)
+    for i, side in enumerate(("baseline", "candidate")):
+        points = [(row["depth"] + (i - 0.5) * 0.12, row["val_bpb"]) for row in finished if row["side"] == side]
+        if points:
+            axes.plot(*zip(*points, strict=True), "o", color=SERIES[i], markersize=5, alpha=0.8)
+    style(axes, "depth")
+    axes.set_xticks(sorted({row["depth"] for row in finished}))
+    found.figures.append(
+        ("Bits per byte of every seed: the baseline left, the candidate right", svg(figure, "bpb by side"))
+    )
+    return found
+
+
+def tune_lr(rows: list[dict], about: dict, folder: str) -> Findings:
+    found = Findings("Search of learning rates", list(about.get("findings", [])))
+    figure, axes = empty_figure(5.6, 3.6)
+    axes.set_xscale("log")
+    searched = [row for row in rows if row["depth"] == about["depth"]]
+    axes.plot(
+        [row["matrix_lr"] for row in searched], [row["val_bpb"] for row in searched], "o", color=SERIES[0], markersize=5
+    )
+    style(axes, "matrix_lr")
+    found.figures.append(
+        ("Bits per byte against the base rate of the matrices, finished trials", svg(figure, "bpb by rate"))
+    )
+    return found
+
+
+KINDS = {"miniseries": miniseries, "scaling_laws": scaling_laws, "compare": compare, "tune_lr": tune_lr}

@@ -1,0 +1,56 @@
+"""Does it hold at every depth? One training run a depth, a table of results, and the laws that they follow.
+
+    python -m experiments.miniseries --preset cpu --depths 1 2 3 4
+    ray job submit --working-dir . -- python -m experiments.miniseries --depths 12 14 16 18 20 22 24 26
+
+The runs share one tokenizer and one set of rows. As many train at once as the cluster has room for. The same command
+goes on after a stop: finished depths are not trained again, the others go on from their newest checkpoints.
+"""
+
+from dataclasses import asdict, dataclass, replace
+
+import tyro
+
+from experiments import sweep
+from experiments.report import conclude
+from nanochat_ray import storage
+from nanochat_ray.cli import one_line_errors, start_ray
+
+
+@dataclass
+class MiniseriesOptions(sweep.SweepOptions):
+    depths: list[int] | None = None
+    """The default is 1 to 4 in the cpu preset, and 12 to 26 by twos in the gpu preset."""
+
+
+def run(options: MiniseriesOptions) -> str:
+    """Train the series; returns the uri of the report. Raises what run_trials raises."""
+    preset = sweep.preset_of(options)
+    depths = options.depths or (list(range(12, 27, 2)) if preset.core else [1, 2, 3, 4])
+    if len(set(depths)) < len(depths):
+        raise ValueError(f"depths {depths}: each once")
+    rows = sweep.shared_rows(options, preset, preset.ratio * sweep.scaling_params(preset, max(depths)))
+    name = options.name or f"miniseries-{storage.fingerprint(rows, asdict(preset), options.seed)[:6]}"
+    folder = storage.join(storage.home(), "runs", name)
+    runs = [sweep.spaced(sweep.pretrain_options(options, preset, rows, depth)) for depth in depths]
+    plans = [sweep.plan_of(run) for run in runs]
+    workers = sweep.share_workers(options, plans)
+    trials = [
+        sweep.trial(f"d{run.depth}", replace(run, run=f"{name}/d{run.depth}"), n, options)
+        for run, n in zip(runs, workers, strict=True)
+    ]
+    print(f"miniseries: {', '.join(t['name'] for t in trials)}, in {folder}", flush=True)
+    storage.write_json(storage.join(folder, "sweep.json"), {"kind": "miniseries", "options": asdict(options)})
+    sweep.run_trials(folder, trials)
+    return conclude(folder, "Miniseries")
+
+
+@one_line_errors
+def main() -> None:
+    options = tyro.cli(MiniseriesOptions, prog="python -m experiments.miniseries", description=__doc__)
+    start_ray()
+    run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""How large a model for how much compute? A grid of depths at equal FLOPs, and the laws that its optima follow.
+
+    python -m experiments.scaling_laws --preset cpu --flops 1e12 3e12 --depths 1 2 3 4
+    ray job submit --working-dir . -- python -m experiments.scaling_laws --flops 1e18 2.15e18 4.64e18 1e19
+
+Each budget's runs differ in depth alone, and in how many tokens the budget buys for it. The same command goes on after
+a stop.
+"""
+
+from dataclasses import asdict, dataclass, replace
+
+import tyro
+
+from experiments import sweep
+from experiments.report import conclude
+from nanochat_ray import storage
+from nanochat_ray.cli import one_line_errors, start_ray
+
+FLOPS_PER_TOKEN_AND_PARAMETER = 6  # at least
+
+
+@dataclass
+class ScalingLawsOptions(sweep.SweepOptions):
+    flops: list[float] | None = None
+    """Training FLOPs of each budget; the default is 1e12 and 3e12 in the cpu preset, 1e18 to 1e19 in the gpu preset."""
+    depths: list[int] | None = None
+    """The default is 1 to 4 in the cpu preset, and 10 to 20 by twos in the gpu preset."""
+
+
+def run(options: ScalingLawsOptions) -> str:
+    """Train the grid; returns the uri of the report. Raises what run_trials raises, and ValueError for a budget of less
+    than one step."""
+    preset = sweep.preset_of(options)
+    budgets = sorted(options.flops or ([1e18, 2.15e18, 4.64e18, 1e19] if preset.core else [1e12, 3e12]))
+    depths = sorted(options.depths or (range(10, 21, 2) if preset.core else [1, 2, 3, 4]))
+    smallest = sweep.scaling_params(preset, min(depths))
+    rows = sweep.shared_rows(options, preset, max(budgets) / (FLOPS_PER_TOKEN_AND_PARAMETER * smallest))
+    name = options.name or f"scaling-{storage.fingerprint(rows, asdict(preset), options.seed)[:6]}"
+    folder = storage.join(storage.home(), "runs", name)
+    runs = {
+        f"{budget:.3g}-d{depth}": sweep.spaced(
+            sweep.pretrain_options(options, preset, rows, depth, target_flops=budget), parts=2
+        )
+        for budget in budgets
+        for depth in depths
+    }
+    workers = sweep.share_workers(options, [sweep.plan_of(run) for run in runs.values()])
+    trials = [
+        sweep.trial(label, replace(run, run=f"{name}/{label}"), n, options)
+        for (label, run), n in zip(runs.items(), workers, strict=True)
+    ]
+    print(f"scaling_laws: {len(budgets)} budgets × {len(depths)} depths, in {folder}", flush=True)
+    about = {"kind": "scaling_laws", "budgets": budgets, "options": asdict(options)}
+    storage.write_json(storage.join(folder, "sweep.json"), about)
+    sweep.run_trials(folder, trials)
+    return conclude(folder, "Scaling laws")
+
+
+@one_line_errors
+def main() -> None:
+    options = tyro.cli(ScalingLawsOptions, prog="python -m experiments.scaling_laws", description=__doc__)
+    start_ray()
+    run(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,6 +25,11 @@ COUNTED = {
 }
 
 
+# Of results.csv, what comes first on a page and what is left out, being on the pages of the runs.
+FIRST = ("side", "depth", "flops", "val_bpb", "core_metric", "train_time_sec", "tok_per_sec", "mfu", "peak_memory_mb")
+LEFT_OUT = ("model_dim", "params_wte", "params_value_embeds", "params_scalars", "params_lm_head", "seed", "commit")
+
+
 @dataclass
 class Findings:
     title: str
@@ -45,7 +50,8 @@ def read(folder: str) -> Findings | None:
     if not rows:
         return Findings(about["kind"], ["No run is finished yet."])
     found = KINDS[about["kind"]](rows, about, folder)
-    found.columns = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    shown = [key for key in rows[0] if key not in LEFT_OUT and any(row[key] is not None for row in rows)]
+    found.columns = ["run", *sorted(shown[1:], key=lambda key: key not in FIRST)]
     found.table = [[row[key] for key in found.columns] for row in rows]
     return found
 

@@ -112,15 +112,17 @@ def power_law(x, y, with_floor: bool = False, seed: int = 0) -> PowerLaw:
         samples[:, 0] -= samples[:, 1] * center
     log_a = best[0] - best[1] * center
     return PowerLaw(
-        coefficient=Estimate(
-            math.exp(log_a), math.exp(max(log_a - errors[0], -700)), math.exp(min(log_a + errors[0], 700))
-        ),
+        coefficient=Estimate(math.exp(log_a), _exp(log_a - errors[0]), _exp(log_a + errors[0])),
         exponent=Estimate(best[1], best[1] - errors[1], best[1] + errors[1]),
         floor=Estimate(best[2], best[2] - errors[2], best[2] + errors[2]) if with_floor else None,
         relative_error=sigma if freedom else math.nan,
         x_range=(x.min(), x.max()),
         _samples=samples,
     )
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
 
 
 def _fit_with_floor(u: np.ndarray, y: np.ndarray, start: np.ndarray) -> np.ndarray:
@@ -287,9 +289,9 @@ def _law(log_x: np.ndarray, log_y: np.ndarray, drawn: np.ndarray | None) -> Powe
         samples = np.stack([heights, slopes, np.zeros_like(slopes)], axis=1)
         low, high = np.quantile(slopes, _tails())
         exponent = Estimate(slope, min(low, slope), max(high, slope))
-        log_a = np.exp(np.quantile(heights, _tails()).clip(-700, 700))
+        log_a = [_exp(height) for height in np.quantile(heights, _tails())]
     return PowerLaw(
-        coefficient=Estimate(math.exp(height), *map(float, log_a)),
+        coefficient=Estimate(_exp(height), *log_a),
         exponent=exponent,
         floor=None,
         relative_error=math.sqrt((residuals**2).sum() / freedom) if freedom else math.nan,

@@ -51,3 +51,21 @@ def ray_session():
         ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory, golden, ray_session):
+    """Rows of 65 tokens from the standard library's help texts, with nanochat's reference tokenizer."""
+    import pydoc_data.topics
+
+    from nanochat_ray.data import prepare
+
+    folder = tmp_path_factory.mktemp("text")
+    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    texts = [paragraph for text in topics for paragraph in text.split("\n\n") if len(paragraph) > 80]
+    for i, part in enumerate((texts[::3], texts[1::3], texts[2::9])):
+        (folder / f"part_{i}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NANOCHAT_RAY_HOME", str(tmp_path_factory.mktemp("home")))
+        options = prepare.PrepareOptions(str(folder), sequence_len=64, tokenizer=str(golden / "nanochat_d2"))
+        return prepare.run(options).rows

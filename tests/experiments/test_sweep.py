@@ -1,0 +1,184 @@
+"""Sweeps: what is finished stays so, what was killed goes on to the same end, and the cluster is used as it can be."""
+
+import csv
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from experiments import miniseries, sweep
+from nanochat_ray.model.scaling import BASE_LRS, plan_run
+from nanochat_ray.train import launch, pretrain
+from nanochat_ray.train.metrics import read_metrics
+
+OPTIONS = {"preset": "cpu", "ratio": 0.1, "depths": [1, 2], "name": "series"}
+
+
+def last_step(run_dir: Path) -> int:
+    return max((line["step"] for line in read_metrics(str(run_dir)) if "train/loss" in line), default=0)
+
+
+def wait_until(condition, process=None) -> None:
+    while not condition() and (process is None or process.poll() is None):
+        time.sleep(0.05)
+
+
+def train_workers() -> list[psutil.Process]:
+    """Of this process's Ray."""
+    children = psutil.Process().children(recursive=True)
+    return [p for p in children if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+@pytest.mark.slow
+def test_a_series_killed_and_started_again_ends_as_one_that_was_not(rows, ray_session, nanochat_ray_home, tmp_path):
+    """First its driver is killed, then a worker of the second start."""
+    series = nanochat_ray_home / "runs" / "series"
+    flags = [str(part) for key, value in OPTIONS.items() if key != "depths" for part in (f"--{key}", value)]
+    command = [sys.executable, "-m", "experiments.miniseries", *flags, "--rows", rows, "--depths", "1", "2"]
+    environment = os.environ | {"WANDB_MODE": "disabled", "RAY_ADDRESS": "local"}
+    with open(tmp_path / "first", "w") as out:
+        first = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+    wait_until(lambda: last_step(series / "d2") >= 13, first)
+    first.kill()
+    first.wait()
+    assert "d1 finished" in (tmp_path / "first").read_text()
+    of_d1 = (series / "d1" / "result.json").stat().st_mtime_ns
+    assert not (series / "d2" / "result.json").exists()
+
+    reached = []
+
+    def kill_worker():
+        wait_until(lambda: last_step(series / "d2") >= 25)
+        reached.extend(p.pid for p in train_workers())
+        for process in train_workers():
+            process.kill()
+
+    thread = threading.Thread(target=kill_worker)
+    thread.start()
+    report = miniseries.run(miniseries.MiniseriesOptions(**OPTIONS, rows=rows))
+    thread.join()
+    assert reached
+    assert (series / "d1" / "result.json").stat().st_mtime_ns == of_d1
+
+    with open(series / "results.csv") as f:
+        lines = list(csv.DictReader(f))
+    assert list(lines[0]) == sweep.COLUMNS
+    d1, d2 = lines
+    assert [line["depth"] for line in lines] == ["1", "2"]
+    assert float(d2["val_bpb"]) < float(d1["val_bpb"])
+    plan = plan_run(2, target_param_data_ratio=0.1, sequence_len=64, vocab_size=4096, head_dim=64, window_pattern="L",
+                    total_batch_size=2048)  # fmt: skip
+    assert int(d2["num_iterations"]) == plan.num_iterations == last_step(series / "d2")
+    assert float(d2["flops"]) == plan.total_flops
+    assert int(d2["params_total"]) == plan.param_counts["total"]
+    page = Path(report).read_text()
+    assert "can&#39;t be predicted" in page and "<figure>" in page
+
+    config = json.loads((series / "d2" / "config.json").read_text())
+    fields = {key: config[key] for key in pretrain.PretrainOptions.__dataclass_fields__}
+    alone = pretrain.run(pretrain.PretrainOptions(**fields | {"run": "alone"}))
+    assert abs(alone.val_bpb - float(d2["val_bpb"])) < 1e-6
+
+
+@pytest.mark.slow
+def test_runs_of_1_2_and_4_gpus_share_two_nodes_of_4(tmp_path):
+    """They run at once; one that finds no room waits, and no longer than until there is."""
+    runs = [["one", 1, 8], ["two", 2, 8], ["four", 4, 8], ["big", 4, 1]]
+    script = str(Path(__file__).with_name("pack.py"))
+    done = subprocess.run(
+        [sys.executable, script, str(tmp_path), json.dumps(runs)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name, *_ in runs}
+    first = [results[name] for name in ("one", "two", "four")]
+    assert max(r["started"] for r in first) < min(r["ended"] for r in first)
+    assert results["big"]["started"] > min(r["ended"] for r in first)
+
+
+def limited_to(megabytes: int):
+    """The training loop, in a process that may take so much more memory than it has."""
+
+    def train_loop(config: dict) -> None:
+        status = Path("/proc/self/status").read_text()
+        now = int(re.search(r"VmData:\s+(\d+)", status)[1]) * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (now + megabytes * 2**20,) * 2)
+        launch_loop(config)
+
+    launch_loop = launch.train_loop_per_worker
+    return train_loop
+
+
+@pytest.mark.slow
+def test_out_of_memory_the_device_batch_is_halved(rows, ray_session, nanochat_ray_home, monkeypatch):
+    monkeypatch.setattr(launch, "train_loop_per_worker", limited_to(1500))
+    monkeypatch.setattr(sweep, "report_to_tune", lambda options: lambda metrics: None)  # no trial around it
+    options = pretrain.PretrainOptions(
+        depth=2, rows=rows, run="wide", head_dim=32, total_batch_size=1024 * 64, num_iterations=1, eval_tokens=1024,
+        eval_every=0, sample_every=0, save_every=0, dtype="float32", compile=False, device_batch_size=1024, workers=1,
+    )  # fmt: skip
+    result, used, notes = sweep.train_within_memory(options, BASE_LRS)
+    assert result.step == 1
+    assert used == replace(options, device_batch_size=512)
+    assert notes == ["out of memory with 1024 rows a forward pass, went on with 512"]
+
+
+def test_workers_by_depth(monkeypatch):
+    """On 8 GPUs, as many as let each depth be done no later than the largest."""
+    monkeypatch.setattr(sweep.ray, "cluster_resources", lambda: {"GPU": 8.0})
+    plans = [plan_run(depth) for depth in (12, 16, 20, 24)]
+    shared = sweep.share_workers(sweep.SweepOptions(), plans)
+    assert shared == [1, 1, 4, 8]
+    seconds = [plan.total_flops / workers for plan, workers in zip(plans, shared, strict=True)]
+    assert max(seconds) == seconds[-1]
+    assert sweep.share_workers(sweep.SweepOptions(workers=[2]), plans) == [2] * 4
+    with pytest.raises(ValueError, match="2 numbers for 4 runs"):
+        sweep.share_workers(sweep.SweepOptions(workers=[1, 2]), plans)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "wanted"),
+    [([4, 4], [1, 2, 4], 3), ([4, 4], [8, 8, 8], 1), ([8], [5, 5, 1, 1, 1], 4), ([2], [4], 1)],
+)
+def test_as_many_runs_at_once_as_have_room(gpus, workers, wanted, monkeypatch):
+    nodes = [{"Alive": True, "Resources": {"GPU": n, "CPU": 8}} for n in gpus]
+    monkeypatch.setattr(sweep.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(launch.ray, "cluster_resources", lambda: {"GPU": sum(gpus)})
+    assert sweep.concurrent(workers) == wanted
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB.",
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried",
+        "The actor died because its node was running low on memory",
+        "MemoryError",
+    ],
+)
+def test_what_running_out_of_memory_looks_like(message):
+    assert sweep.OUT_OF_MEMORY.search(f"Training failed due to worker errors:\n[Rank 0]\n{message}\n")
+    assert not sweep.OUT_OF_MEMORY.search("ActorDiedError: The actor died unexpectedly before finishing this task.")
+
+
+def test_results_are_read_as_they_were_written(tmp_path):
+    rows = [{"run": f"d{d}", "depth": d, "val_bpb": 1 / 3 + d, "core_metric": None, "notes": ""} for d in (2, 10)]
+    for row in rows:
+        (tmp_path / row["run"]).mkdir()
+        (tmp_path / row["run"] / "result.json").write_text(json.dumps(row))
+    trials = [{"name": name} for name in ("d2", "d10", "d12")]
+    assert sweep.write_results(str(tmp_path), trials) == rows
+    for row, read in zip(rows, sweep.read_results(str(tmp_path)), strict=True):
+        assert {key: read[key] for key in row} == row | {"notes": None}

@@ -358,9 +358,9 @@ def write_results(folder: str, trials: list[dict]) -> list[dict]:
     return rows
 
 
-def read_results(folder: str) -> list[dict]:
+def read_results(folder: str, name: str = "results.csv") -> list[dict]:
     """The lines of results.csv, numbers as numbers and None for what is missing."""
-    lines = csv.DictReader(io.StringIO(storage.read_text(storage.join(folder, "results.csv"))))
+    lines = csv.DictReader(io.StringIO(storage.read_text(storage.join(folder, name))))
     return [{key: _value(text) for key, text in line.items()} for line in lines]
 
 

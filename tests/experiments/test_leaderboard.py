@@ -1,0 +1,51 @@
+"""Who reached a target first, in runs of their own and in those of sweeps."""
+
+import json
+
+import pytest
+
+from experiments.leaderboard import LeaderboardOptions, run
+
+PLAN = {"depth": 4, "num_iterations": 4, "total_batch_size": 1000, "scaling_params": 400}
+
+
+def write_run(folder, seconds_per_step: float, bpbs: list[float], core: float | None = None, **config) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"plan": PLAN, "commit": "abc123", **config}))
+    lines = [
+        {"step": i, "total_training_time": i * seconds_per_step, "total_training_flops": 1e12 * i, "val/bpb": bpb,
+         "train/world_size": 8}
+        for i, bpb in enumerate(bpbs, 1)
+    ]  # fmt: skip
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if core is not None:
+        (folder / "result.json").write_text(json.dumps({"core_metric": core}))
+
+
+@pytest.fixture
+def runs(nanochat_ray_home):
+    folder = nanochat_ray_home / "runs"
+    write_run(folder / "slow", 900, [3, 2, 1.5, 1.4], cluster="8 × H100")
+    write_run(folder / "never", 1, [3, 2.9, 2.8, 2.7], cluster="2 CPUs")
+    write_run(folder / "series" / "d4", 90, [3, 1.9, 1.8, 1.7], core=0.3, cluster="2 CPUs")
+    (folder / "series" / "sweep.json").write_text("{}")
+    (folder / "sft").mkdir()
+    (folder / "sft" / "config.json").write_text("{}")
+
+
+def test_by_bpb_the_moment_counts_at_which_it_was_reached(runs, capsys):
+    lines = run(LeaderboardOptions(bpb=2.0))
+    assert [(line["run"], line["step"], line["seconds"]) for line in lines] == [
+        ("series/d4", "2", 180),
+        ("slow", "2", 1800),
+    ]
+    assert (lines[0]["cost"], lines[1]["cost"]) == ("–", "$12.00")
+    assert (lines[1]["cluster"], lines[1]["commit"], lines[1]["ratio"]) == ("8 × H100", "abc123", "10")
+    assert "2 runs with val/bpb ≤ 2" in capsys.readouterr().out
+
+
+def test_by_core_the_end_counts(runs):
+    (line,) = run(LeaderboardOptions())
+    assert (line["run"], line["value"], line["seconds"]) == ("series/d4", "0.3000", 360)
+    with pytest.raises(ValueError, match="one target"):
+        run(LeaderboardOptions(core=0.2, bpb=1))

@@ -28,6 +28,7 @@ from nanochat_ray.evals import core
 from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.pretrain import PretrainOptions
 
+DEPTHS = {"cpu": [1, 2], "gpu": [12, 16]}
 CODE = ("nanochat_ray", "pyproject.toml")  # what a run needs of a version
 POLL_SECONDS = 2.0
 
@@ -48,7 +49,7 @@ def run(options: CompareOptions) -> str:
     """Train both sides; returns the uri of compare.md. Raises ValueError for a version that isn't there, and what
     run_trials raises."""
     preset = sweep.preset_of(options)
-    depths = sorted(options.depths or ([12, 16] if preset.core else [1, 2]))
+    depths = sorted(options.depths or DEPTHS[preset.name])
     seeds = options.seeds or [1, 2, 3]
     sides = {"baseline": archive(options.baseline), "candidate": archive(options.candidate)}
     rows = sweep.shared_rows(options, preset, preset.ratio * sweep.scaling_params(preset, max(depths)))

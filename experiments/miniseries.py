@@ -17,6 +17,9 @@ from nanochat_ray import storage
 from nanochat_ray.cli import one_line_errors, start_ray
 
 
+DEPTHS = {"cpu": [1, 2, 3, 4], "gpu": list(range(12, 27, 2))}
+
+
 @dataclass
 class MiniseriesOptions(sweep.SweepOptions):
     depths: list[int] | None = None
@@ -26,7 +29,7 @@ class MiniseriesOptions(sweep.SweepOptions):
 def run(options: MiniseriesOptions) -> str:
     """Train the series; returns the uri of the report. Raises what run_trials raises."""
     preset = sweep.preset_of(options)
-    depths = options.depths or (list(range(12, 27, 2)) if preset.core else [1, 2, 3, 4])
+    depths = options.depths or DEPTHS[preset.name]
     if len(set(depths)) < len(depths):
         raise ValueError(f"depths {depths}: each once")
     rows = sweep.shared_rows(options, preset, preset.ratio * sweep.scaling_params(preset, max(depths)))

@@ -16,6 +16,8 @@ from experiments.report import conclude
 from nanochat_ray import storage
 from nanochat_ray.cli import one_line_errors, start_ray
 
+FLOPS = {"cpu": [1e12, 3e12], "gpu": [1e18, 2.15e18, 4.64e18, 1e19]}
+DEPTHS = {"cpu": [1, 2, 3, 4], "gpu": [10, 12, 14, 16, 18, 20]}
 FLOPS_PER_TOKEN_AND_PARAMETER = 6  # at least
 
 
@@ -31,8 +33,7 @@ def run(options: ScalingLawsOptions) -> str:
     """Train the grid; returns the uri of the report. Raises what run_trials raises, and ValueError for a budget of less
     than one step."""
     preset = sweep.preset_of(options)
-    budgets = sorted(options.flops or ([1e18, 2.15e18, 4.64e18, 1e19] if preset.core else [1e12, 3e12]))
-    depths = sorted(options.depths or (range(10, 21, 2) if preset.core else [1, 2, 3, 4]))
+    budgets, depths = sorted(options.flops or FLOPS[preset.name]), sorted(options.depths or DEPTHS[preset.name])
     smallest = sweep.scaling_params(preset, min(depths))
     rows = sweep.shared_rows(options, preset, max(budgets) / (FLOPS_PER_TOKEN_AND_PARAMETER * smallest))
     name = options.name or f"scaling-{storage.fingerprint(rows, asdict(preset), options.seed)[:6]}"

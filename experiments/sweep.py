@@ -56,6 +56,7 @@ COLUMNS = [
 class Preset:
     """What a machine can do in one go; the depths decide the rest."""
 
+    name: str
     source: str
     vocab_size: int
     sequence_len: int
@@ -71,8 +72,8 @@ class Preset:
 PRESETS = {
     # A third of a token per parameter: what two cores do for depths 1 to 4 in minutes. A small vocabulary, so that the
     # blocks rather than the tables are most of a small model.
-    "cpu": Preset("pydocs", 4096, 256, 64, "L", 0.3, 2048, 65_536, False, False),
-    "gpu": Preset("climbmix", 32768, 2048, 128, "SSSL", 12, None, 10_485_760, None, True),
+    "cpu": Preset("cpu", "pydocs", 4096, 256, 64, "L", 0.3, 2048, 65_536, False, False),
+    "gpu": Preset("gpu", "climbmix", 32768, 2048, 128, "SSSL", 12, None, 10_485_760, None, True),
 }
 
 
@@ -313,6 +314,7 @@ def run_trials(folder: str, trials: list[dict], trainable: Callable = train_tria
     if unfinished:
         # Runs have logs and a table of their own; Tune has no other way to be told.
         os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+        os.environ |= {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}  # a run that failed has no loss to report
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         tune.Tuner(
             tune.with_resources(trainable, tune.PlacementGroupFactory([HEAD])),

@@ -20,6 +20,7 @@ from nanochat_ray import storage
 from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.model.scaling import BASE_LRS
 
+DEPTHS = {"cpu": (1, 2), "gpu": (12, 20)}  # of the search and of the check
 MEASUREMENTS = 9  # of val/bpb in a run, besides the one before its first step
 RUNGS_AT = 3  # measurements after which a trial may be stopped first, and by what factor the next rung is later
 
@@ -41,7 +42,8 @@ class TuneLrOptions(sweep.SweepOptions):
 def run(options: TuneLrOptions) -> str:
     """Search, check, and return the uri of the report. Raises what run_trials raises."""
     preset = sweep.preset_of(options)
-    depth, larger = options.depth or (12 if preset.core else 1), options.transfer_depth or (20 if preset.core else 2)
+    depth, larger = DEPTHS[preset.name]
+    depth, larger = options.depth or depth, options.transfer_depth or larger
     ratios = options.ratios or [preset.ratio]
     rows = sweep.shared_rows(options, preset, max(ratios) * sweep.scaling_params(preset, max(depth, larger)))
     search = asdict(preset), depth, options.factor, options.seed

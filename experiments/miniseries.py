@@ -16,7 +16,6 @@ from experiments.report import conclude
 from nanochat_ray import storage
 from nanochat_ray.cli import one_line_errors, start_ray
 
-
 DEPTHS = {"cpu": [1, 2, 3, 4], "gpu": list(range(12, 27, 2))}
 
 

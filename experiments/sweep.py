@@ -177,12 +177,13 @@ def share_workers(options: SweepOptions, plans: Sequence[RunPlan]) -> list[int]:
 
 def trial(name: str, run: PretrainOptions, workers: int, options: SweepOptions, **more) -> dict:
     """What the trial of a run is given. `name` is that of the run folder in the sweep's."""
-    rows = run.device_batch_size or device_batch_size(run, workers)
-    preset = preset_of(options)
+    plan, preset = plan_of(run), preset_of(options)
+    most = max(1, plan.total_batch_size // workers // plan.config.sequence_len)  # else halving would change nothing
+    rows = min(most, run.device_batch_size or device_batch_size(run, workers))
     return {
         "name": name,
         "options": asdict(replace(run, workers=workers, device_batch_size=rows)),
-        "num_iterations": plan_of(run).num_iterations,
+        "num_iterations": plan.num_iterations,
         "bundle": options.bundle or (bundle.fetch() if preset.core else None),
         "max_per_task": options.max_per_task,
         "base_lrs": BASE_LRS,

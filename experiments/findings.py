@@ -30,6 +30,9 @@ FIRST = ("side", "depth", "flops", "val_bpb", "core_metric", "train_time_sec", "
 LEFT_OUT = ("model_dim", "params_wte", "params_value_embeds", "params_scalars", "params_lm_head", "seed", "commit")
 
 
+FORMS = {"flops": "{:.3g}", "val_bpb": "{:.4f}", "core_metric": "{:.4f}", "mfu": "{:.1%}", "train_time_sec": "{:,.1f}"}
+
+
 @dataclass
 class Findings:
     title: str
@@ -52,8 +55,12 @@ def read(folder: str) -> Findings | None:
     found = KINDS[about["kind"]](rows, about, folder)
     shown = [key for key in rows[0] if key not in LEFT_OUT and any(row[key] is not None for row in rows)]
     found.columns = ["run", *sorted(shown[1:], key=lambda key: key not in FIRST)]
-    found.table = [[row[key] for key in found.columns] for row in rows]
+    found.table = [[_cell(key, row[key]) for key in found.columns] for row in rows]
     return found
+
+
+def _cell(key: str, value):
+    return value if value is None or key not in FORMS else FORMS[key].format(value)
 
 
 # Miniseries

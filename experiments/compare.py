@@ -8,6 +8,7 @@ environment; this process only tells it what to train. Baseline and candidate ta
 what else these do weighs on both. The verdict is printed, and written as compare.md for a pull request.
 """
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -170,6 +171,8 @@ def _pretrain_there(code: str):
     def pretrain_there(options: dict) -> str:
         from nanochat_ray.train import pretrain
 
+        if not os.path.samefile(os.path.dirname(pretrain.__file__), "nanochat_ray/train"):
+            raise ImportError(f"{pretrain.__file__} was imported and not {os.getcwd()}: see compare.main")
         return pretrain.run(pretrain.PretrainOptions(**options)).checkpoint
 
     return ray.remote(num_cpus=0, max_retries=0, runtime_env={"working_dir": code})(pretrain_there)
@@ -189,7 +192,10 @@ def watch(result: ray.ObjectRef, run_dir: str) -> str:
 @one_line_errors
 def main() -> None:
     options = tyro.cli(CompareOptions, prog="python -m experiments.compare", description=__doc__)
-    start_ray()
+    # Unless a job has a working directory, Ray puts the one that it is started from first on its workers' path: before
+    # the code of a version, too.
+    with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
+        start_ray()
     run(options)
 
 

@@ -194,9 +194,10 @@ def main() -> None:
     options = tyro.cli(CompareOptions, prog="python -m experiments.compare", description=__doc__)
     # Unless a job has a working directory, Ray puts the one that it is started from first on its workers' path: before
     # the code of a version, too.
-    with tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
-        start_ray()
-    run(options)
+    with tempfile.TemporaryDirectory() as empty:
+        with contextlib.chdir(empty):
+            start_ray()
+        run(options)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -172,7 +173,7 @@ def _pretrain_there(code: str):
         from nanochat_ray.train import pretrain
 
         if not os.path.samefile(os.path.dirname(pretrain.__file__), "nanochat_ray/train"):
-            raise ImportError(f"{pretrain.__file__} was imported and not {os.getcwd()}: see compare.main")
+            raise ImportError(f"{pretrain.__file__} was imported and not {os.getcwd()}: see ray_started_elsewhere")
         return pretrain.run(pretrain.PretrainOptions(**options)).checkpoint
 
     return ray.remote(num_cpus=0, max_retries=0, runtime_env={"working_dir": code})(pretrain_there)
@@ -189,14 +190,20 @@ def watch(result: ray.ObjectRef, run_dir: str) -> str:
     return ray.get(result)
 
 
-@one_line_errors
-def main() -> None:
-    options = tyro.cli(CompareOptions, prog="python -m experiments.compare", description=__doc__)
-    # Unless a job has a working directory, Ray puts the one that it is started from first on its workers' path: before
-    # the code of a version, too.
+@contextlib.contextmanager
+def ray_started_elsewhere() -> Iterator[None]:
+    """Unless a job has a working directory, Ray puts the one that it is started from first on its workers' path: before
+    the code of a version, too. So that is an empty one, which has to stay, as workers start in it."""
     with tempfile.TemporaryDirectory() as empty:
         with contextlib.chdir(empty):
             start_ray()
+        yield
+
+
+@one_line_errors
+def main() -> None:
+    options = tyro.cli(CompareOptions, prog="python -m experiments.compare", description=__doc__)
+    with ray_started_elsewhere():
         run(options)
 
 

@@ -56,8 +56,9 @@ def run(options: CompareOptions) -> str:
     sides = {"baseline": archive(options.baseline), "candidate": archive(options.candidate)}
     rows = sweep.shared_rows(options, preset, preset.ratio * sweep.scaling_params(preset, max(depths)))
     hashes = {side: storage.fingerprint(code.hex())[:8] for side, (code, _) in sides.items()}
-    name = options.name or f"compare-{storage.fingerprint(rows, asdict(preset), hashes)[:6]}"
-    folder = storage.join(storage.home(), "runs", name)
+    labels = {side: describe(getattr(options, side), sides[side][1]) for side in sides}
+    inputs = {"rows": rows, "preset": asdict(preset), "code": hashes}
+    name, folder = sweep.begin("compare", options, inputs, **labels)
     for side, (code, _) in sides.items():
         storage.write_bytes(storage.join(folder, "code", f"{side}-{hashes[side]}.zip"), code)
 
@@ -76,9 +77,7 @@ def run(options: CompareOptions) -> str:
         for run, n in zip(runs, workers, strict=True)
         for side in sides
     ]
-    labels = {side: describe(getattr(options, side), sides[side][1]) for side in sides}
     print(f"compare: {labels['candidate']} against {labels['baseline']}, {len(trials)} runs in {folder}", flush=True)
-    storage.write_json(storage.join(folder, "sweep.json"), {"kind": "compare", **labels, "options": asdict(options)})
     results = sweep.run_trials(folder, trials, train_version)
     markdown = paired.markdown(results, labels["baseline"], labels["candidate"])
     out = storage.join(folder, "compare.md")

@@ -13,7 +13,6 @@ import tyro
 
 from experiments import sweep
 from experiments.report import conclude
-from nanochat_ray import storage
 from nanochat_ray.cli import one_line_errors, start_ray
 
 DEPTHS = {"cpu": [1, 2, 3, 4], "gpu": list(range(12, 27, 2))}
@@ -32,8 +31,8 @@ def run(options: MiniseriesOptions) -> str:
     if len(set(depths)) < len(depths):
         raise ValueError(f"depths {depths}: each once")
     rows = sweep.shared_rows(options, preset, preset.ratio * sweep.scaling_params(preset, max(depths)))
-    name = options.name or f"miniseries-{storage.fingerprint(rows, asdict(preset), options.seed)[:6]}"
-    folder = storage.join(storage.home(), "runs", name)
+    inputs = {"rows": rows, "preset": asdict(preset), "seed": options.seed}
+    name, folder = sweep.begin("miniseries", options, inputs)
     runs = [sweep.spaced(sweep.pretrain_options(options, preset, rows, depth)) for depth in depths]
     plans = [sweep.plan_of(run) for run in runs]
     workers = sweep.share_workers(options, plans)
@@ -42,7 +41,6 @@ def run(options: MiniseriesOptions) -> str:
         for run, n in zip(runs, workers, strict=True)
     ]
     print(f"miniseries: {', '.join(t['name'] for t in trials)}, in {folder}", flush=True)
-    storage.write_json(storage.join(folder, "sweep.json"), {"kind": "miniseries", "options": asdict(options)})
     sweep.run_trials(folder, trials)
     return conclude(folder, "Miniseries")
 

@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from scipy import stats
 
 LEVEL = 0.05  # of a two-sided paired t-test
-MEASURES = {  # column: heading, text, whether less is better (None: told, not judged)
+MEASURES = {  # column: heading, text, whether less is better
     "val_bpb": ("val_bpb", "{:.4f}", True),
     "core_metric": ("CORE", "{:.4f}", False),
     "train_time_sec": ("time, s", "{:,.1f}", True),

@@ -13,7 +13,6 @@ import tyro
 
 from experiments import sweep
 from experiments.report import conclude
-from nanochat_ray import storage
 from nanochat_ray.cli import one_line_errors, start_ray
 
 FLOPS = {"cpu": [1e12, 3e12], "gpu": [1e18, 2.15e18, 4.64e18, 1e19]}
@@ -36,8 +35,8 @@ def run(options: ScalingLawsOptions) -> str:
     budgets, depths = sorted(options.flops or FLOPS[preset.name]), sorted(options.depths or DEPTHS[preset.name])
     smallest = sweep.scaling_params(preset, min(depths))
     rows = sweep.shared_rows(options, preset, max(budgets) / (FLOPS_PER_TOKEN_AND_PARAMETER * smallest))
-    name = options.name or f"scaling-{storage.fingerprint(rows, asdict(preset), options.seed)[:6]}"
-    folder = storage.join(storage.home(), "runs", name)
+    inputs = {"rows": rows, "preset": asdict(preset), "seed": options.seed}
+    name, folder = sweep.begin("scaling_laws", options, inputs, budgets=budgets)
     runs = {
         f"{budget:.3g}-d{depth}": sweep.spaced(
             sweep.pretrain_options(options, preset, rows, depth, target_flops=budget), parts=2
@@ -51,8 +50,6 @@ def run(options: ScalingLawsOptions) -> str:
         for (label, run), n in zip(runs.items(), workers, strict=True)
     ]
     print(f"scaling_laws: {len(budgets)} budgets × {len(depths)} depths, in {folder}", flush=True)
-    about = {"kind": "scaling_laws", "budgets": budgets, "options": asdict(options)}
-    storage.write_json(storage.join(folder, "sweep.json"), about)
     sweep.run_trials(folder, trials)
     return conclude(folder, "Scaling laws")
 

@@ -9,6 +9,7 @@ torn by a kill, and would not let depths be added to a sweep.
 
 import csv
 import io
+import json
 import logging
 import math
 import os
@@ -173,6 +174,24 @@ def share_workers(options: SweepOptions, plans: Sequence[RunPlan]) -> list[int]:
     return [
         max(1, min(gpus, n, p.total_batch_size // p.config.sequence_len)) for n, p in zip(wanted, plans, strict=True)
     ]
+
+
+def begin(kind: str, options: SweepOptions, inputs: dict, **about) -> tuple[str, str]:
+    """(name, folder) of a sweep. inputs: what all its runs share, so that a folder never mixes those of two sweeps.
+
+    Raises ValueError naming what differs in the folder of that name.
+    """
+    inputs = json.loads(json.dumps(inputs))
+    name = options.name or f"{kind.replace('_', '-')}-{storage.fingerprint(inputs)[:6]}"
+    folder = storage.join(storage.home(), "runs", name)
+    uri = storage.join(folder, "sweep.json")
+    if storage.exists(uri):
+        theirs = storage.read_json(uri)["inputs"]
+        if differing := [key for key in inputs if inputs[key] != theirs.get(key)]:
+            was, now = (", ".join(f"{key} {d.get(key)}" for key in differing) for d in (theirs, inputs))
+            raise ValueError(f"{folder} was begun with {was}, not {now}: take another --name or delete it")
+    storage.write_json(uri, {"kind": kind, "inputs": inputs, "options": asdict(options), **about})
+    return name, folder
 
 
 def trial(name: str, run: PretrainOptions, workers: int, options: SweepOptions, **more) -> dict:

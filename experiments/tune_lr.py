@@ -16,7 +16,6 @@ from ray.tune.schedulers import ASHAScheduler
 
 from experiments import sweep
 from experiments.report import conclude
-from nanochat_ray import storage
 from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.model.scaling import BASE_LRS
 
@@ -46,11 +45,9 @@ def run(options: TuneLrOptions) -> str:
     depth, larger = options.depth or depth, options.transfer_depth or larger
     ratios = options.ratios or [preset.ratio]
     rows = sweep.shared_rows(options, preset, max(ratios) * sweep.scaling_params(preset, max(depth, larger)))
-    search = asdict(preset), depth, options.factor, options.seed
-    name = options.name or f"tune-lr-{storage.fingerprint(rows, search)[:6]}"
-    folder = storage.join(storage.home(), "runs", name)
-    about = {"kind": "tune_lr", "depth": depth, "options": asdict(options), "findings": []}
-    storage.write_json(storage.join(folder, "sweep.json"), about)
+    inputs = {"rows": rows, "preset": asdict(preset), "depth": depth, "factor": options.factor, "seed": options.seed}
+    name, folder = sweep.begin("tune_lr", options, inputs, depth=depth, findings=[])
+    said = []
 
     def trial(label: str, depth: int, ratio: float, rates: dict[str, float]) -> dict:
         run = sweep.pretrain_options(options, replace(preset, ratio=ratio), rows, depth, run=f"{name}/{label}")
@@ -72,9 +69,9 @@ def run(options: TuneLrOptions) -> str:
         ]
         everything += check
         results = {row["run"]: row["val_bpb"] for row in sweep.run_trials(folder, check)}
-        about["findings"] += sentences(ratio, depth, larger, found, best, [results[t["name"]] for t in check])
+        said += sentences(ratio, depth, larger, found, best, [results[t["name"]] for t in check])
     sweep.write_results(folder, everything)
-    storage.write_json(storage.join(folder, "sweep.json"), about)
+    sweep.begin("tune_lr", options, inputs, depth=depth, findings=said)
     return conclude(folder, "Search of learning rates")
 
 

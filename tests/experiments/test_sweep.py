@@ -135,6 +135,17 @@ def test_out_of_memory_the_device_batch_is_halved(rows, ray_session, nanochat_ra
     assert notes == ["out of memory with 1024 rows a forward pass, went on with 512"]
 
 
+def test_a_folder_is_of_one_sweep(nanochat_ray_home):
+    options = sweep.SweepOptions(name="mine")
+    name, folder = sweep.begin("miniseries", options, {"rows": "a", "seed": 1})
+    assert (name, folder) == ("mine", str(nanochat_ray_home / "runs" / "mine"))
+    assert sweep.begin("miniseries", options, {"rows": "a", "seed": 1}, budgets=[1]) == (name, folder)
+    with pytest.raises(ValueError, match="was begun with seed 1, not seed 2: take another --name"):
+        sweep.begin("miniseries", options, {"rows": "a", "seed": 2})
+    names = {sweep.begin("miniseries", sweep.SweepOptions(), {"seed": seed})[0] for seed in (1, 2, 2)}
+    assert len(names) == 2
+
+
 def test_workers_by_depth(monkeypatch):
     """On 8 GPUs, as many as let each depth be done no later than the largest."""
     monkeypatch.setattr(sweep.ray, "cluster_resources", lambda: {"GPU": 8.0})

@@ -267,7 +267,7 @@ def train_within_memory(options: PretrainOptions, base_lrs: dict[str, float]):
     failures, notes = 0, []
     while True:
         try:
-            return pretrain.run(options, report_to_tune(options), base_lrs), options, notes
+            return pretrain.run(options, report=report_to_tune(options), base_lrs=base_lrs), options, notes
         except ray.train.TrainingFailedError as error:
             rows = options.device_batch_size
             if OUT_OF_MEMORY.search(str(error)) and rows > 1:

@@ -177,20 +177,21 @@ class ModelRunner:
         # Zeros, since attention multiplies what it masks by 0 and 0 · NaN would spread.
         self.keys = torch.zeros(shape, device=self.device, dtype=model.compute_dtype)
         self.values = torch.zeros(shape, device=self.device, dtype=model.compute_dtype)
-        width = -(-manager.capacity // PAGE) + LEAST_WIDTH
+        width = 2 * (-(-manager.capacity // PAGE) + LEAST_WIDTH)  # the next power of two, if need be
         self.tables = [np.full((len(group), max_rows, width), NULL_PAGE) for group in self.layers]
         self.first = [np.zeros((max_rows, 1), dtype=np.int64) for _ in self.layers]
         self.widths = [np.zeros(max_rows, dtype=np.int64) for _ in self.layers]
         places = {layer: (g, place) for g, group in enumerate(self.layers) for place, layer in enumerate(group)}
         self.groups = [places[layer] for layer in range(config.n_layer)]
-        self.forward = self._forward
+        self.forward, self.few_sizes = self._forward, self.device.type == "cuda"
 
     @torch.inference_mode()
     def compile(self) -> None:
         """Graphs for one row, for several, and for several and a prompt, each for all sizes."""
-        torch._dynamo.mark_static(self.keys)
-        torch._dynamo.mark_static(self.values)
-        # On CUDA "reduce-overhead" records a CUDA graph for each size of batch. Not yet run.
+        for pool in (self.keys, self.values):
+            torch._dynamo.mark_static(pool)
+            torch._dynamo.mark_static_address(pool)  # a CUDA graph may change it
+        # On CUDA "reduce-overhead" records a CUDA graph for each size of batch and tables. Not yet run.
         mode = "reduce-overhead" if self.device.type == "cuda" else None
         compiled = torch.compile(self._forward, dynamic=True, mode=mode)
 
@@ -227,27 +228,29 @@ class ModelRunner:
         """
         B = len(rows)
         idx, previous, at = [s.ids[-1] for s in rows], [s.ids[-2:][0] for s in rows], [len(s.ids) - 1 for s in rows]
-        widths = [max(LEAST_WIDTH, int(widths[:B].max(initial=0))) for widths in self.widths]
+        widths = [self._size(max(LEAST_WIDTH, int(widths[:B].max(initial=0)))) for widths in self.widths]
         pages = [table[:, :B, :width] for table, width in zip(self.tables, widths, strict=True)]
-        tables = pages, [first[:B] for first in self.first]
+        first = [first[:B] for first in self.first]
+        if padding := self._size(max(B, LEAST_ROWS) if prompt else B) - B:
+            pages, first = [_padded(p, 1, padding) for p in pages], [_padded(f, 0, padding) for f in first]
+            idx, previous, at = ([*ids, *[0] * padding] for ids in (idx, previous, at))
         if prompt is None:
-            return self.forward(*self._inputs(idx, previous, at, tables, None))
-        padding = [0] * max(0, LEAST_ROWS - B)
-        if padding:
-            tables = [
-                [_padded(array, axis, len(padding)) for array in part] for axis, part in ((1, pages), (0, tables[1]))
-            ]
+            return self.forward(*self._inputs(idx, previous, at, (pages, first), None))[:B]
         sequence, end = prompt
         start, ids = sequence.table.length, sequence.ids
         inputs = self._inputs(
-            idx + padding + ids[start:end],
-            previous + padding + [ids[start - 1] if start else 0, *ids[start : end - 1]],
-            at + padding + list(range(start, end)),
-            tables,
+            [*idx, *ids[start:end]],
+            [*previous, ids[start - 1] if start else 0, *ids[start : end - 1]],
+            [*at, *range(start, end)],
+            (pages, first),
             self._prompt_tables(sequence.table),
         )
         logits = self.forward(*inputs)
         return torch.cat([logits[:B], logits[-1:]]) if padding else logits
+
+    def _size(self, size: int) -> int:
+        """How large to make a batch or a table: on CUDA, where each size has a graph of its own, a power of two."""
+        return 1 << (size - 1).bit_length() if self.few_sizes and size else size
 
     def _prompt_tables(self, table: BlockTable) -> tuple[list[np.ndarray], list[np.ndarray]]:
         tables = []

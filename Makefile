@@ -8,12 +8,12 @@ speedrun: .venv/ready  ## raw text to a talking model; e.g. make speedrun ARGS="
 	$(BIN)/python -m experiments.speedrun $(ARGS)
 
 test: .venv/ready  ## every test
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
 check: .venv/ready  ## lint, format and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	@echo "setting up .venv, a few minutes the first time"

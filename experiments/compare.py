@@ -145,6 +145,7 @@ def git(folder: Path, *command: str) -> str | None:
 def train_version(config: dict) -> None:
     """Train with the version's own code, and score and write down the result with this one's."""
     given = config["trial"]
+    os.environ["NANOCHAT_RAY_HOME"] = given["home"]
     options = PretrainOptions(**given["options"])
     run_dir = storage.join(storage.home(), "runs", options.run)
     try:
@@ -175,7 +176,8 @@ def _pretrain_there(code: str):
             raise ImportError(f"{pretrain.__file__} was imported and not {os.getcwd()}: see ray_started_elsewhere")
         return pretrain.run(pretrain.PretrainOptions(**options)).checkpoint
 
-    return ray.remote(num_cpus=0, max_retries=0, runtime_env={"working_dir": code})(pretrain_there)
+    environment = {"working_dir": code, "env_vars": {"NANOCHAT_RAY_HOME": storage.home()}}
+    return ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(pretrain_there)
 
 
 def watch(result: ray.ObjectRef, run_dir: str) -> str:

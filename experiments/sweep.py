@@ -201,6 +201,7 @@ def trial(name: str, run: PretrainOptions, workers: int, options: SweepOptions, 
     rows = min(most, run.device_batch_size or device_batch_size(run, workers))
     return {
         "name": name,
+        "home": storage.home(),
         "options": asdict(replace(run, workers=workers, device_batch_size=rows)),
         "num_iterations": plan.num_iterations,
         "bundle": options.bundle or (bundle.fetch() if preset.core else None),
@@ -241,6 +242,7 @@ def worker_memory(scaling: ray.train.ScalingConfig) -> float:
 def train_trial(config: dict) -> None:
     """Train a run to its end and write its result.json. A failure is reported, not raised: Tune would print a page."""
     given = config["trial"]
+    os.environ["NANOCHAT_RAY_HOME"] = given["home"]  # the driver's: Ray may have been started with another
     options = PretrainOptions(**given["options"])
     try:
         result, options, notes = train_within_memory(options, given["base_lrs"])
@@ -330,7 +332,7 @@ def run_trials(folder: str, trials: list[dict], trainable: Callable = train_tria
     # The smallest first: whichever waits for room, none that would find it is behind. In parallel as many as find room
     # if all are the smallest; what is started beyond that would only keep processes waiting.
     unfinished.sort(key=lambda t: t["options"]["workers"])
-    progress = Progress(folder, trials)
+    progress = Progress(folder, trials, may_stop=scheduler is not None)
     if unfinished:
         # Runs have logs and a table of their own; Tune has no other way to be told.
         os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
@@ -398,8 +400,8 @@ def _value(text: str):
 class Progress(tune.Callback):
     """One live table of the runs on a terminal; elsewhere a line whenever a tenth of a run is done."""
 
-    def __init__(self, folder: str, trials: list[dict]):
-        self.folder, self.trials = folder, trials
+    def __init__(self, folder: str, trials: list[dict], may_stop: bool):
+        self.folder, self.trials, self.may_stop = folder, trials, may_stop
         self.latest: dict[str, dict] = {}
         self.errors: dict[str, str] = {}
         self.live: Live | None = None
@@ -430,7 +432,10 @@ class Progress(tune.Callback):
         if name in self.errors:
             return
         result = storage.join(self.folder, name, "result.json")
-        if not storage.exists(result):  # a scheduler's decision, which holds for a second start, too
+        if not storage.exists(result) and not self.may_stop:
+            self.errors[name] = f"it ended without {result}"
+            return
+        if not storage.exists(result):  # the scheduler's decision, which holds for a second start, too
             last = self.latest.get(name, {})
             storage.write_json(storage.join(self.folder, name, "stopped.json"), {"step": last.get("step")})
             said = f"{name} stopped early at step {last.get('step')}, val/bpb {last.get('val/bpb', math.nan):.4f}"

@@ -21,6 +21,7 @@ from nanochat_ray.model.scaling import BASE_LRS
 
 DEPTHS = {"cpu": (1, 2), "gpu": (12, 20)}  # of the search and of the check
 MEASUREMENTS = 9  # of val/bpb in a run, besides the one before its first step
+NEVER = 100  # measurements after which every trial is stopped
 RUNGS_AT = 3  # measurements after which a trial may be stopped first, and by what factor the next rung is later
 
 
@@ -59,7 +60,7 @@ def run(options: TuneLrOptions) -> str:
     for ratio in ratios:
         searched = [trial(f"r{ratio:g}-{i}", depth, ratio, rates) for i, rates in enumerate(draws)]
         everything += searched
-        asha = ASHAScheduler("evals", "val/bpb", "min", MEASUREMENTS + 1, RUNGS_AT, reduction_factor=RUNGS_AT)
+        asha = ASHAScheduler("evals", "val/bpb", "min", NEVER, RUNGS_AT, reduction_factor=RUNGS_AT)
         found = sweep.run_trials(folder, searched, scheduler=asha)
         best = min(found, key=lambda row: row["val_bpb"])
         rates = {key: best[key] for key in BASE_LRS}

@@ -93,7 +93,8 @@ class Step:
         (1, B + T, H, D)."""
         B = self.rows.first[0].size(0)
         rows = (x[0, :B].unsqueeze(1) for x in (self.at, q, k, v))
-        y = self._attend(layer, self.rows, *rows, window, _attend_once).transpose(0, 1)
+        attend = _attend_once if torch.compiler.is_compiling() else _attend
+        y = self._attend(layer, self.rows, *rows, window, attend).transpose(0, 1)
         if self.prompt is None:
             return y
         prompt = (x[:, B:] for x in (self.at, q, k, v))

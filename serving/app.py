@@ -15,18 +15,20 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import LoggingConfig
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -42,6 +44,7 @@ from serving.protocol import ApiError, ChatRequest, CompletionRequest
 UI = Path(__file__).parent / "ui"
 MOST_BODY_BYTES = 1_000_000
 LOST = "the replica that answered was lost; ask again"
+ATTEMPTS = 3  # to find a replica that is not busy, or one that lives
 CONSISTENT_HASH_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 PAGE_HEADERS = {  # the page's own policy says the rest
     "Content-Security-Policy": "frame-ancestors 'none'",
@@ -49,6 +52,8 @@ PAGE_HEADERS = {  # the page's own policy says the rest
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+MOST_ONGOING = 10_000  # of a replica, for Serve
+QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 LATENCIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -76,6 +81,10 @@ class Model:
         self.sequence_len = read_meta(folder)["model_config"]["sequence_len"]
         self.created = int(storage.modified(storage.join(folder, "meta.json")).timestamp())
         self.capacity = None  # known once an engine runs
+
+    def card(self, name: str) -> dict:
+        card = {"id": name, "object": "model", "created": self.created, "owned_by": "nanochat-ray"}
+        return card | {"context_length": self.sequence_len}
 
 
 class Metrics:
@@ -112,12 +121,16 @@ async def http_error(request: Request, error: HTTPException) -> Response:
     return JSONResponse(body, error.status_code, error.headers)
 
 
+@api.exception_handler(Exception)
+async def our_error(request: Request, error: Exception) -> Response:
+    """Of a mistake in the service itself; the replica's log has it."""
+    return JSONResponse(ApiError(500, f"internal error: {type(error).__name__}").body, 500)
+
+
 def tokens_of(tokenizer: Tokenizer, asked: protocol.Request) -> tuple[list[int], str]:
     """The prompt's ids, and what requests of one conversation have in common. Raises ApiError for bad messages."""
     if isinstance(asked, CompletionRequest):
-        prompt = (
-            asked.prompt[0] if isinstance(asked.prompt[0], str) and isinstance(asked.prompt, list) else asked.prompt
-        )
+        prompt = asked.text_or_ids
         if isinstance(prompt, list):
             if min(prompt) < 0 or max(prompt) >= tokenizer.vocab_size:
                 raise ApiError(400, f"prompt has token ids outside 0 … {tokenizer.vocab_size - 1}", "prompt")
@@ -142,6 +155,14 @@ async def read_body(request: Request) -> bytes:
     return body
 
 
+async def capacity(engine: DeploymentHandle) -> int:
+    """Tokens of the longest sequence. Raises ApiError when no replica can tell."""
+    try:
+        return await engine.capacity.remote()
+    except (RayError, RayServeException):
+        raise ApiError(503, "the model is not ready yet; try again soon", code="not_ready", retry=5) from None
+
+
 def read_keys(uri: str | None) -> list[bytes]:
     """The sha256 of each key, first on its line, as `printf %s KEY | sha256sum` prints it. Raises ValueError else."""
     if uri is None:
@@ -163,7 +184,12 @@ def ui_file(name: str) -> Response:
     return Response(path.read_bytes(), media_type=kinds[path.suffix], headers=PAGE_HEADERS)
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000, graceful_shutdown_timeout_s=600)
+@serve.deployment(
+    ray_actor_options={"num_cpus": 0},
+    max_ongoing_requests=MOST_ONGOING,
+    graceful_shutdown_timeout_s=600,
+    logging_config=QUIET,
+)
 @serve.ingress(api)
 class ChatService:
     def __init__(self, models: dict[str, str], options: dict, **engines: DeploymentHandle):
@@ -190,18 +216,21 @@ class ChatService:
 
     @api.get("/metrics")
     async def prometheus(self) -> Response:
-        engines = {name: await model.engine.broadcast("stats").results_async() for name, model in self.models.items()}
-        return PlainTextResponse(self.metrics.text(engines))
+        engines = {}
+        for name, model in self.models.items():
+            with suppress(RayError, RayServeException):  # of a model whose engines are all starting, or lost
+                engines[name] = await model.engine.broadcast("stats").results_async()
+        return Response(self.metrics.text(engines), media_type=CONTENT_TYPE_LATEST)
 
     @api.get("/v1/models")
     async def list_models(self, request: Request) -> dict:
         self.authorize(request)
-        data = [
-            {"id": name, "object": "model", "created": model.created, "owned_by": "nanochat-ray"}
-            | {"context_length": model.sequence_len}
-            for name, model in self.models.items()
-        ]
-        return {"object": "list", "data": data}
+        return {"object": "list", "data": [model.card(name) for name, model in self.models.items()]}
+
+    @api.get("/v1/models/{name:path}")
+    async def retrieve_model(self, request: Request, name: str) -> dict:
+        self.authorize(request)
+        return self.model(name).card(name)
 
     @api.post("/v1/chat/completions")
     async def chat_completions(self, request: Request) -> Response:
@@ -225,13 +254,10 @@ class ChatService:
 
     async def respond(self, asked: protocol.Request) -> Response:
         name = asked.model or next(iter(self.models))
-        if name not in self.models:
-            known = ", ".join(self.models)
-            raise ApiError(404, f"no model {name!r}; there are {known}", "model", "model_not_found")
-        model = self.models[name]
+        model = self.model(name)
         prompt, affinity = tokens_of(model.tokenizer, asked)
         if model.capacity is None:
-            model.capacity = await model.engine.capacity.remote()
+            model.capacity = await capacity(model.engine)
         if len(prompt) >= model.capacity:
             message = f"the prompt has {len(prompt)} tokens; there is room for {model.capacity - 1}"
             raise ApiError(400, message, "messages", "context_length_exceeded")
@@ -247,17 +273,25 @@ class ChatService:
             writer.take(message)
         return JSONResponse(writer.whole())
 
+    def model(self, name: str) -> Model:
+        if name not in self.models:
+            known = ", ".join(self.models)
+            raise ApiError(404, f"no model {name!r}; there are {known}", "model", "model_not_found")
+        return self.models[name]
+
     async def messages(
         self, model: Model, affinity: str, prompt: list[int], params: dict, stream: bool
     ) -> AsyncIterator[dict]:
         """The engine's messages, from another replica if the first one is lost before it said anything."""
         began = last = time.monotonic()
-        handle = model.engine.options(stream=True, session_id=affinity)
-        for attempt in range(3):
+        for attempt in range(ATTEMPTS):
+            # Where the router sends a session depends on its name: another name may find another replica.
+            session = affinity if attempt == 0 else f"{affinity} {attempt}"
+            answer = model.engine.options(stream=True, session_id=session).generate.remote(prompt, params, stream)
             try:
-                async for message in handle.generate.remote(prompt, params, stream):
+                async for message in answer:
                     if "busy" in message:
-                        raise ApiError(429, "too many requests wait already; try again soon", code="busy", retry=1)
+                        break
                     now, count = time.monotonic(), sum(len(choice["tokens"]) for choice in message["choices"])
                     if last == began:
                         self.metrics.ttft.observe(now - began)
@@ -265,13 +299,17 @@ class ChatService:
                         self.metrics.itl.observe((now - last) / count)
                     last = now
                     yield message
-                return
+                else:
+                    return
             except BackPressureError:
-                raise ApiError(429, "too many requests wait already; try again soon", code="busy", retry=1) from None
+                break
             except (RayError, RayServeException) as error:
-                if last != began or attempt == 2:
+                if last != began or attempt == ATTEMPTS - 1:
                     raise ApiError(503, LOST, code="replica_lost", retry=5) from error
                 await asyncio.sleep(0.5)
+            finally:
+                answer.cancel()  # of a client that went away; else it has ended
+        raise ApiError(429, "too many requests wait already; try again soon", code="busy", retry=1)
 
     def authorize(self, request: Request) -> None:
         """Raises ApiError for a missing or unknown key, and for one that asks too often."""
@@ -304,8 +342,6 @@ def app(options: ServiceOptions) -> serve.Application:
             raise ValueError(f"two checkpoints are named {name!r}: give one as NAME=FOLDER")
         models[name] = folder
     on_gpu = torch.cuda.is_available()
-    # Ongoing requests are both those that run and those that wait; beyond them a router tries another replica.
-    most_ongoing = options.max_batch_size + options.queue_limit
     scaling = {"num_replicas": options.replicas}
     if options.max_replicas:
         scaling = {
@@ -319,8 +355,9 @@ def app(options: ServiceOptions) -> serve.Application:
         name: EngineServer.options(
             name=f"engine-{name.replace('/', '-').replace('#', '-')}",
             ray_actor_options={"num_gpus": 1} if on_gpu else {"num_cpus": 1},
-            max_ongoing_requests=most_ongoing,
-            max_queued_requests=most_ongoing,
+            max_ongoing_requests=MOST_ONGOING,  # a replica says itself, and at once, when it is busy
+            max_queued_requests=options.max_batch_size + options.queue_limit,  # while there is no replica
+            logging_config=QUIET,
             graceful_shutdown_timeout_s=600,  # a new checkpoint waits for the old one's answers
             request_router_config=RequestRouterConfig(request_router_class=CONSISTENT_HASH_ROUTER),
             **scaling,

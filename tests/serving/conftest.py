@@ -1,6 +1,8 @@
-"""A service to talk to, and a browser to do it with."""
+"""Services to talk to, and a browser to do it with."""
 
+import math
 import shutil
+import socket
 
 import pytest
 from scripted_service import ScriptedService
@@ -16,10 +18,83 @@ def scripted():
         yield service
 
 
-@pytest.fixture
-def service(scripted) -> str:
-    """URL of a service with a model."""
-    return scripted.url
+SUM = [
+    {"type": "text", "text": "It is "},
+    {"type": "python", "text": "600+34"},
+    {"type": "python_output", "text": "634"},
+    {"type": "text", "text": "634."},
+]
+LEARNED = [
+    [("Hi", "Hello!"), ("And you?", "Fine.")],
+    [("Count", "one two three four five")],
+    [("600 and 34?", SUM)],
+]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(golden, tmp_path_factory) -> dict[str, str]:
+    """Folders of two small models: one knows LEARNED by heart, one says anything, as long as it may."""
+    import torch
+    import torch.nn.functional as F
+
+    from nanochat_ray.data.tokenizer import Tokenizer
+    from nanochat_ray.model.gpt import GPT, GPTConfig
+    from nanochat_ray.train.checkpoint import save_checkpoint
+
+    runs, tokenizer = tmp_path_factory.mktemp("runs"), Tokenizer.load(str(golden / "nanochat_d2"))
+    torch.manual_seed(0)
+    knowing = GPT(GPTConfig(256, tokenizer.vocab_size, 2, 2, 2, 64, "L"))
+    knowing.init_weights()
+    conversations = [
+        {"messages": [{"role": r, "content": c} for turn in turns for r, c in zip(("user", "assistant"), turn)]}
+        for turns in LEARNED
+    ]
+    rendered = [tokenizer.render_conversation(conversation) for conversation in conversations]
+    longest = max(len(ids) for ids, _ in rendered)
+    idx = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rendered])
+    learned = torch.tensor([flags[1:] + [0] * (longest - len(flags)) for _, flags in rendered]) == 1
+    optimizer = torch.optim.AdamW(knowing.parameters(), lr=0.02, weight_decay=0)
+    loss = math.inf
+    while loss > 0.01:
+        loss = F.cross_entropy(knowing.logits(knowing.hidden(idx[:, :-1])[learned]), idx[:, 1:][learned])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    babbling = GPT(GPTConfig(2048, tokenizer.vocab_size, 2, 2, 2, 64, "SL"))
+    for parameter in babbling.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    models = {"knowing": knowing, "babbling": babbling}
+    for name, model in models.items():
+        save_checkpoint(str(runs / name), 1, model, None, tokenizer, {})
+    return {name: str(runs / name) for name in models}
+
+
+@pytest.fixture(scope="session")
+def service(ray_session, checkpoints) -> str:
+    """URL of a service with both models, knowing first."""
+    from serving.app import ServiceOptions, app, start
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ServiceOptions(checkpoint=list(checkpoints.values()), dtype="float32", compile=False)
+    start(app(options), "127.0.0.1", port)
+    return f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="session")
+def deploy(service):
+    """Another application beside `service`: deploy(name, **options) gives its URL. It ends with its test file."""
+    from ray import serve
+
+    from serving.app import ServiceOptions, app
+
+    def deploy(name: str, **options) -> str:
+        options = ServiceOptions(**{"dtype": "float32", "compile": False} | options)
+        serve.run(app(options), name=name, route_prefix=f"/{name}")
+        return f"{service}/{name}"
+
+    return deploy
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,7 @@ def serve(args: list[str]) -> None:
     settings |= {"checkpoint": list(options.checkpoint) or None, "cors_origins": list(options.cors_origins)}
     application = app(ServiceOptions(**settings))  # a wrong checkpoint is known before Ray is started
     start_ray()
-    start(application, options.host, options.port)
+    start(application, options.replicas * max(1, len(options.checkpoint)), options.host, options.port)
     known_to = "this machine alone; --host 0.0.0.0 for all" if options.host == "127.0.0.1" else "all that reach it"
     print(f"serving    http://{options.host}:{options.port} ({known_to}); Ctrl-C stops it", flush=True)
     try:

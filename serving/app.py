@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import logging
 import socket
 import time
 from collections import defaultdict
@@ -18,6 +19,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from pathlib import Path
 
+import ray
 import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -52,6 +54,7 @@ PAGE_HEADERS = {  # the page's own policy says the rest
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+CPU_SHARE = 0.5  # of a CPU, for Ray: an engine has one, and in an update its successor may start beside it
 MOST_ONGOING = 10_000  # of a replica, for Serve
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 LATENCIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
@@ -188,12 +191,13 @@ def ui_file(name: str) -> Response:
     ray_actor_options={"num_cpus": 0},
     max_ongoing_requests=MOST_ONGOING,
     graceful_shutdown_timeout_s=600,
+    max_surge_percent=100,  # the new one runs before the old one ends
     logging_config=QUIET,
 )
 @serve.ingress(api)
 class ChatService:
-    def __init__(self, models: dict[str, str], options: dict, **engines: DeploymentHandle):
-        pairs = zip(models.items(), engines.values(), strict=True)
+    def __init__(self, models: dict[str, str], options: dict, *engines: DeploymentHandle):
+        pairs = zip(models.items(), engines, strict=True)
         self.models = {name: Model(folder, engine) for (name, folder), engine in pairs}
         self.metrics = Metrics()
         self.keys = read_keys(options["api_keys"])
@@ -351,24 +355,33 @@ def app(options: ServiceOptions) -> serve.Application:
                 target_ongoing_requests=options.max_batch_size,
             )
         }
-    engines = {
-        name: EngineServer.options(
-            name=f"engine-{name.replace('/', '-').replace('#', '-')}",
-            ray_actor_options={"num_gpus": 1} if on_gpu else {"num_cpus": 1},
+    engines = [
+        EngineServer.options(
+            name=f"engine-{i}",  # the same one when it changes its checkpoint, and so its model's name
+            ray_actor_options={"num_gpus": 1} if on_gpu else {"num_cpus": CPU_SHARE},
+            max_surge_percent=0 if on_gpu else 100,
             max_ongoing_requests=MOST_ONGOING,  # a replica says itself, and at once, when it is busy
             max_queued_requests=options.max_batch_size + options.queue_limit,  # while there is no replica
             logging_config=QUIET,
             graceful_shutdown_timeout_s=600,  # a new checkpoint waits for the old one's answers
             request_router_config=RequestRouterConfig(request_router_class=CONSISTENT_HASH_ROUTER),
             **scaling,
-        ).bind(folder, options.model_dump())
-        for name, folder in models.items()
-    }
-    return ChatService.bind(models, options.model_dump(), **{f"engine_{i}": e for i, e in enumerate(engines.values())})
+        ).bind(folder, options.model_dump(), options.replicas * len(models))
+        for i, folder in enumerate(models.values())
+    ]
+    return ChatService.bind(models, options.model_dump(), *engines)
 
 
-def start(application: serve.Application, host: str, port: int) -> None:
-    """Serve it on the Ray that is connected, until Ray ends. Raises OSError when the port is taken."""
+def start(application: serve.Application, engines: int, host: str, port: int) -> None:
+    """Serve it on the Ray that is connected, until Ray ends.
+
+    Raises OSError when the port is taken, ValueError when Ray has no room for that many engines.
+    """
+    kind = "GPU" if torch.cuda.is_available() else "CPU"
+    there = int(ray.cluster_resources().get(kind, 0))
+    if engines > there:
+        raise ValueError(f"{engines} engines (models × replicas) need a {kind} each; there are {there}")
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((host, port))

@@ -1,6 +1,7 @@
 """A Serve replica with one checkpoint's engine: a thread steps it, requests wait for their tokens in asyncio."""
 
 import asyncio
+import os
 import queue
 import sys
 import threading
@@ -79,16 +80,23 @@ class EngineThread(threading.Thread):
 
 @serve.deployment
 class EngineServer:
-    def __init__(self, checkpoint: str, options: dict):
+    def __init__(self, checkpoint: str, options: dict, engines: int):
+        """engines: of all models, which share the CPUs."""
         sys.setswitchinterval(SWITCH_SECONDS)
+        torch.set_num_threads(max(1, os.cpu_count() // engines))  # Ray's own default is one
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model, tokenizer, _ = load_model(checkpoint, device, options["dtype"])
         kv_bytes = None if options["kv_gb"] is None else int(options["kv_gb"] * 2**30)
         self.engine = Engine(model, tokenizer, options["max_batch_size"], kv_bytes)
         self.most_ongoing = options["max_batch_size"] + options["queue_limit"]
         self.ongoing, self.thread = 0, None
+        self.compiled = False
         if options["compile"]:
-            threading.Thread(target=self.engine.compile, daemon=True).start()  # answers uncompiled until it is done
+            threading.Thread(target=self._compile, daemon=True).start()  # answers uncompiled until it is done
+
+    def _compile(self) -> None:
+        self.engine.compile()
+        self.compiled = True
 
     def capacity(self) -> int:
         """Tokens of the longest sequence."""
@@ -152,6 +160,7 @@ class EngineServer:
             "kv_pages_used": manager.used_pages,
             "kv_pages": manager.num_pages,
             "preemptions": engine.scheduler.preemptions,
+            "compiled": int(self.compiled),
         }
 
     def check_health(self) -> None:

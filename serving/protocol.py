@@ -153,9 +153,10 @@ def parse(kind: type[Request], body: bytes) -> Request:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"][:1]) or None
-        message = first["msg"].removeprefix("Value error, ")
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        where = str(errors[0]["loc"][0]) if errors[0]["loc"] else None
+        of_first = [e["msg"].removeprefix("Value error, ") for e in errors if e["loc"][:1] == errors[0]["loc"][:1]]
+        message = " or: ".join(dict.fromkeys(of_first[:3]))  # one for each type that a field may have
         raise ApiError(400, f"{where}: {message}" if where else message, where, "invalid_value") from None
 
 

@@ -46,7 +46,11 @@ def checkpoints(golden, tmp_path_factory) -> dict[str, str]:
     knowing = GPT(GPTConfig(256, tokenizer.vocab_size, 2, 2, 2, 64, "L"))
     knowing.init_weights()
     conversations = [
-        {"messages": [{"role": r, "content": c} for turn in turns for r, c in zip(("user", "assistant"), turn)]}
+        {
+            "messages": [
+                {"role": r, "content": c} for turn in turns for r, c in zip(("user", "assistant"), turn, strict=True)
+            ]
+        }
         for turns in LEARNED
     ]
     rendered = [tokenizer.render_conversation(conversation) for conversation in conversations]
@@ -78,23 +82,28 @@ def service(ray_session, checkpoints) -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ServiceOptions(checkpoint=list(checkpoints.values()), dtype="float32", compile=False)
-    start(app(options), "127.0.0.1", port)
+    start(app(options), len(checkpoints), "127.0.0.1", port)
     return f"http://127.0.0.1:{port}"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def deploy(service):
-    """Another application beside `service`: deploy(name, **options) gives its URL. It ends with its test file."""
+    """Applications beside `service`: deploy(name, **options) gives the URL; again with the same name, an update."""
     from ray import serve
 
     from serving.app import ServiceOptions, app
 
+    names = set()
+
     def deploy(name: str, **options) -> str:
-        options = ServiceOptions(**{"dtype": "float32", "compile": False} | options)
-        serve.run(app(options), name=name, route_prefix=f"/{name}")
+        names.add(name)
+        application = app(ServiceOptions(**{"dtype": "float32", "compile": False} | options))
+        serve.run(application, name=name, route_prefix=f"/{name}")
         return f"{service}/{name}"
 
-    return deploy
+    yield deploy
+    for name in names:
+        serve.delete(name)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,6 @@
 
 import asyncio
 import json
-import os
-import signal
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,7 +18,6 @@ from nanochat_ray.train.checkpoint import load_model
 
 pytestmark = pytest.mark.slow
 HI = [{"role": "user", "content": "Hi"}]
-PROTOCOL = "content-type", "application/json"
 
 
 def client_of(url: str, key: str = "none") -> OpenAI:
@@ -232,7 +228,7 @@ def by(role, content="Hi") -> dict:
     ("body", "status", "says", "param", "path"),
     [
         wrong(b'{"messages": ', 400, "Invalid JSON"),
-        wrong(b"[1, 2]", 400, "valid dictionary"),
+        wrong(b"[1, 2]", 400, "should be an object"),
         wrong(b'{"messages": "\xff"}', 400, "unicode"),
         wrong(b'{"a":' * 5000, 400, "recursion"),
         wrong('{"messages": [{"role": "user", "content": "Hi"}], "temperature": NaN}', 400, "finite", "temperature"),
@@ -258,8 +254,8 @@ def by(role, content="Hi") -> dict:
         wrong(chat(model=5), 400, "model: Input", "model"),
         wrong({"model": "knowing"}, 400, "messages: Field required", "messages"),
         wrong(chat(messages=[]), 400, "at least 1 item", "messages"),
-        wrong(chat(messages="Hi"), 400, "valid list", "messages"),
-        wrong(chat(messages=["Hi"]), 400, "messages: Input should be a valid dictionary", "messages"),
+        wrong(chat(messages="Hi"), 400, "valid array", "messages"),
+        wrong(chat(messages=["Hi"]), 400, "messages: Input should be an object", "messages"),
         wrong(chat(messages=[by("tool")]), 400, "role 'tool'", "messages"),
         wrong(chat(messages=[by(["user"])]), 400, "role ['user']", "messages"),
         wrong(chat(messages=[by("user"), by("user")]), 400, "expected 'assistant'", "messages"),

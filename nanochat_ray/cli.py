@@ -147,11 +147,12 @@ def serve(args: list[str]) -> None:
     options = parse("serve", ServeOptions, args)
     import ray
 
-    from serving.app import ServiceOptions, app, start
+    from serving.app import ServiceOptions, app, check_port, start
 
     settings = {name: value for name, value in vars(options).items() if name not in ("host", "port")}
     settings |= {"checkpoint": list(options.checkpoint) or None, "cors_origins": list(options.cors_origins)}
     application = app(ServiceOptions(**settings))  # a wrong checkpoint is known before Ray is started
+    check_port(options.host, options.port)
     start_ray()
     start(application, options.replicas * max(1, len(options.checkpoint)), options.host, options.port)
     known_to = "this machine alone; --host 0.0.0.0 for all" if options.host == "127.0.0.1" else "all that reach it"

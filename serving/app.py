@@ -166,7 +166,7 @@ async def capacity(engine: DeploymentHandle) -> int:
         raise ApiError(503, "the model is not ready yet; try again soon", code="not_ready", retry=5) from None
 
 
-def read_keys(uri: str | None) -> list[bytes]:
+def read_keys(uri: str | None) -> list[str]:
     """The sha256 of each key, first on its line, as `printf %s KEY | sha256sum` prints it. Raises ValueError else."""
     if uri is None:
         return []
@@ -176,7 +176,7 @@ def read_keys(uri: str | None) -> list[bytes]:
             raise ValueError(f"{uri} holds {line!r}, which is not a sha256 in hexadecimal: printf %s KEY | sha256sum")
     if not lines:
         raise ValueError(f"{uri} holds no key")
-    return [line.encode() for line in lines]
+    return lines
 
 
 def ui_file(name: str) -> Response:
@@ -200,7 +200,7 @@ class ChatService:
         pairs = zip(models.items(), engines, strict=True)
         self.models = {name: Model(folder, engine) for (name, folder), engine in pairs}
         self.metrics = Metrics()
-        self.keys = read_keys(options["api_keys"])
+        self.keys = [key.encode() for key in options["api_keys"]]
         self.per_minute, self.recent = options["requests_per_minute"], defaultdict(list)
         if options["cors_origins"]:
             origins = options["cors_origins"]
@@ -335,7 +335,7 @@ class ChatService:
 
 
 def app(options: ServiceOptions) -> serve.Application:
-    """The application. Raises FileNotFoundError without a checkpoint, ValueError for two of one name."""
+    """The application. Raises OSError without a checkpoint or the keys' file, ValueError for two models of one name."""
     folders = [options.checkpoint] if isinstance(options.checkpoint, str) else options.checkpoint
     models = {}
     for given in folders or [newest_checkpoint()]:
@@ -369,22 +369,26 @@ def app(options: ServiceOptions) -> serve.Application:
         ).bind(folder, options.model_dump(), options.replicas * len(models))
         for i, folder in enumerate(models.values())
     ]
-    return ChatService.bind(models, options.model_dump(), *engines)
+    return ChatService.bind(models, options.model_dump() | {"api_keys": read_keys(options.api_keys)}, *engines)
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises OSError when it is taken."""
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise OSError(f"cannot listen on {host}:{port}: {error}") from None
 
 
 def start(application: serve.Application, engines: int, host: str, port: int) -> None:
-    """Serve it on the Ray that is connected, until Ray ends.
-
-    Raises OSError when the port is taken, ValueError when Ray has no room for that many engines.
-    """
+    """Serve it on the Ray that is connected, until Ray ends. Raises ValueError when it has no room for the engines."""
     kind = "GPU" if torch.cuda.is_available() else "CPU"
     there = int(ray.cluster_resources().get(kind, 0))
     if engines > there:
         raise ValueError(f"{engines} engines (models × replicas) need a {kind} each; there are {there}")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((host, port))
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
     serve.run(application, name="nanochat")
 

@@ -41,7 +41,7 @@ def checkpoints(golden, tmp_path_factory) -> dict[str, str]:
     from nanochat_ray.model.gpt import GPT, GPTConfig
     from nanochat_ray.train.checkpoint import save_checkpoint
 
-    runs, tokenizer = tmp_path_factory.mktemp("runs"), Tokenizer.load(str(golden / "nanochat_d2"))
+    runs, tokenizer = tmp_path_factory.mktemp("home") / "runs", Tokenizer.load(str(golden / "nanochat_d2"))
     torch.manual_seed(0)
     knowing = GPT(GPTConfig(256, tokenizer.vocab_size, 2, 2, 2, 64, "L"))
     knowing.init_weights()

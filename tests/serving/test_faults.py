@@ -159,14 +159,14 @@ def test_limits(deploy, checkpoints, tmp_path):
 
 
 def only_keys_open(url):
-    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer "}, {"Authorization": "\xff"}):
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer"}, {"Authorization": "\xff"}):
         headers = {name: value.encode("latin-1") for name, value in headers.items()}
         for response in (
             httpx.get(f"{url}/v1/models", headers=headers),
             httpx.post(f"{url}/v1/chat/completions", json=body("Hi", 2), headers=headers),
             httpx.post(f"{url}/v1/completions", content=b"x" * 2_000_000, headers=headers),
         ):
-            assert response.status_code == 401
+            assert response.status_code == 401, response.text
             assert response.json()["error"]["type"] == "authentication_error"
     with pytest.raises(openai.AuthenticationError):
         OpenAI(base_url=f"{url}/v1", api_key="wrong").models.list()

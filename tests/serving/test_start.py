@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from serving.app import ServiceOptions, app, newest_checkpoint
+from serving.app import ServiceOptions, app, check_port, newest_checkpoint, start
 
 CONFIG = Path(__file__).resolve().parents[2] / "cluster" / "serve.yaml"
 
@@ -31,24 +31,36 @@ def test_newest_checkpoint_is_the_default(checkpoints, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "says"),
-    [
-        (["--checkpoint", "nonsense"], "no checkpoint in "),
-        (["--checkpoint", "MODEL", "MODEL"], "two checkpoints are named 'knowing'"),
-        (["--checkpoint", "MODEL", "--api-keys", "nowhere.txt"], "nowhere.txt"),
-        (["--checkpoint", "MODEL", "--port", "TAKEN"], "Address already in use"),
-        (["--checkpoint", "MODEL", "--port", "99999"], "cannot listen on 127.0.0.1:99999"),
-    ],
+    [(["--checkpoint", "nonsense"], "no checkpoint in "), (["--port", "TAKEN"], "Address already in use")],
 )
 def test_errors_are_one_line(checkpoints, options, says):
+    home = Path(checkpoints["knowing"]).parents[1]
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        words = {"MODEL": checkpoints["knowing"], "TAKEN": str(taken.getsockname()[1])}
-        command = [sys.executable, "-m", "nanochat_ray.cli", "serve", *(words.get(word, word) for word in options)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=120)
+        options = [str(taken.getsockname()[1]) if word == "TAKEN" else word for word in options]
+        command = [sys.executable, "-m", "nanochat_ray.cli", "serve", *options]
+        environment = os.environ | {"NANOCHAT_RAY_HOME": str(home)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 1 and done.stdout == ""
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ") and says in line
+
+
+def test_ports_out_of_range_are_refused():
+    with pytest.raises(OSError, match="cannot listen on 127.0.0.1:99999"):
+        check_port("127.0.0.1", 99999)
+
+
+def test_more_engines_than_cpus_are_refused(ray_session, checkpoints):
+    options = ServiceOptions(checkpoint=checkpoints["knowing"], replicas=3)
+    with pytest.raises(ValueError, match="3 engines .* need a CPU each; there are 2"):
+        start(app(options), 3, "127.0.0.1", 0)
+
+
+def test_two_models_of_one_name_are_refused(checkpoints):
+    with pytest.raises(ValueError, match="two checkpoints are named 'knowing'"):
+        app(ServiceOptions(checkpoint=[checkpoints["knowing"]] * 2))
 
 
 def test_keys_that_are_not_hashes_are_refused(checkpoints, tmp_path):

@@ -48,13 +48,13 @@ def test_errors_are_one_line(checkpoints, options, says):
 
 
 def test_ports_out_of_range_are_refused():
-    with pytest.raises(OSError, match="cannot listen on 127.0.0.1:99999"):
+    with pytest.raises(OSError, match=r"cannot listen on 127\.0\.0\.1:99999"):
         check_port("127.0.0.1", 99999)
 
 
 def test_more_engines_than_cpus_are_refused(ray_session, checkpoints):
     options = ServiceOptions(checkpoint=checkpoints["knowing"], replicas=3)
-    with pytest.raises(ValueError, match="3 engines .* need a CPU each; there are 2"):
+    with pytest.raises(ValueError, match=r"3 engines .* need a CPU each; there are 2"):
         start(app(options), 3, "127.0.0.1", 0)
 
 

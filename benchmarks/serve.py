@@ -161,7 +161,7 @@ def turn_six(url: str, options: Options) -> tuple[float, float]:
     rng, times = random.Random(0), []
 
     def text() -> str:
-        return load_test.made_up(80, rng)
+        return load_test.made_up(160, rng)  # a token each
 
     for _ in range(5):
         turns = [{"role": ("user", "assistant")[i % 2], "content": text()} for i in range(11)]
@@ -181,7 +181,7 @@ def gaps(service: Service, options: Options, beside: bool) -> float:
     while service.metric("running") < options.streams and process.poll() is None:
         time.sleep(0.1)
     while beside and process.poll() is None:
-        long = [{"role": "user", "content": load_test.made_up(options.long_prompt // 2, rng)}]
+        long = [{"role": "user", "content": load_test.made_up(options.long_prompt, rng)}]
         asyncio.run(ask(service.url, long, 1))
     return json.loads(process.communicate()[0].splitlines()[-1])["gap_p95"]
 

@@ -363,6 +363,7 @@ def app(options: ServiceOptions) -> serve.Application:
             max_ongoing_requests=MOST_ONGOING,  # a replica says itself, and at once, when it is busy
             max_queued_requests=options.max_batch_size + options.queue_limit,  # while there is no replica
             logging_config=QUIET,
+            health_check_period_s=2,  # three that fail, and an engine is replaced
             graceful_shutdown_timeout_s=600,  # a new checkpoint waits for the old one's answers
             request_router_config=RequestRouterConfig(request_router_class=CONSISTENT_HASH_ROUTER),
             **scaling,

@@ -253,22 +253,28 @@ class Writer:
         return self.head | {"choices": choices, "usage": self.usage}
 
     async def events(self, first: dict, messages: AsyncIterator[dict]) -> AsyncIterator[str]:
-        """Server-sent events. A client that goes away closes this generator, and so the engine's."""
+        """Server-sent events, all that are known at a time as one text, since each costs a way through Serve.
+
+        A client that goes away closes this generator, and so the engine's.
+        """
+        due = ""
         if self.chat:
             self.head["object"] = "chat.completion.chunk"
-            for i in range(len(self.streams)):
-                yield self.chunk(i, {"role": "assistant", "content": ""})
+            due = "".join(self.chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.streams)))
         try:
             async for message in chain(first, messages):
-                yield "".join(self.chunks(message))
+                due += "".join(self.chunks(message))
+                if not all(self.reasons):
+                    yield due
+                    due = ""
         except ApiError as error:
             yield event(error.body)
             return
         finally:
             await messages.aclose()
         if self.asked.stream_options and self.asked.stream_options.include_usage:
-            yield event(self.head | {"choices": [], "usage": self.usage})
-        yield event("[DONE]")
+            due += event(self.head | {"choices": [], "usage": self.usage})
+        yield due + event("[DONE]")
 
     def chunks(self, message: dict) -> list[str]:
         chunks = []

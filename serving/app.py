@@ -83,7 +83,7 @@ class Model:
         self.tokenizer, self.engine = Tokenizer.load(folder), engine
         self.sequence_len = read_meta(folder)["model_config"]["sequence_len"]
         self.created = int(storage.modified(storage.join(folder, "meta.json")).timestamp())
-        self.capacity = None  # known once an engine runs
+        self.capacity, self.asking = None, asyncio.Lock()  # known once an engine runs
 
     def card(self, name: str) -> dict:
         card = {"id": name, "object": "model", "created": self.created, "owned_by": "nanochat-ray"}
@@ -158,10 +158,16 @@ async def read_body(request: Request) -> bytes:
     return body
 
 
+def busy() -> ApiError:
+    return ApiError(429, "too many requests wait already; try again soon", code="busy", retry=1)
+
+
 async def capacity(engine: DeploymentHandle) -> int:
     """Tokens of the longest sequence. Raises ApiError when no replica can tell."""
     try:
         return await engine.capacity.remote()
+    except BackPressureError:
+        raise busy() from None
     except (RayError, RayServeException):
         raise ApiError(503, "the model is not ready yet; try again soon", code="not_ready", retry=5) from None
 
@@ -260,8 +266,9 @@ class ChatService:
         name = asked.model or next(iter(self.models))
         model = self.model(name)
         prompt, affinity = tokens_of(model.tokenizer, asked)
-        if model.capacity is None:
-            model.capacity = await capacity(model.engine)
+        async with model.asking:  # once, however many requests come first
+            if model.capacity is None:
+                model.capacity = await capacity(model.engine)
         if len(prompt) >= model.capacity:
             message = f"the prompt has {len(prompt)} tokens; there is room for {model.capacity - 1}"
             raise ApiError(400, message, "messages", "context_length_exceeded")
@@ -312,8 +319,9 @@ class ChatService:
                     raise ApiError(503, LOST, code="replica_lost", retry=5) from error
                 await asyncio.sleep(0.5)
             finally:
-                answer.cancel()  # of a client that went away; else it has ended
-        raise ApiError(429, "too many requests wait already; try again soon", code="busy", retry=1)
+                with suppress(RayError, RayServeException):  # cancel raises again what ended it
+                    answer.cancel()  # of a client that went away
+        raise busy()
 
     def authorize(self, request: Request) -> None:
         """Raises ApiError for a missing or unknown key, and for one that asks too often."""

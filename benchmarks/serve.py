@@ -178,7 +178,7 @@ def gaps(service: Service, options: Options, beside: bool) -> float:
     load = {"clients": options.streams, "requests": options.streams, "prompt_tokens": options.prompt}
     command = service.command(**load, max_tokens=600, seed=int(beside))
     process, rng = subprocess.Popen(command, stdout=subprocess.PIPE, text=True), random.Random(int(beside))
-    while service.metric("running") < options.streams and process.poll() is None:
+    while service.metric("running") < options.streams / 2 and process.poll() is None:  # some may have ended
         time.sleep(0.1)
     while beside and process.poll() is None:
         long = [{"role": "user", "content": load_test.made_up(options.long_prompt, rng)}]
@@ -215,6 +215,8 @@ def measure(service: Service, engine: Engine, options: Options) -> dict[str, flo
         }
         result["ttft_turn_6"], result["ttft_cold"] = turn_six(service.url, options)
         rounds.append(result)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in result.items())
+        print(f"round {i}{'' if i else ' (not counted)'}  {shown}", file=sys.stderr, flush=True)
     return {name: statistics.median(result[name] for result in rounds[1:]) for name in rounds[0]}  # the first warms up
 
 

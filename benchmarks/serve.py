@@ -158,7 +158,7 @@ async def ask(url: str, messages: list[dict], max_tokens: int, seed: int = 0) ->
 
 def turn_six(url: str, options: Options) -> tuple[float, float]:
     """Seconds to the first token of a chat's sixth turn of about 160 tokens each: after the others, and cold."""
-    rng, times = random.Random(0), []
+    rng, times = random.Random(), []  # other words each time, or the cold ones were cached
 
     def text() -> str:
         return load_test.made_up(160, rng)  # a token each
@@ -177,7 +177,7 @@ def gaps(service: Service, options: Options, beside: bool) -> float:
     """p95 of the time between a stream's messages, alone or while one long prompt after another is read."""
     load = {"clients": options.streams, "requests": options.streams, "prompt_tokens": options.prompt}
     command = service.command(**load, max_tokens=600, seed=int(beside))
-    process, rng = subprocess.Popen(command, stdout=subprocess.PIPE, text=True), random.Random(int(beside))
+    process, rng = subprocess.Popen(command, stdout=subprocess.PIPE, text=True), random.Random()
     while service.metric("running") < options.streams / 2 and process.poll() is None:  # some may have ended
         time.sleep(0.1)
     while beside and process.poll() is None:

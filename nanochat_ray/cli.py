@@ -111,47 +111,19 @@ def leaderboard(args: list[str]) -> None:
     run(parse("leaderboard", LeaderboardOptions, args))
 
 
-@dataclass
-class ServeOptions:
-    """A chat service with OpenAI's API and a page, on this machine or the cluster that RAY_ADDRESS names."""
-
-    checkpoint: tuple[str, ...] = ()
-    """Checkpoint or run folders, each a model named after its run, or as NAME=FOLDER; the newest one by default."""
-    host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all of the machine's."""
-    port: int = 8000
-    max_batch_size: int = 32
-    """Answers that an engine generates at once."""
-    queue_limit: int = 64
-    """Requests that wait for an engine; more are turned away with 429."""
-    kv_gb: float | None = None
-    """GiB of keys and values of each engine; the default has room for max_batch_size answers as long as the context."""
-    dtype: str | None = None
-    """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
-    compile: bool = True
-    """torch.compile in the background, a minute or two, for several times the speed."""
-    replicas: int = 1
-    """Engines of each model, one per GPU, or sharing the CPUs."""
-    max_replicas: int | None = None
-    """Add engines, up to this many, while requests exceed what those there are generate at once."""
-    api_keys: str | None = None
-    """File with the sha256 of each API key, a line each (printf %s KEY | sha256sum); everybody may ask without it."""
-    requests_per_minute: int | None = None
-    """Of each API key, or of everybody together where there are no keys."""
-    cors_origins: tuple[str, ...] = ()
-    """Web sites whose pages may use this service; by default only its own."""
-
-
 def serve(args: list[str]) -> None:
-    """a checkpoint -> a chat service over HTTP"""
-    options = parse("serve", ServeOptions, args)
+    """a checkpoint -> a chat service over HTTP, with OpenAI's API and a page"""
     import ray
 
     from serving.app import ServiceOptions, app, check_port, start
 
-    settings = {name: value for name, value in vars(options).items() if name not in ("host", "port")}
-    settings |= {"checkpoint": list(options.checkpoint) or None, "cors_origins": list(options.cors_origins)}
-    application = app(ServiceOptions(**settings))  # a wrong checkpoint is known before Ray is started
+    class Options(ServiceOptions):
+        host: str = "127.0.0.1"
+        """Address to listen on; 0.0.0.0 for all of the machine's."""
+        port: int = 8000
+
+    options = parse("serve", Options, args)
+    application = app(options)  # a wrong checkpoint is known before Ray is started
     check_port(options.host, options.port)
     start_ray()
     start(application, options.replicas * max(1, len(options.checkpoint)), options.host, options.port)

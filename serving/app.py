@@ -24,7 +24,7 @@ import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel
+from pydantic import BaseModel, field_validator
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
@@ -37,7 +37,7 @@ from starlette.requests import Request
 
 from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import Tokenizer
-from nanochat_ray.train.checkpoint import latest_checkpoint, read_meta, resolve_checkpoint
+from nanochat_ray.train.checkpoint import latest_checkpoint, read_meta, resolve_checkpoint, run_name
 from serving import protocol
 from serving.engine_server import EngineServer
 from serving.protocol import ApiError, ChatRequest, CompletionRequest
@@ -61,19 +61,35 @@ LATENCIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
 class ServiceOptions(BaseModel):
-    """What `serve run` and a Serve config file may set; `nanochat-ray serve --help` explains each."""
+    """What `nanochat-ray serve`, `serve run` and a Serve config file may set."""
 
-    checkpoint: str | list[str] | None = None
+    checkpoint: list[str] = []
+    """Checkpoint or run folders, each a model named after its run, or as NAME=FOLDER; the newest one by default."""
     max_batch_size: int = 32
+    """Answers that an engine generates at once."""
     queue_limit: int = 64
+    """Requests that wait for an engine; more are turned away with 429."""
     kv_gb: float | None = None
+    """GiB of keys and values of each engine; the default has room for max_batch_size answers as long as the context."""
     dtype: str | None = None
+    """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
     compile: bool = True
+    """torch.compile in the background, a minute or two, for several times the speed."""
     replicas: int = 1
+    """Engines of each model, one per GPU, or sharing the CPUs."""
     max_replicas: int | None = None
+    """Add engines, up to this many, while requests exceed what those there are generate at once."""
     api_keys: str | None = None
+    """File with the sha256 of each API key, a line each (printf %s KEY | sha256sum); everybody may ask without it."""
     requests_per_minute: int | None = None
+    """Of each API key, or of everybody together where there are no keys."""
     cors_origins: list[str] = []
+    """Web sites whose pages may use this service; by default only its own."""
+
+    @field_validator("checkpoint", mode="before")
+    @classmethod
+    def one_or_more(cls, given):
+        return [given] if isinstance(given, str) else given  # `serve run … checkpoint=FOLDER`
 
 
 class Model:
@@ -344,12 +360,11 @@ class ChatService:
 
 def app(options: ServiceOptions) -> serve.Application:
     """The application. Raises OSError without a checkpoint or the keys' file, ValueError for two models of one name."""
-    folders = [options.checkpoint] if isinstance(options.checkpoint, str) else options.checkpoint
     models = {}
-    for given in folders or [newest_checkpoint()]:
+    for given in options.checkpoint or [newest_checkpoint()]:
         name, _, folder = given.rpartition("=")
         folder = resolve_checkpoint(storage.absolute(folder))
-        name = name or model_name(folder)
+        name = name or run_name(folder)
         if name in models:
             raise ValueError(f"two checkpoints are named {name!r}: give one as NAME=FOLDER")
         models[name] = folder
@@ -410,9 +425,3 @@ def newest_checkpoint() -> str:
     if not found:
         raise FileNotFoundError(f"no checkpoint under {runs}: train one, or name one with checkpoint=FOLDER")
     return max(found, key=lambda checkpoint: storage.modified(storage.join(checkpoint, "meta.json")))
-
-
-def model_name(folder: str) -> str:
-    """The run of a checkpoint folder …/runs/<name>/checkpoints/step_000123, or the folder's own name."""
-    parts = folder.rstrip("/").split("/")
-    return parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1]

@@ -53,6 +53,9 @@ class EngineThread(threading.Thread):
         except Exception:  # every request of this replica is told, and Serve replaces it
             self.failure = traceback.format_exc()
             self.loop.call_soon_threadsafe(self._wake, list(self.listeners))
+            while True:
+                future, _, _ = self.calls.get()
+                self.loop.call_soon_threadsafe(self._resolve, future, None, RuntimeError(self.failure))
 
     def _answer_calls(self) -> None:
         while not self.engine.busy or not self.calls.empty():

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from nanochat_ray.inference.kv_cache import PAGE, BlockManager, page_bytes
+from nanochat_ray.inference.kv_cache import BlockManager, cache_bytes, page_bytes
 from nanochat_ray.inference.model_runner import ModelRunner
 from nanochat_ray.inference.sampling import Controls, SamplingParams, logprobs, sample
 from nanochat_ray.inference.scheduler import Scheduler
@@ -43,13 +43,10 @@ class Engine:
             raise ValueError(f"max_batch_size {max_batch_size} must be 1 or more")
         if chunk is not None and chunk < 1:
             raise ValueError(f"chunk {chunk} must be 1 or more")
-        config = model.config
-        per_page = page_bytes(config, model.compute_dtype.itemsize)
+        config, itemsize = model.config, model.compute_dtype.itemsize
         if kv_bytes is None:
-            rows = max_batch_size * (-(-config.sequence_len // PAGE) + 1)
-            blocks = max(rows, ROTARY_REACH * config.sequence_len // PAGE)
-            kv_bytes = (blocks * config.n_layer + 1) * per_page
-        self.manager = BlockManager(config, kv_bytes // per_page)
+            kv_bytes = cache_bytes(config, max(max_batch_size, ROTARY_REACH), config.sequence_len, itemsize)
+        self.manager = BlockManager(config, kv_bytes // page_bytes(config, itemsize))
         self.scheduler = Scheduler(self.manager, max_batch_size)
         self.runner = ModelRunner(model, self.manager, max_batch_size)
         self.config, self.tokenizer, self.chunk = config, tokenizer, chunk
@@ -86,10 +83,9 @@ class Engine:
         sequences = []
         for i in range(params.n):
             answer = AnswerStream(self.tokenizer, params.stop) if params.stop else None
-            sequence = Sequence(list(prompt), params, i, min(params.max_tokens, capacity - len(prompt)), answer)
-            sequence.arrival = self.arrivals
-            self.arrivals += 1
-            sequences.append(sequence)
+            most = min(params.max_tokens, capacity - len(prompt))
+            sequences.append(Sequence(list(prompt), params, i, most, answer, arrival=self.arrivals + i))
+        self.arrivals += params.n
         self.scheduler.waiting.extend(sequences)
         self.counts["requests"] += 1
         return sequences

@@ -42,6 +42,11 @@ def page_bytes(config: GPTConfig, itemsize: int) -> int:
     return 2 * PAGE * config.n_kv_head * config.head_dim * itemsize
 
 
+def cache_bytes(config: GPTConfig, sequences: int, length: int, itemsize: int) -> int:
+    """Memory for so many sequences of this length in every layer, whatever the windows, and the null page."""
+    return (sequences * (length // PAGE + 1) * config.n_layer + 1) * page_bytes(config, itemsize)
+
+
 class BlockManager:
     def __init__(self, config: GPTConfig, num_pages: int):
         """num_pages: of all layers together, the null page included. Raises ValueError for too few to hold a token."""

@@ -261,6 +261,12 @@ def resolve_checkpoint(folder: str) -> str:
     raise FileNotFoundError(f"no checkpoint in {folder}: give a folder step_… or a run folder that has one")
 
 
+def run_name(folder: str) -> str:
+    """The run of a checkpoint folder …/runs/<name>/checkpoints/step_000123, or the folder's own name."""
+    parts = folder.rstrip("/").split("/")
+    return parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1]
+
+
 def load_model(
     folder: str, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
 ) -> tuple[GPT, Tokenizer, dict]:

@@ -18,6 +18,7 @@ from nanochat_ray import storage
 from nanochat_ray.data.loader import Loader, Rows, evaluation_batches
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference.engine import Engine
+from nanochat_ray.inference.kv_cache import cache_bytes
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import MuonAdamW, build_optimizer
@@ -402,10 +403,13 @@ def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
 @torch.compiler.set_stance("force_eager")  # every prompt and every token would be another shape to compile
 def write_samples(worker: Worker, monitor) -> None:
     """Greedy continuations into samples.md, the newest last."""
-    engine = Engine(worker.model, worker.tokenizer)
-    completions = engine.generate(worker.config.prompts, SamplingParams(max_tokens=24, temperature=0.0))
+    model, prompts, tokens = worker.model, worker.config.prompts, 24
+    length = max(map(len, prompts)) + tokens  # training needs the rest of the memory
+    room = cache_bytes(model.config, len(prompts), length, model.compute_dtype.itemsize)
+    engine = Engine(model, worker.tokenizer, len(prompts), room)
+    completions = engine.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0))
     lines = [f"## step {worker.progress.step}", ""]
-    for prompt, completion in zip(worker.config.prompts, completions, strict=True):
+    for prompt, completion in zip(prompts, completions, strict=True):
         text = worker.tokenizer.decode(prompt[1:]) + "**" + worker.tokenizer.decode(completion.tokens) + "**"
         lines.append("- " + " ".join(text.split()))
     uri = storage.join(worker.config.run_dir, "samples.md")

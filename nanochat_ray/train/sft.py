@@ -83,7 +83,7 @@ def run(
         "weight_decay": 0.0,
         "seed": options.seed,
     }
-    run_dir = storage.join(storage.home(), "runs", options.run or f"{_run_name(base)}-sft")
+    run_dir = storage.join(storage.home(), "runs", options.run or f"{checkpoint.run_name(base)}-sft")
     claim(run_dir, inputs, asdict(options))
     config = TrainConfig(
         **inputs,
@@ -137,9 +137,3 @@ def prepare_conversations(splits: dict[str, list[dict]], tokenizer: Tokenizer, s
         print("sft: " + split + " " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in count.items()))
     storage.write_json(manifest_uri, {"tokenizer_sha256": tokenizer.sha, "sequence_len": sequence_len, **counts})
     return folder
-
-
-def _run_name(folder: str) -> str:
-    """The run that a checkpoint folder …/runs/<name>/checkpoints/step_000123 belongs to, or the folder's own name."""
-    parts = folder.rstrip("/").split("/")
-    return parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1]

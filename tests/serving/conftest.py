@@ -1,8 +1,8 @@
 """Services to talk to, and a browser to do it with."""
 
-import math
 import shutil
 import socket
+from collections.abc import Iterator
 
 import pytest
 from scripted_service import ScriptedService
@@ -58,12 +58,13 @@ def checkpoints(golden, tmp_path_factory) -> dict[str, str]:
     idx = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rendered])
     learned = torch.tensor([flags[1:] + [0] * (longest - len(flags)) for _, flags in rendered]) == 1
     optimizer = torch.optim.AdamW(knowing.parameters(), lr=0.02, weight_decay=0)
-    loss = math.inf
-    while loss > 0.01:
+    for _ in range(1000):
         loss = F.cross_entropy(knowing.logits(knowing.hidden(idx[:, :-1])[learned]), idx[:, 1:][learned])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if loss < 0.01:
+            break
     babbling = GPT(GPTConfig(2048, tokenizer.vocab_size, 2, 2, 2, 64, "SL"))
     for parameter in babbling.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -73,9 +74,11 @@ def checkpoints(golden, tmp_path_factory) -> dict[str, str]:
     return {name: str(runs / name) for name in models}
 
 
-@pytest.fixture(scope="session")
-def service(ray_session, checkpoints) -> str:
+@pytest.fixture(scope="module")  # its engines hold CPUs that other files' tests train on
+def service(ray_session, checkpoints) -> Iterator[str]:
     """URL of a service with both models, knowing first."""
+    from ray import serve
+
     from serving.app import ServiceOptions, app, start
 
     with socket.socket() as free:
@@ -83,7 +86,8 @@ def service(ray_session, checkpoints) -> str:
         port = free.getsockname()[1]
     options = ServiceOptions(checkpoint=list(checkpoints.values()), dtype="float32", compile=False)
     start(app(options), len(checkpoints), "127.0.0.1", port)
-    return f"http://127.0.0.1:{port}"
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
 
 
 @pytest.fixture

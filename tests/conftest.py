@@ -1,11 +1,18 @@
 """Fixtures every test may use: the golden numbers, the data beside the repository, one Ray for the session."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(items):
+    """Files with the most slow tests first, so that two processes have enough to share at the end."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session")

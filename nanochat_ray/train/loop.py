@@ -92,6 +92,19 @@ class Progress:
         """The moving average of the loss, debiased for having started at 0."""
         return self.smooth_loss / (1 - 0.9**self.step) if self.step else float("nan")
 
+    def learn(self, loss: float, vocab_size: int) -> None:
+        """Count a step of this loss, in nats a token. Raises Diverged."""
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} at step {self.step}: look at the data, or lower the learning rates")
+        self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * loss
+        self.step += 1
+        blind = math.log(vocab_size)
+        if self.step >= UNJUDGED_STEPS and self.loss() > blind + HOPELESS_NATS:
+            raise Diverged(
+                f"the loss is {self.loss():.2f} at step {self.step}, and guessing blindly would cost {blind:.2f}: "
+                "look at the data, or lower the learning rates"
+            )
+
 
 @dataclass
 class Worker:
@@ -172,10 +185,11 @@ def train(worker: Worker, monitor, log: MetricsLog | None) -> None:
                 progress.val_bpb = evaluate(worker, token_bytes)
                 if log:
                     log.log(metrics_of(worker) | {"val/bpb": progress.val_bpb})
-            if worker.measurement and (last or (progress.step and due(progress.step, worker.measurement.every))):
-                measure(worker, monitor, log)
-            if worker.rank == 0 and c.prompts and (last or due(progress.step, c.sample_every)):
-                write_samples(worker, monitor)
+            with torch.compiler.set_stance("force_eager"):  # every prompt would be another shape to compile
+                if worker.measurement and (last or (progress.step and due(progress.step, worker.measurement.every))):
+                    measure(worker, monitor, log)
+                if worker.rank == 0 and c.prompts and (last or due(progress.step, c.sample_every)):
+                    write_samples(worker, monitor)
             if ending or request == "save" or (progress.step and due(progress.step, c.save_every)):
                 finish_save(worker, monitor)  # the one before
                 start_save(worker, log)
@@ -280,21 +294,11 @@ def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, str | None]:
     if written == worker.world_size:
         finish_save(worker, monitor)
 
-    loss = loss_sum / count
-    if not math.isfinite(loss):
-        raise Diverged(f"the loss is {loss} at step {progress.step}: look at the data, or lower the learning rates")
-    progress.smooth_loss = 0.9 * progress.smooth_loss + 0.1 * loss
-    progress.step += 1
     position = progress.position
+    progress.learn(loss_sum / count, worker.model.config.vocab_size)
     progress.position += c.total_batch_size // worker.model.config.sequence_len
     if progress.step > UNTIMED_STEPS:
         progress.total_training_time += seconds
-    blind = math.log(worker.model.config.vocab_size)
-    if progress.step >= UNJUDGED_STEPS and progress.loss() > blind + HOPELESS_NATS:
-        raise Diverged(
-            f"the loss is {progress.loss():.2f} at step {progress.step}, and guessing blindly would cost {blind:.2f}: "
-            "look at the data, or lower the learning rates"
-        )
     metrics = metrics_of(worker) | {
         "train/loss": progress.loss(),
         "train/lrm": worker.optimizer.param_groups[0]["lr"] / worker.optimizer.param_groups[0]["initial_lr"],
@@ -390,7 +394,6 @@ def finish_save(worker: Worker, monitor) -> str | None:
     return error
 
 
-@torch.compiler.set_stance("force_eager")  # every prompt would be another shape to compile
 def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
     """Log what the run's Measurement gives. It takes no training time: only train_step counts."""
     measured = worker.measurement.measure(worker.model, worker.tokenizer)
@@ -400,7 +403,6 @@ def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
         monitor.say.remote(f"step {worker.progress.step}: {scores}")
 
 
-@torch.compiler.set_stance("force_eager")  # every prompt and every token would be another shape to compile
 def write_samples(worker: Worker, monitor) -> None:
     """Greedy continuations into samples.md, the newest last."""
     model, prompts, tokens = worker.model, worker.config.prompts, 24

@@ -38,8 +38,8 @@ def hold(config: dict) -> None:
 
 if __name__ == "__main__":
     folder, runs = sys.argv[1], json.loads(sys.argv[2])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 4})
-    cluster.add_node(num_cpus=8, num_gpus=4)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 4})
+    cluster.add_node(num_cpus=1, num_gpus=4)
     ray.init(address=cluster.address, log_to_driver=False)
     trials = [
         {"name": name, "folder": folder, "seconds": seconds, "num_iterations": 1, "options": {"workers": workers}}

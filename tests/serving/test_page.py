@@ -143,6 +143,7 @@ def test_request_says_what_the_settings_say(scripted, page):
     page.get_by_label("Max tokens").fill("33")
     page.get_by_role("button", name="Done").click()
     page.reload()  # they are kept
+    expect(page.get_by_label("Model", exact=True)).to_have_value("tiny")  # once the service has told its models
     send(page, "Hi")
     assert scripted.script.requests == [
         {

@@ -20,7 +20,7 @@ from runs import assert_every_row_once, assert_same_weights, kept, losses, steps
 from safetensors.torch import load_file, save_file
 
 from nanochat_ray import storage
-from nanochat_ray.train import checkpoint, launch, pretrain
+from nanochat_ray.train import checkpoint, launch, loop, pretrain
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ def test_a_killed_worker_is_replaced_and_the_end_is_bit_identical(uninterrupted,
             process.kill()
             killed.append(process.pid)
 
-    thread = threading.Thread(target=kill_at, args=[random.randint(9, 19)])
+    thread = threading.Thread(target=kill_at, args=[random.randint(9, 17)])
     thread.start()
     result = pretrain.run(tiny(run="killed"))
     thread.join()
@@ -58,8 +58,9 @@ def test_a_killed_worker_is_replaced_and_the_end_is_bit_identical(uninterrupted,
 
 def test_a_killed_driver_a_sigterm_and_a_damaged_checkpoint(uninterrupted, tiny, nanochat_ray_home, tmp_path, capsys):
     """The same command goes on each time, and the end is that of a run to which nothing happened."""
-    options = {k: v for k, v in asdict(tiny(run="driver")).items() if v != getattr(pretrain.PretrainOptions, k)}
-    flags = [str(part) for k, v in options.items() for part in (f"--{k.replace('_', '-')}", v)]
+    options = tiny(run="driver", save_every=4)
+    changed = {k: v for k, v in asdict(options).items() if v != getattr(pretrain.PretrainOptions, k)}
+    flags = [str(part) for k, v in changed.items() for part in (f"--{k.replace('_', '-')}", v)]
     command = [sys.executable, "-m", "nanochat_ray.cli", "pretrain", *flags]  # with a Ray of its own
     environment = os.environ | {"WANDB_MODE": "disabled"}
     run_dir = nanochat_ray_home / "runs" / "driver"
@@ -69,7 +70,7 @@ def test_a_killed_driver_a_sigterm_and_a_damaged_checkpoint(uninterrupted, tiny,
             return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
 
     first = start("first")
-    wait_until(lambda: max(losses(run_dir), default=0) >= 9 and "step_000008" in kept(run_dir), first)
+    wait_until(lambda: losses(run_dir) and checkpoint.latest_checkpoint(str(run_dir)), first)
     assert first.poll() is None, (tmp_path / "first").read_text()
     workers = train_workers(psutil.Process(first.pid))
     first.kill()
@@ -77,8 +78,9 @@ def test_a_killed_driver_a_sigterm_and_a_damaged_checkpoint(uninterrupted, tiny,
 
     second = start("second")
     try:
-        wait_until(lambda: "going on from step 8" in (tmp_path / "second").read_text(), second)
-        wait_until(lambda: max(losses(run_dir), default=0) >= 11, second)
+        wait_until(lambda: "going on from step" in (tmp_path / "second").read_text(), second)
+        resumed_at = int(re.search(r"going on from step (\d+)", (tmp_path / "second").read_text())[1])
+        wait_until(lambda: max(losses(run_dir)) >= resumed_at + 2, second)
         second.send_signal(signal.SIGTERM)
         second.wait(timeout=60)
     finally:
@@ -89,16 +91,16 @@ def test_a_killed_driver_a_sigterm_and_a_damaged_checkpoint(uninterrupted, tiny,
     assert workers and not psutil.wait_procs(workers, timeout=0)[1]  # none of the first driver's was left to write
     newest = Path(checkpoint.latest_checkpoint(str(run_dir)))
     stopped_at = checkpoint.read_meta(str(newest))["step"]
-    assert 11 <= stopped_at < 20
+    assert resumed_at + 2 <= stopped_at < 20
     assert f"stopped at step {stopped_at}" in said
     assert_every_row_once(run_dir, stopped_at, 8)
 
     with open(newest / "optimizer_00000.safetensors", "r+b") as f:
         f.truncate(1000)
-    pretrain.run(tiny(run="driver"))
+    pretrain.run(options)
     said = capsys.readouterr().out
     assert re.search(rf"skipped a damaged one: .*{newest.name}/optimizer_00000\.safetensors", said)
-    assert "going on from step 8" in said
+    assert int(re.search(r"going on from step (\d+)", said)[1]) < stopped_at
     assert_same_weights(run_dir, uninterrupted.run_dir)
     assert_every_row_once(run_dir, 20, 8)
     assert kept(run_dir) == ["step_000016", "step_000020"]  # the damaged one is gone
@@ -151,14 +153,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_checkpoint(un
     assert checkpoint.latest_checkpoint(str(run_dir)).endswith("step_000016")
 
 
-def test_a_hopeless_loss_stops_the_run_and_keeps_the_last_checkpoint(tiny, monkeypatch, nanochat_ray_home):
-    monkeypatch.setattr(pretrain, "train", lambda config, *_: config)
-    config = pretrain.run(tiny(run="hopeless", num_iterations=60, save_every=35, eval_every=0))
-    too_high = config.lrs | {"unembedding_lr": 1e3}  # every logit at the cap, where no gradient moves it back
-    with pytest.raises(ValueError, match=r"the loss is \d+\.\d+ at step 4\d, and guessing blindly would cost 8\.32"):
-        launch.train(replace(config, lrs=too_high), None)
-    assert kept(config.run_dir) == ["step_000035"]
-    assert len(steps(config.run_dir)) < 60
+def test_a_loss_worse_than_guessing_is_hopeless():
+    """Not in the first 40 steps, which may begin anywhere."""
+    progress = loop.Progress()
+    for _ in range(45):
+        progress.learn(10.0, vocab_size=4096)
+    progress.learn(12.0, vocab_size=4096)
+    with pytest.raises(loop.Diverged, match=r"the loss is 10\.38 at step 47, and guessing blindly would cost 8\.32"):
+        progress.learn(12.0, vocab_size=4096)
 
 
 def test_what_fails_at_every_start_ends_the_run_and_says_why(tiny, monkeypatch, tmp_path, capsys):
@@ -172,7 +174,7 @@ def test_what_fails_at_every_start_ends_the_run_and_says_why(tiny, monkeypatch, 
 
 def test_a_run_outlives_a_node_grows_back_and_saves_before_a_node_is_drained(tiny, nanochat_ray_home):
     """Seven rows a step, which two workers share unevenly."""
-    options = tiny(run="node", workers=2, total_batch_size=7 * 64, num_iterations=300, eval_every=0, save_every=10)
+    options = tiny(run="node", workers=2, total_batch_size=7 * 64, num_iterations=160, eval_every=0, save_every=10)
     script = str(Path(__file__).with_name("lose_a_node.py"))
     environment = os.environ | {"WANDB_MODE": "disabled"}
     result = subprocess.run(
@@ -184,7 +186,7 @@ def test_a_run_outlives_a_node_grows_back_and_saves_before_a_node_is_drained(tin
     )
     assert result.returncode == 0, result.stderr
     run_dir = nanochat_ray_home / "runs" / "node"
-    assert_every_row_once(run_dir, 300, 7)
+    assert_every_row_once(run_dir, 160, 7)
     assert [size for size, _ in groupby(line["train/world_size"] for line in steps(run_dir))] == [2, 1, 2]
     before_growing, before_draining = map(int, re.findall(r"step (\d+) is saved, as workers", result.stdout))
     shrunk, grown = map(int, re.findall(r"going on from step (\d+), workers: [12]", result.stdout))

@@ -44,13 +44,15 @@ class Preset:
     ratio: float | None  # tokens per scaling parameter, or
     minutes: float | None  # as much pretraining as this machine does in so long
     total_batch_size: int | None
+    lr_factor: float  # times the plan's learning rates
     eval_tokens: int
 
 
 PRESETS = {
-    # A small batch, because a slow CPU makes few steps in its minutes, and the first 40 only warm up.
-    "cpu": Preset(4, "pydocs", 8192, 512, 64, "L", None, 5, 2048, 16_384),
-    "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, 10_485_760),
+    # A small batch, because a slow CPU makes few steps in its minutes, and the first 40 only warm up. The rates are not
+    # lowered for it: see sweep.PRESETS.
+    "cpu": Preset(4, "pydocs", 8192, 512, 64, "L", None, 5, 2048, 16, 16_384),
+    "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, 1, 10_485_760),
 }
 SFT_SHARE = 0.4  # finetuning's steps for each of pretraining's, where minutes decide
 TOKENS_PER_CLIMBMIX_SHARD = 34_000_000  # 250 million characters at 4.8 a token, a third lost to cropping
@@ -188,6 +190,7 @@ def pretrain_options(preset: Preset, plan: RunPlan, rows: str, name: str, worker
         window_pattern=preset.window_pattern,
         target_param_data_ratio=preset.ratio or 12,
         total_batch_size=plan.total_batch_size,
+        lr_factor=preset.lr_factor,
         num_iterations=plan.num_iterations,
         workers=workers,
         compile=compiles(preset),

@@ -15,18 +15,19 @@ from tyro.conf import Positional, subcommand
 
 def prepare(args: list[str]) -> None:
     """text -> tokenizer and packed token rows"""
-    from nanochat_ray.data.prepare import PrepareOptions, run
+    from nanochat_ray.data.prepare import PrepareOptions, find_source, run
 
     options = parse("prepare", PrepareOptions, args)
+    source = find_source(options)  # that there is none is known before Ray starts
     start_ray()
-    prepared = run(options)
+    prepared = run(options, source)
     print(f"rows       {prepared.rows}\ntokenizer  {prepared.tokenizer}")
 
 
 def pretrain(args: list[str]) -> None:
     """rows -> a base model"""
     from nanochat_ray.evals.core import CoreInTraining, in_training
-    from nanochat_ray.train.pretrain import PretrainOptions, run
+    from nanochat_ray.train.pretrain import PretrainOptions, find_rows, run
 
     @dataclass
     class Options(CoreInTraining, PretrainOptions):
@@ -34,6 +35,7 @@ def pretrain(args: list[str]) -> None:
 
     options = parse("pretrain", Options, args)
     measurement = in_training(options)
+    find_rows(options)  # that there are none is known before Ray starts
     start_ray()
     result = run(options, measurement)
     print(f"val/bpb    {result.val_bpb:.4f}\ncheckpoint {result.checkpoint}")

@@ -63,14 +63,19 @@ class Job:
         return self.uri.removesuffix(".arrow") + ".json"
 
 
-def run(options: PrepareOptions) -> Prepared:
+def find_source(options: PrepareOptions) -> sources.Source:
+    return sources.resolve(options.source, text_column=options.text_column, shards=options.shards)
+
+
+def run(options: PrepareOptions, source: sources.Source | None = None) -> Prepared:
     """Prepare rows, or return those that the same inputs gave before. Unfinished shards alone are done again.
 
+    source: that of the options, by one who has looked for it already.
     Raises ValueError when a split has too little text for one row, and what sources and the tokenizer raise.
     """
     if options.sequence_len < 1:
         raise ValueError(f"sequence_len {options.sequence_len}: a row needs at least one token to predict")
-    source = sources.resolve(options.source, text_column=options.text_column, shards=options.shards)
+    source = source or find_source(options)
     tokenizer_uri, tokenizer = find_or_train_tokenizer(options, source)
     rows_uri = storage.join(storage.home(), "rows", f"{source.name}-{tokenizer.sha[:8]}-T{options.sequence_len}")
     inputs = {

@@ -30,7 +30,6 @@ from nanochat_ray.evals.bundle import Task
 from nanochat_ray.model.attention import attention, sliding_window_mask
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.train.checkpoint import load_model
-from nanochat_ray.train.launch import scaling_config
 from nanochat_ray.train.loop import Measurement
 
 SHOTS_SEED = 1234
@@ -49,7 +48,8 @@ class CoreOptions:
     tasks: list[str] | None = None
     """Only these tasks; the score is then their mean."""
     actors: int = 0
-    """Share the work among this many Ray actors, each with a copy of the weights; 0 for this process alone."""
+    """Share the work among this many Ray actors, each with a copy of the weights and a GPU or, where there are none, a
+    CPU; 0 for this process alone, on all CPUs."""
     out: str | None = None
     """Folder to write core.csv and core_examples.jsonl to; the default is the one given as --checkpoint."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -381,8 +381,8 @@ def score_on_ranks(model: GPT, batches: list[list[Item]]) -> list[list]:
 class Scorer:
     """Scores batches somewhere in the cluster, with a copy of the weights."""
 
-    def __init__(self, num_threads: int):
-        torch.set_num_threads(num_threads)
+    def __init__(self):
+        torch.set_num_threads(1)  # sums round as they are split: so they don't depend on how many actors share the CPUs
         self.model: GPT | None = None
 
     def score(self, model: list[ray.ObjectRef], items: list[Item]) -> list:
@@ -398,13 +398,13 @@ class Scorers:
     """
 
     def __init__(self, model: GPT, count: int):
-        scaling = scaling_config(count)
-        gpus, cpus = (1, 1) if scaling.use_gpu else (0, scaling.resources_per_worker["CPU"])
-        if gpus and count > ray.cluster_resources()["GPU"]:
-            raise ValueError(f"{count} actors on {ray.cluster_resources()['GPU']:.0f} GPUs: give at most one a GPU")
+        resources = ray.cluster_resources()
+        kind = "GPU" if resources.get("GPU") else "CPU"
+        if count > resources[kind]:
+            raise ValueError(f"{count} actors on {resources[kind]:.0f} {kind}s: give at most one a {kind}")
         self.model = ray.put(model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu())
-        scorer = Scorer.options(num_cpus=cpus, num_gpus=gpus)
-        self.pool = ActorPool([scorer.remote(cpus) for _ in range(count)])
+        scorer = Scorer.options(num_cpus=1, num_gpus=1 if kind == "GPU" else 0)
+        self.pool = ActorPool([scorer.remote() for _ in range(count)])
 
     def __call__(self, batches: list[list[Item]]) -> Iterator[list]:
         return self.pool.map(lambda actor, items: actor.score.remote([self.model], items), batches)

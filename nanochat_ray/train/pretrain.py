@@ -37,6 +37,8 @@ class PretrainOptions:
     """Train for this many steps instead of for FLOPs or a ratio."""
     total_batch_size: int | None = None
     """Tokens in a step, over all workers; the default follows from depth and ratio."""
+    lr_factor: float = 1.0
+    """Times the plan's learning rates, which are too low for batches of a few thousand tokens."""
     device_batch_size: int | None = None
     """Most rows in one forward pass of a worker; the default is what fits."""
     workers: int | None = None
@@ -74,15 +76,14 @@ def run(
     report: see launch.train. base_lrs: for a search of them.
     Raises FileNotFoundError without rows, ValueError for options that can't be, or not in this run folder.
     """
-    rows = storage.absolute(options.rows) if options.rows else newest_rows()
-    manifest = read_manifest(rows)
+    rows, manifest = find_rows(options)
     plan = plan_of(options, manifest)
     inputs = {
         "stage": "pretrain",
         "model": asdict(plan.config),
         "total_batch_size": plan.total_batch_size,
         "num_iterations": plan.num_iterations,
-        "lrs": {name: lr * plan.lr_scale for name, lr in base_lrs.items()},
+        "lrs": {name: lr * options.lr_factor * plan.lr_scale for name, lr in base_lrs.items()},
         "weight_decay": plan.weight_decay,
         "seed": options.seed,
     }
@@ -124,6 +125,12 @@ def plan_of(options: PretrainOptions, manifest: dict) -> RunPlan:
         num_iterations=options.num_iterations,
         target_flops=options.target_flops,
     )
+
+
+def find_rows(options: PretrainOptions) -> tuple[str, dict]:
+    """(folder, manifest) of the rows that the options name, or of the newest. Raises FileNotFoundError without any."""
+    rows = storage.absolute(options.rows) if options.rows else newest_rows()
+    return rows, read_manifest(rows)
 
 
 def read_manifest(rows: str) -> dict:

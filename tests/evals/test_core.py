@@ -439,11 +439,12 @@ def test_any_number_of_actors_or_ranks(odd_tasks, model, tokenizer, tmp_path, ra
         return core.evaluate_core(*arguments).examples
 
     results = ray.get([on_rank.remote(rank, arguments) for rank in range(2)])
-    results += [core.evaluate_core(*arguments, actors=actors).examples for actors in (1, 2)]
-    for result in results:
+    one, two = [core.evaluate_core(*arguments, actors=actors).examples for actors in (1, 2)]
+    assert json.dumps(one) == json.dumps(two)  # to the last bit
+    for result in (*results, one):
         for name, examples in here.items():
             assert_same(result[name], examples, atol=1e-5)
-    with pytest.raises(ValueError, match="3 workers on 2 CPUs"):
+    with pytest.raises(ValueError, match="3 actors on 2 CPUs"):
         core.evaluate_core(*arguments, actors=3)
 
 

@@ -28,6 +28,12 @@ def test_a_run_learns_and_leaves_what_the_design_says(uninterrupted, tiny):
     assert not [path for path in run_dir.rglob("*") if path.suffix in (".pkl", ".pt", ".tmp")]
 
 
+def test_lr_factor_is_of_every_rate(tiny, monkeypatch):
+    monkeypatch.setattr(pretrain, "train", lambda config, *_: config)
+    one, four = [pretrain.run(tiny(run=f"x{factor}", lr_factor=factor)).lrs for factor in (1.0, 4.0)]
+    assert four == {name: pytest.approx(4 * lr) for name, lr in one.items()}
+
+
 def test_a_finished_run_is_not_run_again(uninterrupted, tiny, monkeypatch, capsys):
     monkeypatch.setenv("NANOCHAT_RAY_HOME", str(Path(uninterrupted.run_dir).parents[1]))
     before = (Path(uninterrupted.checkpoint) / "meta.json").stat().st_mtime_ns

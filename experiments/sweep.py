@@ -74,8 +74,8 @@ class Preset:
 PRESETS = {
     # A third of a token per parameter: what two cores do for depths 1 to 4 in minutes. A small vocabulary, so that the
     # blocks rather than the tables are most of a small model. The rates are not lowered for the small batch, which
-    # would be by a factor 16: at depths 1 and 2 val_bpb was 3.07 and 2.59 with that, 2.48 and 2.05 without, and 3.00
-    # and 2.35 with twice as much.
+    # would be by a factor 16: at depths 1 and 2 val_bpb was 3.07 and 2.59 with that, 2.48 and 2.05 without, and 2.60
+    # and 2.13 with three times as much.
     "cpu": Preset("cpu", "pydocs", 4096, 256, 64, "L", 0.3, 2048, 16, 65_536, False, False),
     "gpu": Preset("gpu", "climbmix", 32768, 2048, 128, "SSSL", 12, None, 1, 10_485_760, None, True),
 }

@@ -185,11 +185,10 @@ def train(worker: Worker, monitor, log: MetricsLog | None) -> None:
                 progress.val_bpb = evaluate(worker, token_bytes)
                 if log:
                     log.log(metrics_of(worker) | {"val/bpb": progress.val_bpb})
-            with torch.compiler.set_stance("force_eager"):  # every prompt would be another shape to compile
-                if worker.measurement and (last or (progress.step and due(progress.step, worker.measurement.every))):
-                    measure(worker, monitor, log)
-                if worker.rank == 0 and c.prompts and (last or due(progress.step, c.sample_every)):
-                    write_samples(worker, monitor)
+            if worker.measurement and (last or (progress.step and due(progress.step, worker.measurement.every))):
+                measure(worker, monitor, log)
+            if worker.rank == 0 and c.prompts and (last or due(progress.step, c.sample_every)):
+                write_samples(worker, monitor)
             if ending or request == "save" or (progress.step and due(progress.step, c.save_every)):
                 finish_save(worker, monitor)  # the one before
                 start_save(worker, log)
@@ -396,7 +395,8 @@ def finish_save(worker: Worker, monitor) -> str | None:
 
 def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
     """Log what the run's Measurement gives. It takes no training time: only train_step counts."""
-    measured = worker.measurement.measure(worker.model, worker.tokenizer)
+    with torch.compiler.set_stance("force_eager"):  # every prompt would be another shape to compile
+        measured = worker.measurement.measure(worker.model, worker.tokenizer)
     if log:
         log.log(metrics_of(worker) | measured)
         scores = ", ".join(f"{name} {value:.4f}" for name, value in measured.items() if "/" not in name)
@@ -409,7 +409,8 @@ def write_samples(worker: Worker, monitor) -> None:
     length = max(map(len, prompts)) + tokens  # training needs the rest of the memory
     room = cache_bytes(model.config, len(prompts), length, model.compute_dtype.itemsize)
     engine = Engine(model, worker.tokenizer, len(prompts), room)
-    completions = engine.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0))
+    with torch.compiler.set_stance("force_eager"):  # every prompt and every token would be another shape to compile
+        completions = engine.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0))
     lines = [f"## step {worker.progress.step}", ""]
     for prompt, completion in zip(prompts, completions, strict=True):
         text = worker.tokenizer.decode(prompt[1:]) + "**" + worker.tokenizer.decode(completion.tokens) + "**"

@@ -12,7 +12,6 @@ from nanochat_ray.train.metrics import read_metrics
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(ray_session, nanochat_ray_home, capsys):
     options = speedrun.SpeedrunOptions(depth=1, minutes=0.05, run="quick")
     report = speedrun.run(options)

@@ -64,24 +64,27 @@ def prompts(options: Options, count: int, length: int) -> list[list[int]]:
     return torch.randint(options.vocab, (count, length)).tolist()
 
 
-def run_steps(engine: Engine) -> list[float]:
-    """Seconds of each step until nothing is left."""
-    seconds = []
-    while engine.busy:
-        began = time.perf_counter()
-        engine.step()
-        seconds.append(time.perf_counter() - began)
-    return seconds
+def step(engine: Engine) -> float:
+    """Its seconds."""
+    began = time.perf_counter()
+    engine.step()
+    return time.perf_counter() - began
 
 
 def decode_speed(engine: Engine, options: Options, batch: int) -> float:
     """Tokens per second of the median step in which all of a batch decode."""
-    params = SamplingParams(options.new, options.temperature, options.top_k)
+    sequences, chunk = [], engine.chunk
+    engine.chunk = options.prompt  # a prompt a step
     for prompt in prompts(options, batch, options.prompt):
-        engine.submit(prompt, params)
+        sequences += engine.submit(prompt, SamplingParams(batch + options.new, options.temperature, options.top_k))
     while engine.scheduler.waiting:
         engine.step()
-    return batch / statistics.median(run_steps(engine)[:-1])
+    engine.chunk, seconds = chunk, []
+    while all(sequence.finish_reason is None for sequence in sequences):
+        seconds.append(step(engine))
+    for sequence in sequences:
+        engine.cancel(sequence)
+    return batch / statistics.median(seconds)
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -95,19 +98,13 @@ def fairness(engine: Engine, options: Options) -> tuple[float, float, float]:
     while engine.scheduler.waiting:
         engine.step()
 
-    def step() -> float:
-        began = time.perf_counter()
-        engine.step()
-        return time.perf_counter() - began
-
-    alone = [step() for _ in range(100)]
+    alone = [step(engine) for _ in range(100)]
     [long_prompt] = prompts(options, 1, options.long_prompt)
     long, beside = engine.submit(long_prompt, SamplingParams(4))[0], []
     while not long.generated:
-        beside.append(step())
-    for sequence in streams:
+        beside.append(step(engine))
+    for sequence in [*streams, long]:
         engine.cancel(sequence)
-    run_steps(engine)
     return percentile(alone, 0.95), percentile(beside, 0.95), sum(beside)
 
 

@@ -91,12 +91,12 @@ def sample(logits: torch.Tensor, controls: Controls, keys: np.ndarray, seen: tor
         logits = torch.where(seen, penalized, logits)
     if controls.all_greedy:
         return logits.argmax(dim=-1)
-    scores = (logits - logits.amax(dim=-1, keepdim=True)) / controls.temperature
-    weights = scores.exp()
+    weights = (logits / controls.temperature).softmax(dim=-1)
+    likeliest = weights.amax(dim=-1, keepdim=True) if controls.limits else None
     if controls.filters:
-        weights = _filter(scores, weights, controls)
+        weights = _filter(weights, controls)
     if controls.limits:
-        weights = weights * (weights >= controls.min_p)  # the likeliest token's weight is 1
+        weights = weights * (weights >= controls.min_p * likeliest)
     # Inverse CDF in the order of the vocabulary: rounding that swaps two almost equal logits changes nothing.
     cdf = weights.cumsum(dim=-1)
     target = uniforms(keys).to(cdf.device).unsqueeze(-1) * cdf[:, -1:]
@@ -106,32 +106,31 @@ def sample(logits: torch.Tensor, controls: Controls, keys: np.ndarray, seen: tor
     return torch.where(controls.greedy.squeeze(-1), logits.argmax(dim=-1), drawn)
 
 
-def _filter(scores: torch.Tensor, weights: torch.Tensor, controls: Controls) -> torch.Tensor:
-    """The weights (B, V) of a row's top_k largest, and of those the fewest whose probability reaches top_p; else 0."""
-    largest = scores.topk(controls.most, dim=-1).values
+def _filter(weights: torch.Tensor, controls: Controls) -> torch.Tensor:
+    """The probabilities (B, V) of a row's top_k likeliest, of those the fewest that reach top_p together; else 0."""
+    largest = weights.topk(controls.most, dim=-1).values
     if controls.nuclear:
-        largest, count = _nucleus(scores, weights, largest, controls)
+        largest, count = _nucleus(weights, largest, controls)
     else:
         count = controls.top_k.clamp(max=controls.most)
-    threshold = largest.gather(-1, count - 1).masked_fill(controls.unfiltered, -math.inf)
-    chosen = scores >= threshold
-    if (chosen.sum(dim=-1, keepdim=True) > count.masked_fill(controls.unfiltered, scores.size(-1))).any():
-        above, tied = scores > threshold, scores == threshold  # of tied tokens the first ones
+    threshold = largest.gather(-1, count - 1).masked_fill(controls.unfiltered, 0)
+    chosen = weights >= threshold
+    if (chosen.sum(dim=-1, keepdim=True) > count.masked_fill(controls.unfiltered, weights.size(-1))).any():
+        above, tied = weights > threshold, weights == threshold  # of tied tokens the first ones
         few = tied & (tied.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True))
         chosen = above | few | controls.unfiltered
     return torch.where(chosen, weights, 0)
 
 
-def _nucleus(scores: torch.Tensor, weights: torch.Tensor, largest: torch.Tensor, controls: Controls):
-    """Each row's largest scores (B, most), sorted, and how many of them top_k and top_p leave (B, 1)."""
+def _nucleus(weights: torch.Tensor, largest: torch.Tensor, controls: Controls):
+    """Each row's largest probabilities (B, most), sorted, and how many of them top_k and top_p leave (B, 1)."""
     most = largest.size(-1)
     # Rows without top_k share their probability among all tokens, also those beyond the sorted ones.
-    shared = weights.sum(dim=-1, keepdim=True)
-    short = (controls.top_k > most) & (largest.exp().sum(dim=-1, keepdim=True) < controls.top_p * shared)
+    short = (controls.top_k > most) & (largest.sum(dim=-1, keepdim=True) < controls.top_p)
     if (short & (controls.top_p < 1)).any():
-        largest, most = scores.sort(dim=-1, descending=True).values, scores.size(-1)
-    ranked = largest.exp() * (torch.arange(most, device=scores.device) < controls.top_k)
-    shared = torch.where(controls.top_k > most, shared, ranked.sum(dim=-1, keepdim=True))
+        largest, most = weights.sort(dim=-1, descending=True).values, weights.size(-1)
+    ranked = largest * (torch.arange(most, device=weights.device) < controls.top_k)
+    shared = torch.where(controls.top_k > most, 1, ranked.sum(dim=-1, keepdim=True))
     probabilities = ranked / shared
     before = probabilities.cumsum(dim=-1) - probabilities
     count = ((before < controls.top_p) & (ranked > 0)).sum(dim=-1, keepdim=True).clamp(min=1)

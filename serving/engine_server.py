@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from ray import serve
@@ -81,16 +82,22 @@ class EngineThread(threading.Thread):
                 event.set()
 
 
+def load_engine(checkpoint: str, options: dict) -> Engine:
+    model, tokenizer, _ = load_model(checkpoint, "cuda" if torch.cuda.is_available() else "cpu", options["dtype"])
+    kv_bytes = None if options["kv_gb"] is None else int(options["kv_gb"] * 2**30)
+    return Engine(model, tokenizer, options["max_batch_size"], kv_bytes)
+
+
 @serve.deployment
 class EngineServer:
     def __init__(self, checkpoint: str, options: dict, engines: int):
         """engines: of all models, which share the CPUs."""
         sys.setswitchinterval(SWITCH_SECONDS)
         torch.set_num_threads(max(1, os.cpu_count() // engines))  # Ray's own default is one
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model, tokenizer, _ = load_model(checkpoint, device, options["dtype"])
-        kv_bytes = None if options["kv_gb"] is None else int(options["kv_gb"] * 2**30)
-        self.engine = Engine(model, tokenizer, options["max_batch_size"], kv_bytes)
+        # In a thread that ends, and OpenMP's with it: with more of those than CPUs, all sleep between kernels, and
+        # decoding takes twice as long.
+        with ThreadPoolExecutor(1) as loader:
+            self.engine = loader.submit(load_engine, checkpoint, options).result()
         self.most_ongoing = options["max_batch_size"] + options["queue_limit"]
         self.ongoing, self.thread = 0, None
         self.compiled = False

@@ -49,7 +49,7 @@ class PackedAttention(Attention):
 
 def for_inference(model: GPT) -> GPT:
     """A copy whose matmul weights are held in the compute dtype, packed on CPUs where torch has oneDNN (not on Macs);
-    embeddings are shared with model."""
+    embeddings and what needs no cast are shared with model: copy it again after training it."""
     with torch.device("meta"):
         copy = GPT(model.config)
     copy.load_state_dict({name: weight.detach() for name, weight in model.state_dict().items()}, assign=True)
@@ -245,22 +245,23 @@ class ModelRunner:
         widths = [self._size(max(LEAST_WIDTH, int(widths[:B].max(initial=0)))) for widths in self.widths]
         pages = [table[:, :B, :width] for table, width in zip(self.tables, widths, strict=True)]
         first = [first[:B] for first in self.first]
-        if padding := self._size(max(B, LEAST_ROWS) if prompt else B) - B:
+        chunk = None
+        if prompt is not None:
+            sequence, end = prompt
+            start, ids, chunk = sequence.table.length, sequence.ids, self._prompt_tables(sequence.table)
+            idx, at = [*idx, *ids[start:end]], [*at, *range(start, end)]
+            previous = [*previous, ids[start - 1] if start else 0, *ids[start : end - 1]]
+            if end - start == 1:  # one more row: for a chunk of one torch.compile would make a graph apart
+                pages = [_below(*parts) for parts in zip(pages, chunk[0], strict=True)]
+                first = [np.concatenate(parts) for parts in zip(first, chunk[1], strict=True)]
+                B, chunk = B + 1, None
+        if padding := self._size(max(B, LEAST_ROWS) if chunk else B) - B:
             pages, first = [_padded(p, 1, padding) for p in pages], [_padded(f, 0, padding) for f in first]
-            idx, previous, at = ([*ids, *[0] * padding] for ids in (idx, previous, at))
-        if prompt is None:
-            return self.forward(*self._inputs(idx, previous, at, (pages, first), None))[:B]
-        sequence, end = prompt
-        start, ids = sequence.table.length, sequence.ids
-        inputs = self._inputs(
-            [*idx, *ids[start:end]],
-            [*previous, ids[start - 1] if start else 0, *ids[start : end - 1]],
-            [*at, *range(start, end)],
-            (pages, first),
-            self._prompt_tables(sequence.table),
-        )
-        logits = self.forward(*inputs)
-        return torch.cat([logits[:B], logits[-1:]]) if padding else logits
+            idx, previous, at = ([*x[:B], *[0] * padding, *x[B:]] for x in (idx, previous, at))
+        logits = self.forward(*self._inputs(idx, previous, at, (pages, first), chunk))
+        if not padding:
+            return logits
+        return torch.cat([logits[:B], logits[-1:]]) if chunk else logits[:B]
 
     def _size(self, size: int) -> int:
         """How large to make a batch or a table: on CUDA, where each size has a graph of its own, a power of two."""
@@ -294,8 +295,14 @@ def _guards_of_inputs(guards) -> list[bool]:
     return [not guard.is_global and not guard.name.startswith("self") for guard in guards]
 
 
+def _below(pages: np.ndarray, more: np.ndarray) -> np.ndarray:
+    """Tables of further sequences below (layers, sequences, N), as wide as the wider ones."""
+    width = max(pages.shape[2], more.shape[2])
+    return np.concatenate([_padded(table, 2, width - table.shape[2]) for table in (pages, more)], axis=1)
+
+
 def _padded(array: np.ndarray, axis: int, count: int) -> np.ndarray:
-    """With sequences on the null page."""
+    """With so many more on the null page along an axis."""
     shape = list(array.shape)
     shape[axis] = count
     return np.concatenate([array, np.full(shape, NULL_PAGE)], axis)

@@ -96,5 +96,15 @@ def test_compiled_steps_say_what_eager_ones_say(random_prompts):
     params = SamplingParams(max_tokens=20, temperature=0)
     expected = eager.generate(prompts, params)
     assert len({token for completion in expected for token in completion.tokens}) > 10
-    assert [compiled.generate([prompt], params)[0] for prompt in prompts] == expected
-    assert compiled.generate(prompts, params) == expected
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert [compiled.generate([prompt], params)[0] for prompt in prompts] == expected
+        assert compiled.generate(prompts, params) == expected
+        for length in (1, 2, 20, 21, 22, 41):  # also chunks of one token, alone and beside others
+            engines = [
+                [
+                    *engine.generate([prompts[1][-length:]], params),
+                    *engine.generate([prompts[1][:length]] * 2 + [prompts[2]], params),
+                ]
+                for engine in (eager, compiled)
+            ]
+            assert engines[0] == engines[1]

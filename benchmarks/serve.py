@@ -270,8 +270,8 @@ def main() -> None:
         with serving(checkpoint, options, home) as service:
             numbers = measure(service, engine, options)
             soaked, memory = soak(service, options) if options.soak else ({}, [])
-    table = Table("", "figure", "target", "from")
-    for name, figure, target, source in summary(numbers):
+    table, rows = Table("", "figure", "target", "from"), summary(numbers)
+    for name, figure, target, source in rows:
         table.add_row(name, f"{figure:.2f}", target, source)
     if memory:
         got = ", ".join(f"{soaked[kind]} {kind}" for kind in ("ok", "rejected", "failed"))
@@ -279,7 +279,7 @@ def main() -> None:
         numbers |= {f"soak_{kind}": soaked[kind] for kind in ("ok", "rejected", "failed")} | {"memory": memory}
     Console().print(table)
     if options.json:
-        print(json.dumps(numbers | {name: figure for name, figure, _, _ in summary(numbers)}))
+        print(json.dumps(numbers | {name: figure for name, figure, _, _ in rows}))
 
 
 if __name__ == "__main__":

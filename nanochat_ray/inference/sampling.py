@@ -92,11 +92,10 @@ def sample(logits: torch.Tensor, controls: Controls, keys: np.ndarray, seen: tor
     if controls.all_greedy:
         return logits.argmax(dim=-1)
     weights = (logits / controls.temperature).softmax(dim=-1)
-    likeliest = weights.amax(dim=-1, keepdim=True) if controls.limits else None
     if controls.filters:
         weights = _filter(weights, controls)
     if controls.limits:
-        weights = weights * (weights >= controls.min_p * likeliest)
+        weights = weights * (weights >= controls.min_p * weights.amax(dim=-1, keepdim=True))
     # Inverse CDF in the order of the vocabulary: rounding that swaps two almost equal logits changes nothing.
     cdf = weights.cumsum(dim=-1)
     target = uniforms(keys).to(cdf.device).unsqueeze(-1) * cdf[:, -1:]

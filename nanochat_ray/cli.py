@@ -117,7 +117,10 @@ def serve(args: list[str]) -> None:
     """a checkpoint -> a chat service over HTTP, with OpenAI's API and a page"""
     import ray
 
-    from serving.app import ServiceOptions, app, check_port, start
+    own_ray = "RAY_ADDRESS" not in os.environ
+    if own_ray:  # before Ray Serve is imported; a cluster's processes have settings of their own
+        os.environ |= FAST_SERVE | os.environ
+    from serving.app import ServiceOptions, app, check_port, free_port, start
 
     class Options(ServiceOptions):
         host: str = "127.0.0.1"
@@ -127,14 +130,28 @@ def serve(args: list[str]) -> None:
     options = parse("serve", Options, args)
     application = app(options)  # a wrong checkpoint is known before Ray is started
     check_port(options.host, options.port)
+    proxy_port = options.port
+    if own_ray:  # ChatService listens on the one port of its range, and Serve's proxy, which nobody asks, on another
+        proxy_port = free_port()
+        os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(options.port)
+        os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(options.port + 1)
     start_ray()
-    start(application, options.replicas * max(1, len(options.checkpoint)), options.host, options.port)
+    start(application, options.replicas * max(1, len(options.checkpoint)), options.host, proxy_port)
     known_to = "this machine alone; --host 0.0.0.0 for all" if options.host == "127.0.0.1" else "all that reach it"
     print(f"serving    http://{options.host}:{options.port} ({known_to}); Ctrl-C stops it", flush=True)
     try:
         threading.Event().wait()
     finally:
         ray.shutdown()
+
+
+# Of `nanochat-ray serve`, for Ray Serve: replicas have one event loop each, speak HTTP themselves and gRPC among each
+# other. No load balancer is there for them to wait for when they end, or to keep a port from a successor.
+FAST_SERVE = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    "RAY_SERVE_PORT_QUARANTINE_S": "0",
+}
 
 
 @dataclass

@@ -406,6 +406,13 @@ def check_port(host: str, port: int) -> None:
         raise OSError(f"cannot listen on {host}:{port}: {error}") from None
 
 
+def free_port() -> int:
+    """One of this machine alone that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def start(application: serve.Application, engines: int, host: str, port: int) -> None:
     """Serve it on the Ray that is connected, until Ray ends. Raises ValueError when it has no room for the engines."""
     kind = "GPU" if torch.cuda.is_available() else "CPU"

@@ -1,0 +1,103 @@
+"""`nanochat-ray serve` as people run it: a process of its own, whose ChatService listens itself, without a proxy."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from test_faults import joined, post, streams
+
+from serving import load_test
+from serving.app import free_port
+
+pytestmark = pytest.mark.slow
+
+
+class Command:
+    def __init__(self, *options: str):
+        port = free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "nanochat_ray.cli", "serve", *options, "--port", str(port)]
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        self.process = psutil.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def up(self) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                time.sleep(0.2)
+        raise AssertionError("the service did not start")
+
+    def replica(self, deployment: str) -> psutil.Process:
+        children = self.process.children(recursive=True)
+        return next(p for p in children if f"ServeReplica:nanochat:{deployment}" in " ".join(p.cmdline()))
+
+    def pages_used(self) -> float:
+        families = text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=30).text)
+        return sum(s.value for f in families for s in f.samples if s.name == "nanochat_engine_kv_pages_used")
+
+
+@pytest.fixture
+def command(checkpoints) -> Iterator[Command]:
+    command = Command("--checkpoint", checkpoints["babbling"], "--dtype", "float32", "--no-compile")
+    yield command
+    if command.process.is_running():
+        for process in [*command.process.children(recursive=True), command.process]:
+            process.kill()
+
+
+def test_serve(command):
+    command.up()
+    it_is_the_front_that_listens(command)
+    who_hangs_up_frees_memory(command)
+    streams_of_a_lost_engine_end_with_an_error_and_it_is_replaced(command)
+    a_lost_front_comes_back_on_its_port(command)
+    ctrl_c_ends_all_processes(command)
+
+
+def it_is_the_front_that_listens(command):
+    listens = [c.laddr for c in command.replica("ChatService").net_connections("tcp") if c.status == "LISTEN"]
+    assert ("127.0.0.1", int(command.url.rpartition(":")[2])) in listens
+
+
+def who_hangs_up_frees_memory(command):
+    result = load_test.run(load_test.Options(command.url, clients=50, requests=50, max_tokens=[1000], drop=1.0))
+    assert result.dropped > 40 and result.failed == 0  # a few may have been short
+    deadline = time.monotonic() + 10  # seconds, for busy machines
+    while command.pages_used() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert command.pages_used() == 0
+
+
+def streams_of_a_lost_engine_end_with_an_error_and_it_is_replaced(command):
+    opened = streams(command.url, 4)
+    command.replica("engine-0").kill()
+    killed = time.monotonic()
+    assert post(command.url, "And now?", 4).status_code == 200
+    assert time.monotonic() - killed < 60
+    joined(opened)
+    assert {str(stream.failure) for stream in opened} == {"the replica that answered was lost; ask again"}
+
+
+def a_lost_front_comes_back_on_its_port(command):
+    command.replica("ChatService").kill()
+    command.up()
+    assert post(command.url, "And now?", 4).status_code == 200
+
+
+def ctrl_c_ends_all_processes(command):
+    processes = command.process.children(recursive=True)
+    command.process.send_signal(signal.SIGINT)
+    assert command.process.wait(60) == 130
+    assert "Ctrl-C stops it" in command.process.stdout.read()
+    _, alive = psutil.wait_procs(processes, timeout=30)
+    assert alive == []

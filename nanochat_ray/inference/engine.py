@@ -20,7 +20,7 @@ from nanochat_ray.model.gpt import ROTARY_REACH
 
 CHUNK = 512  # most tokens of a prompt in a step
 LEAST_CHUNK = 16  # beside running sequences: so that a prompt is read at all, however slow the machine
-STALL = 0.7  # of a decoding step's time: how much longer a step may become by reading a prompt
+STALL = 0.6  # of a decoding step's time: how much longer a step may become by reading a prompt
 
 
 class Engine:
@@ -55,7 +55,8 @@ class Engine:
         self.stop = {self.special["assistant_end"], tokenizer.bos_id} if tokenizer else set()
         self.rows: list[Sequence] = []  # whose tables the runner has, row by row
         self.controls, self.seen = None, None
-        self.decode_seconds, self.beside = 0.0, 4.0 * LEAST_CHUNK  # of a decoding step; tokens to read beside one
+        self.decode_seconds: dict[int, float] = {}  # of a decoding step, by its rows
+        self.token_seconds = 0.0  # that each token of a prompt makes a step longer
         self.arrivals = 0
         self.counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
 
@@ -106,7 +107,7 @@ class Engine:
         sequence joins when its prompt ends. Returns those that moved on."""
         scheduler, began = self.scheduler, time.perf_counter()
         self._place_rows(scheduler.make_room())
-        rows, chunk = self.rows, scheduler.next_chunk(self._chunk_budget())
+        rows, chunk = self.rows, scheduler.next_chunk(*self._chunk_budget())
         if not rows and not chunk:
             return []
         logits = self.runner.run(rows, chunk)
@@ -169,19 +170,33 @@ class Engine:
         finally:
             self.cancel(sequence)
 
-    def _chunk_budget(self) -> int:
+    def _chunk_budget(self) -> tuple[int, int]:
+        """Tokens of a prompt to read in the next step, as many as make it longer by STALL, and the most if all of it is
+        read then: its rest would have a step of its own."""
         if self.chunk is not None:
-            return self.chunk
-        return int(self.beside) if self.rows else CHUNK
+            return self.chunk, self.chunk
+        if not self.rows:
+            return CHUNK, CHUNK
+        budget = 4 * LEAST_CHUNK
+        if self.token_seconds:
+            wanted = STALL * self._decode_seconds(len(self.rows)) / self.token_seconds
+            budget = int(min(CHUNK, max(LEAST_CHUNK, wanted)))
+        return budget, 3 * budget // 2
+
+    def _decode_seconds(self, rows: int) -> float:
+        """Of a step in which so many rows decode, between those that were seen."""
+        counts = sorted(self.decode_seconds)
+        return float(np.interp(rows, counts, [self.decode_seconds[count] for count in counts]))
 
     def _adapt(self, seconds: float, tokens: int) -> None:
-        """Note how long a step took, and follow the number of tokens of a prompt that make it longer by STALL."""
+        """Note how long a step took in which all rows decoded and tokens of a prompt were read."""
+        rows = len(self.rows)
         if not tokens:
-            self.decode_seconds = 0.7 * self.decode_seconds + 0.3 * seconds if self.decode_seconds else seconds
-        elif self.decode_seconds:
-            longer = max(seconds - self.decode_seconds, 0.1 * self.decode_seconds)
-            wanted = min(CHUNK, max(LEAST_CHUNK, STALL * self.decode_seconds * tokens / longer))
-            self.beside = min(wanted, 1.2 * self.beside)  # grow slowly: one quick step says little
+            self.decode_seconds[rows] = 0.7 * self.decode_seconds.get(rows, seconds) + 0.3 * seconds
+        elif self.decode_seconds and tokens >= LEAST_CHUNK:  # a prompt's short rest costs more a token
+            alone = self._decode_seconds(rows)
+            each = max(seconds - alone, 0.1 * alone) / tokens
+            self.token_seconds = 0.7 * (self.token_seconds or each) + 0.3 * each
 
     def _place_rows(self, changed: list[Sequence]) -> None:
         """Tell the runner who is in which row, and hold the rows' parameters as tensors while they stay the same."""

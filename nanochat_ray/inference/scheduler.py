@@ -19,8 +19,9 @@ class Scheduler:
         self.running: list[Sequence] = []  # the batch's rows
         self.preemptions = 0
 
-    def next_chunk(self, budget: int) -> tuple[Sequence, int] | None:
-        """The sequence to read on, with room made for the tokens from table.length to the returned position."""
+    def next_chunk(self, budget: int, most: int) -> tuple[Sequence, int] | None:
+        """The sequence to read on, with room made for the tokens from table.length to the returned position: so many as
+        budget, or all that are left if these are at most `most`."""
         if not self.waiting or len(self.running) == self.max_batch_size:
             return None
         sequence = self.waiting[0]
@@ -32,7 +33,7 @@ class Scheduler:
             if not sequence.generated:
                 sequence.cached_tokens = sequence.table.length
         start = sequence.table.length
-        end = min(start + budget, len(sequence.ids))
+        end = len(sequence.ids) if len(sequence.ids) - start <= most else start + budget
         try:
             self.manager.reserve(sequence.table, end)
         except CacheFull:

@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.train.checkpoint import load_model, save_checkpoint
 from serving import load_test
+from serving.app import free_port
 
 
 @dataclass
@@ -76,9 +76,7 @@ class Service:
     """`nanochat-ray serve` while the block lasts."""
 
     def __init__(self, checkpoint: str, options: Options, home: str):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [sys.executable, "-m", "nanochat_ray.cli", "serve", "--checkpoint", checkpoint, "--port", str(port)]
         command += [] if options.compile else ["--no-compile"]

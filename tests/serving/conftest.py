@@ -1,7 +1,6 @@
 """Services to talk to, and a browser to do it with."""
 
 import shutil
-import socket
 from collections.abc import Iterator
 
 import pytest
@@ -79,11 +78,9 @@ def service(ray_session, checkpoints) -> Iterator[str]:
     """URL of a service with both models, knowing first."""
     from ray import serve
 
-    from serving.app import ServiceOptions, app, start
+    from serving.app import ServiceOptions, app, free_port, start
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     options = ServiceOptions(checkpoint=list(checkpoints.values()), dtype="float32", compile=False)
     start(app(options), len(checkpoints), "127.0.0.1", port)
     yield f"http://127.0.0.1:{port}"

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
-from nanochat_ray.train import launch, pretrain
+from nanochat_ray.train import checkpoint, launch, pretrain
 from nanochat_ray.train.metrics import read_metrics
 
 QUICK = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # a dead node is seen in 2 seconds, not 15
@@ -25,6 +25,12 @@ QUICK = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # 
 def wait_for_steps(run: threading.Thread, run_dir: str, world_size: int, count: int) -> None:
     """Until metrics.jsonl has so many steps of a worker group of this size."""
     while run.is_alive() and count > sum(line.get("train/world_size") == world_size for line in read_metrics(run_dir)):
+        time.sleep(0.05)
+
+
+def wait_for_a_checkpoint(run: threading.Thread, run_dir: str) -> None:
+    """Without one, the run would begin again, and its first steps would be forgotten."""
+    while run.is_alive() and checkpoint.latest_checkpoint(run_dir) is None:
         time.sleep(0.05)
 
 
@@ -46,6 +52,7 @@ if __name__ == "__main__":
     run = threading.Thread(target=lambda: results.append(pretrain.run(options)))
     run.start()
     wait_for_steps(run, run_dir, world_size=2, count=12)
+    wait_for_a_checkpoint(run, run_dir)
     cluster.remove_node(node, allow_graceful=False)
     tell_ray_that_nodes_changed()
     wait_for_steps(run, run_dir, world_size=1, count=5)

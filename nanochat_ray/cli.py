@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -150,6 +151,7 @@ def serve(args: list[str]) -> None:
     start(application, options.replicas * max(1, len(options.checkpoint)), options.host, proxy_port)
     known_to = "this machine alone; --host 0.0.0.0 for all" if options.host == "127.0.0.1" else "all that reach it"
     print(f"serving    http://{options.host}:{options.port} ({known_to}); Ctrl-C stops it", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does; Ray's own handler aborts
     try:
         threading.Event().wait()
     finally:

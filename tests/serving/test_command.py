@@ -61,7 +61,7 @@ def test_serve(command):
     who_hangs_up_frees_memory(command)
     streams_of_a_lost_engine_end_with_an_error_and_it_is_replaced(command)
     a_lost_front_comes_back_on_its_port(command)
-    ctrl_c_ends_all_processes(command)
+    sigterm_ends_all_processes_as_ctrl_c_does(command)
 
 
 def it_is_the_front_that_listens(command):
@@ -94,9 +94,9 @@ def a_lost_front_comes_back_on_its_port(command):
     assert post(command.url, "And now?", 4).status_code == 200
 
 
-def ctrl_c_ends_all_processes(command):
+def sigterm_ends_all_processes_as_ctrl_c_does(command):
     processes = command.process.children(recursive=True)
-    command.process.send_signal(signal.SIGINT)
+    command.process.send_signal(signal.SIGTERM)
     assert command.process.wait(60) == 130
     assert "Ctrl-C stops it" in command.process.stdout.read()
     _, alive = psutil.wait_procs(processes, timeout=30)

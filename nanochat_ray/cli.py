@@ -119,6 +119,7 @@ def leaderboard(args: list[str]) -> None:
 # controller looks after them twice a second rather than ten times, which takes 3 % of a CPU from the engines.
 FAST_SERVE = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     "RAY_SERVE_PORT_QUARANTINE_S": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
@@ -131,7 +132,7 @@ def serve(args: list[str]) -> None:
 
     own_ray = "RAY_ADDRESS" not in os.environ
     if own_ray:  # before Ray Serve is imported; a cluster's processes have settings of their own
-        os.environ |= FAST_SERVE | os.environ
+        os.environ |= FAST_SERVE
     from serving.app import ServiceOptions, app, check_port, free_port, start
 
     class Options(ServiceOptions):

@@ -64,6 +64,7 @@ class Engine:
         """torch.compile: a minute or two, for steps several times as fast. May run in a thread beside the one that
         steps, which goes on uncompiled until it is done."""
         self.runner.compile()
+        self.decode_seconds = {}  # what uncompiled steps took; the thread that steps may hold the old ones for one more
 
     def submit(self, prompt: list[int], params: SamplingParams) -> list[Sequence]:
         """Queue params.n sequences that go on from the prompt; step() moves them on.
@@ -177,24 +178,19 @@ class Engine:
             return self.chunk, self.chunk
         if not self.rows:
             return CHUNK, CHUNK
-        budget = 4 * LEAST_CHUNK
-        if self.token_seconds:
-            wanted = STALL * self._decode_seconds(len(self.rows)) / self.token_seconds
+        budget, known = 4 * LEAST_CHUNK, self.decode_seconds
+        if known and self.token_seconds:
+            wanted = STALL * _between(known, len(self.rows)) / self.token_seconds
             budget = int(min(CHUNK, max(LEAST_CHUNK, wanted)))
-        return budget, 3 * budget // 2
-
-    def _decode_seconds(self, rows: int) -> float:
-        """Of a step in which so many rows decode, between those that were seen."""
-        counts = sorted(self.decode_seconds)
-        return float(np.interp(rows, counts, [self.decode_seconds[count] for count in counts]))
+        return budget, min(CHUNK, 3 * budget // 2)
 
     def _adapt(self, seconds: float, tokens: int) -> None:
         """Note how long a step took in which all rows decoded and tokens of a prompt were read."""
-        rows = len(self.rows)
+        rows, known = len(self.rows), self.decode_seconds
         if not tokens:
-            self.decode_seconds[rows] = 0.7 * self.decode_seconds.get(rows, seconds) + 0.3 * seconds
-        elif self.decode_seconds and tokens >= LEAST_CHUNK:  # a prompt's short rest costs more a token
-            alone = self._decode_seconds(rows)
+            known[rows] = 0.7 * known.get(rows, seconds) + 0.3 * seconds
+        elif known and tokens >= LEAST_CHUNK:  # a prompt's short rest costs more a token
+            alone = _between(known, rows)
             each = max(seconds - alone, 0.1 * alone) / tokens
             self.token_seconds = 0.7 * (self.token_seconds or each) + 0.3 * each
 
@@ -271,3 +267,9 @@ class Engine:
             if result is not None:
                 output = self.tokenizer.encode(result)
                 sequence.forced.extend([self.special["output_start"], *output, self.special["output_end"]])
+
+
+def _between(known: dict[int, float], at: int) -> float:
+    """Linearly between what is known, and the nearest beyond it."""
+    places = sorted(known)
+    return float(np.interp(at, places, [known[place] for place in places]))

@@ -454,3 +454,20 @@ def test_a_stop_string_ends_every_sample_with_the_token_that_completes_it(script
     length = len("so: 🙂 STO".encode())  # max_tokens comes first
     [completion] = scripted([1, *singles]).generate([[1]], SamplingParams(length, 0, stop=("STOP",)))
     assert (len(completion.tokens), completion.finish_reason) == (length, "length")
+
+
+def test_how_much_of_a_prompt_is_read_follows_the_rows_beside_it(lively, random_prompts):
+    """As many tokens as may make a step longer by 0.6 of what its rows take alone, and a short rest with them."""
+    engine = Engine(lively, None, 4)
+    beside, prompt = random_prompts(5, 200)
+    for _ in range(2):
+        engine.submit(beside, SamplingParams(200, temperature=0))
+    while len(engine.rows) < 2:
+        engine.step()
+    [sequence] = engine.submit(prompt, SamplingParams(1))
+    lengths = []
+    while not sequence.generated:
+        engine.decode_seconds, engine.token_seconds = {1: 0.1, 3: 0.3}, 0.002  # 0.2 s for two rows
+        engine.step()
+        lengths.append(sequence.table.length if sequence.table else len(prompt))
+    assert lengths == [60, 120, 200]

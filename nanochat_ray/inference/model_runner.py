@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from nanochat_ray.inference.kv_cache import NULL_PAGE, PAGE, Block, BlockManager, BlockTable
+from nanochat_ray.inference.paged_attention import build, paged_attention
 from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.model.gpt import GPT, SMEAR_CHANNELS, Attention, Linear
 
@@ -104,7 +105,7 @@ class Step:
         (1, B + T, H, D)."""
         B = self.rows.first[0].size(0)
         rows = (x[0, :B].unsqueeze(1) for x in (self.at, q, k, v))
-        attend = _attend_once if torch.compiler.is_compiling() else _attend
+        attend = paged_attention if torch.compiler.is_compiling() else _attend
         y = self._attend(layer, self.rows, *rows, window, attend).transpose(0, 1)
         if self.prompt is None:
             return y
@@ -118,16 +119,8 @@ class Step:
         page = table.gather(1, at // PAGE - first)
         self.keys[page, :, at % PAGE] = k
         self.values[page, :, at % PAGE] = v
-        if q.is_cuda:
-            return _attend_varlen(q, self.keys, self.values, table, at - first * PAGE, window)
-        visible = _visible(at - first * PAGE, table.size(1) * PAGE, window)
-        return attend(q, self.keys[table], self.values[table], visible)
-
-
-def _visible(queries: torch.Tensor, span: int, window: int) -> torch.Tensor:
-    """(B, T, span): which of a table's tokens the queries at these places (B, T) among them see."""
-    keys, queries = torch.arange(span, device=queries.device), queries.unsqueeze(-1)
-    return (keys <= queries) & (keys >= queries - window)
+        attend = _attend_varlen if q.is_cuda else attend
+        return attend(q, self.keys, self.values, table, at - first * PAGE, window)
 
 
 def _attend_varlen(q, keys, values, table, at, window: int) -> torch.Tensor:
@@ -152,31 +145,19 @@ def _attend_varlen(q, keys, values, table, at, window: int) -> torch.Tensor:
     return y.view_as(q)
 
 
-def _attend(q, keys, values, visible) -> torch.Tensor:
-    """q (B, T, H, D), keys and values (B, N, K, PAGE, D), visible (B, T, N·PAGE). Plain matmuls with the softmax fused
-    between them by torch.compile are faster on CPUs than SDPA, and need no maximum before exp: the norms of q and k
-    bound scores by 1.44·√D."""
+def _attend(q, keys, values, table, at, window: int) -> torch.Tensor:
+    """q (B, T, H, D) at places `at` (B, T) of the tokens that a row's table (B, N) has, of keys and values
+    (pages, K, PAGE, D). Plain matmuls with the softmax fused between them by torch.compile are faster on CPUs than
+    SDPA, and need no maximum before exp: the norms of q and k bound scores by 1.44·√D."""
     B, T, H, D = q.shape
-    keys, values = (x.transpose(1, 2).flatten(2, 3) for x in (keys, values))
-    K = keys.size(1)
+    keys, values = (x[table].transpose(1, 2).flatten(2, 3) for x in (keys, values))
+    K, seen, queries = keys.size(1), torch.arange(keys.size(2), device=q.device), at.unsqueeze(-1)
+    visible = (seen <= queries) & (seen >= queries - window)
     q = (q * D**-0.5).transpose(1, 2).reshape(B, K, -1, D)  # a group of query heads as further queries of its key head
     scores = (q @ keys.mT).float().view(B, K, -1, T, keys.size(2))
     weights = torch.where(visible.view(B, 1, 1, T, -1), scores.exp(), 0)
     y = (weights.to(values.dtype).view(B, K, -1, keys.size(2)) @ values).view(B, H, T, D)
     return (y / weights.sum(-1).view(B, H, T, 1)).to(values.dtype).transpose(1, 2)
-
-
-def _attend_once(q, keys, values, visible) -> torch.Tensor:
-    """One query a row: products and sums that torch.compile makes one pass over the pages of, without gathering them.
-
-    Shapes as above, T being 1.
-    """
-    B, N, K, _, D = keys.shape
-    q = q.view(B, 1, K, -1, 1, D).float() * D**-0.5
-    scores = (q * keys.unsqueeze(3).float()).sum(-1)
-    weights = torch.where(visible.view(B, N, 1, 1, PAGE), scores.exp(), 0)
-    y = (weights.unsqueeze(-1) * values.unsqueeze(3).float()).sum((1, 4)) / weights.sum((1, 4)).unsqueeze(-1)
-    return y.to(values.dtype).view(B, 1, -1, D)
 
 
 class ModelRunner:
@@ -205,7 +186,9 @@ class ModelRunner:
             torch._dynamo.mark_static_address(pool)  # a CUDA graph may change it
         if self.device.type == "cuda":  # a CUDA graph for each size of batch and tables; not yet run
             options = {"triton.cudagraphs": True}
-        else:  # Python between the kernels and asserts took 1 ms of 4, on one row of d6
+        else:
+            build()
+            # Python between the kernels and asserts took 1 ms of 4, on one row of d6
             options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
         compiled = torch.compile(self._forward, dynamic=True, options=options | {"guard_filter_fn": _guards_of_inputs})
 

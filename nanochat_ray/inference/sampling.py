@@ -97,7 +97,7 @@ def sample(logits: torch.Tensor, controls: Controls, keys: np.ndarray, seen: tor
     if controls.limits:
         weights = weights * (weights >= controls.min_p * weights.amax(dim=-1, keepdim=True))
     # Inverse CDF in the order of the vocabulary: rounding that swaps two almost equal logits changes nothing.
-    cdf = weights.cumsum(dim=-1)
+    cdf = weights.cumsum_(dim=-1)
     target = uniforms(keys).to(cdf.device).unsqueeze(-1) * cdf[:, -1:]
     drawn = torch.searchsorted(cdf, target, right=True).squeeze(-1)
     if not controls.any_greedy:

@@ -191,10 +191,12 @@ class ModelRunner:
             # Python between the kernels and asserts took 1 ms of 4, on one row of d6
             options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
         compiled = torch.compile(self._forward, dynamic=True, options=options | {"guard_filter_fn": _guards_of_inputs})
+        # Weights are constants of the graph, which inductor needs to call oneDNN on packed ones. Dynamo asks for this
+        # when it compiles, so options won't do. One patch for all steps: each leaves a context variable in its thread.
+        freezing = torch._inductor.config.patch(freezing=True)
 
         def forward(idx: torch.Tensor, step: Step) -> torch.Tensor:
-            # Weights are constants of the graph, which inductor needs to call oneDNN on packed ones.
-            with torch._inductor.config.patch(freezing=True):
+            with freezing:
                 return compiled(idx, step)
 
         # Sizes that are equal here would have to be equal always, so they are primes that nothing else is. The null

@@ -1,3 +1,4 @@
+import contextvars
 import shutil
 
 import pytest
@@ -108,3 +109,6 @@ def test_compiled_steps_say_what_eager_ones_say(random_prompts):
                 for engine in (eager, compiled)
             ]
             assert engines[0] == engines[1]
+        kept = len(contextvars.copy_context())
+        compiled.generate(prompts, params)
+        assert len(contextvars.copy_context()) == kept  # a step leaves nothing behind in its thread

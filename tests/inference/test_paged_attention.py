@@ -1,11 +1,15 @@
 """The operator in C++ against plain matmuls: heads that are whole vectors and others, windows, scattered pages."""
 
+import shutil
+
 import pytest
 import torch
 
 from nanochat_ray.inference.kv_cache import PAGE
 from nanochat_ray.inference.model_runner import _attend
 from nanochat_ray.inference.paged_attention import build, paged_attention
+
+pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="the operator needs a C++ compiler")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -72,7 +72,7 @@ void attend(const T* q, const T* keys, const T* values, const int64_t* pages, in
 template <typename T>
 void attend_rows(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
                  const at::Tensor& at, int64_t window, at::Tensor& y) {
-  const int64_t B = q.size(0), K = keys.size(1), PAGE = keys.size(2), D = keys.size(3), H = q.numel() / (B * D);
+  const int64_t B = q.size(0), K = keys.size(1), PAGE = keys.size(2), D = keys.size(3), H = q.size(2);
   const int64_t *pages = table.const_data_ptr<int64_t>(), *places = at.const_data_ptr<int64_t>();
   const T *queries = q.const_data_ptr<T>(), *k = keys.const_data_ptr<T>(), *v = values.const_data_ptr<T>();
   T* out = y.mutable_data_ptr<T>();

@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import torch
-from torch._inductor.codecache import CppCodeCache
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 def build() -> None:
     """Compile the operator as torch.compile does its kernels, which takes 10 s, or find it in their cache."""
+    from torch._inductor.codecache import CppCodeCache  # a second of imports that only compiling needs
+
     CppCodeCache.load(SOURCE.read_text(), needs_vec_isa=True)
 
 

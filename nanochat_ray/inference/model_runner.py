@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from nanochat_ray.inference.kv_cache import NULL_PAGE, PAGE, Block, BlockManager, BlockTable
-from nanochat_ray.inference.paged_attention import build, paged_attention
+from nanochat_ray.inference.paged_attention import build_paged_attention, paged_attention
 from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.model.gpt import GPT, SMEAR_CHANNELS, Attention, Linear
 
@@ -187,7 +187,7 @@ class ModelRunner:
         if self.device.type == "cuda":  # a CUDA graph for each size of batch and tables; not yet run
             options = {"triton.cudagraphs": True}
         else:
-            build()
+            build_paged_attention()
             # Python between the kernels and asserts took 1 ms of 4, on one row of d6
             options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
         compiled = torch.compile(self._forward, dynamic=True, options=options | {"guard_filter_fn": _guards_of_inputs})

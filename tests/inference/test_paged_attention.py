@@ -7,14 +7,14 @@ import torch
 
 from nanochat_ray.inference.kv_cache import PAGE
 from nanochat_ray.inference.model_runner import _attend
-from nanochat_ray.inference.paged_attention import build, paged_attention
+from nanochat_ray.inference.paged_attention import build_paged_attention, paged_attention
 
 pytestmark = pytest.mark.skipif(not shutil.which("c++"), reason="the operator needs a C++ compiler")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def built():
-    build()
+    build_paged_attention()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -111,7 +111,7 @@ class Engine:
         rows, chunk = self.rows, scheduler.next_chunk(*self._chunk_budget())
         if not rows and not chunk:
             return []
-        logits = self.runner.run(rows, chunk)
+        logits, drawn = self.runner.run(rows, chunk)
         for row, sequence in enumerate(rows):
             if self.manager.advance(sequence.table, sequence.ids, len(sequence.ids)):
                 self.runner.place(row, sequence.table)
@@ -121,20 +121,20 @@ class Engine:
             tokens = end - sequence.table.length
             self.manager.advance(sequence.table, sequence.ids, end)
         if rows:
-            self._choose(logits[: len(rows)], rows, self.controls, self.seen)
+            self._choose(logits[: len(rows)], drawn[: len(rows)], rows, self.controls, self.seen)
             self._adapt(time.perf_counter() - began, tokens if chunk else 0)
         if chunk and end == len(sequence.ids):
-            self._join(sequence, logits[-1:])
+            self._join(sequence, logits[-1:], drawn[-1:])
             moved.append(sequence)
         return moved
 
-    def _join(self, sequence: Sequence, logits: torch.Tensor) -> None:
+    def _join(self, sequence: Sequence, logits: torch.Tensor, drawn: torch.Tensor) -> None:
         self.scheduler.start(sequence)
         if not sequence.generated:
             self.counts["prompt_tokens"] += sequence.prompt_len
             self.counts["cached_tokens"] += sequence.cached_tokens
         controls = Controls([sequence.params], self.config.vocab_size, self.runner.device)
-        self._choose(logits, [sequence], controls, self._seen([sequence]) if controls.penalizes else None)
+        self._choose(logits, drawn, [sequence], controls, self._seen([sequence]) if controls.penalizes else None)
 
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """params.n completions of each prompt, in the order of the prompts, a prompt's samples adjacent.
@@ -213,10 +213,13 @@ class Engine:
             row[sequence.ids] = True
         return seen.to(self.runner.device)
 
-    def _choose(self, logits: torch.Tensor, sequences: list[Sequence], controls: Controls, seen) -> None:
-        """Give each sequence its next token: tool output that is due, else one sampled from its row of logits."""
-        keys = np.array([(s.params.seed, s.sample, s.generated) for s in sequences], dtype=np.uint64)
-        tokens = sample(logits, controls, keys, seen).tolist()
+    def _choose(self, logits: torch.Tensor, drawn: torch.Tensor, sequences: list[Sequence], controls, seen) -> None:
+        """Give each sequence its next token: tool output that is due, else one sampled from its row of logits, which is
+        the drawn one unless parameters ask for more."""
+        if not controls.plain:
+            keys = np.array([s.key for s in sequences], dtype=np.uint64)
+            drawn = sample(logits, controls, keys, seen)
+        tokens = drawn.tolist()
         for row, sequence in enumerate(sequences):
             if sequence.forced:
                 tokens[row] = sequence.forced[0]

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from nanochat_ray.inference.kv_cache import NULL_PAGE, PAGE, Block, BlockManager, BlockTable
 from nanochat_ray.inference.paged_attention import build_paged_attention, paged_attention
+from nanochat_ray.inference.sampling import GREEDY, draw, uniforms
 from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.model.gpt import GPT, SMEAR_CHANNELS, Attention, Linear
 
@@ -195,9 +196,9 @@ class ModelRunner:
         # when it compiles, so options won't do. One patch for all steps: each leaves a context variable in its thread.
         freezing = torch._inductor.config.patch(freezing=True)
 
-        def forward(idx: torch.Tensor, step: Step) -> torch.Tensor:
+        def forward(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
             with freezing:
-                return compiled(idx, step)
+                return compiled(*inputs)
 
         # Sizes that are equal here would have to be equal always, so they are primes that nothing else is. The null
         # page takes what is stored, beside what the engine does meanwhile.
@@ -207,7 +208,8 @@ class ModelRunner:
             first = [np.zeros((rows, 1), dtype=np.int64) for _ in self.layers]
             idx = [0] * (rows + tokens)
             at = [0] * rows + list(range(tokens))
-            forward(*self._inputs(idx, idx, at, (pages, first), (prompt, [f[:1] for f in first]) if tokens else None))
+            tables = (pages, first), (prompt, [f[:1] for f in first]) if tokens else None
+            forward(*self._inputs(idx, idx, at, *tables, *np.ones((2, rows + (tokens > 0), 1), dtype=np.float32)))
         self.forward = forward
 
     def place(self, row: int, table: BlockTable) -> None:
@@ -220,19 +222,23 @@ class ModelRunner:
             self.first[group][row] = table.first[group]
 
     @torch.inference_mode()
-    def run(self, rows: list[Sequence], prompt: tuple[Sequence, int] | None = None) -> torch.Tensor:
+    def run(
+        self, rows: list[Sequence], prompt: tuple[Sequence, int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the last token of each of the batch's rows, and of another sequence the tokens up to a position.
 
-        The logits (B, V) after the rows, or (B + 1, V) with the prompt's last.
+        The logits (B, V) after the rows, or (B + 1, V) with the prompt's last, and a token drawn from each by its
+        sequence's temperature and seed, (B,) or (B + 1,).
         """
         B = len(rows)
         idx, previous, at = [s.ids[-1] for s in rows], [s.ids[-2:][0] for s in rows], [len(s.ids) - 1 for s in rows]
         widths = [self._size(max(LEAST_WIDTH, int(widths[:B].max(initial=0)))) for widths in self.widths]
         pages = [table[:, :B, :width] for table, width in zip(self.tables, widths, strict=True)]
         first = [first[:B] for first in self.first]
-        chunk = None
+        chunk, sequences = None, rows
         if prompt is not None:
             sequence, end = prompt
+            sequences = [*rows, sequence]
             start, ids, chunk = sequence.table.length, sequence.ids, self._prompt_tables(sequence.table)
             idx, at = [*idx, *ids[start:end]], [*at, *range(start, end)]
             previous = [*previous, ids[start - 1] if start else 0, *ids[start : end - 1]]
@@ -240,13 +246,18 @@ class ModelRunner:
                 pages = [_below(*parts) for parts in zip(pages, chunk[0], strict=True)]
                 first = [np.concatenate(parts) for parts in zip(first, chunk[1], strict=True)]
                 B, chunk = B + 1, None
+        temperature = [max(s.params.temperature, GREEDY) for s in sequences]
+        chances = uniforms(np.array([s.key for s in sequences], dtype=np.uint64))
         if padding := self._size(max(B, LEAST_ROWS) if chunk else B) - B:
             pages, first = [_padded(p, 1, padding) for p in pages], [_padded(f, 0, padding) for f in first]
-            idx, previous, at = ([*x[:B], *[0] * padding, *x[B:]] for x in (idx, previous, at))
-        logits = self.forward(*self._inputs(idx, previous, at, (pages, first), chunk))
+            idx, previous, at, temperature, chances = (
+                [*x[:B], *[0] * padding, *x[B:]] for x in (idx, previous, at, temperature, chances)
+            )
+        draws = np.array([temperature, chances], dtype=np.float32)[..., None]
+        logits, drawn = self.forward(*self._inputs(idx, previous, at, (pages, first), chunk, *draws))
         if not padding:
-            return logits
-        return torch.cat([logits[:B], logits[-1:]]) if chunk else logits[:B]
+            return logits, drawn
+        return tuple(torch.cat([x[:B], x[-1:]]) if chunk else x[:B] for x in (logits, drawn))
 
     def _size(self, size: int) -> int:
         """How large to make a batch or a table: on CUDA, where each size has a graph of its own, a power of two."""
@@ -260,19 +271,23 @@ class ModelRunner:
             tables.append(pages)
         return tables, [np.array([[block]]) for block in table.first]
 
-    def _inputs(self, idx: list[int], previous: list[int], at: list[int], rows, prompt) -> tuple[torch.Tensor, Step]:
+    def _inputs(self, idx: list[int], previous: list[int], at: list[int], rows, prompt, *draws: np.ndarray) -> tuple:
+        """Of _forward."""
+
         def to_device(arrays: list[np.ndarray]) -> list[torch.Tensor]:
             return [torch.from_numpy(array.copy()).to(self.device) for array in arrays]
 
         idx, previous, at = to_device(np.array([idx, previous, at])[:, None])
         tables = [part and Tables(*map(to_device, part)) for part in (rows, prompt)]
-        return idx, Step(self.keys, self.values, at, previous, *tables, self.groups)
+        return idx, Step(self.keys, self.values, at, previous, *tables, self.groups), *to_device(draws)
 
-    def _forward(self, idx: torch.Tensor, step: Step) -> torch.Tensor:
+    def _forward(self, idx: torch.Tensor, step: Step, temperature: torch.Tensor, uniforms: torch.Tensor):
+        """Logits and what is drawn from them, of the rows and the prompt's last token."""
         hidden = self.model.hidden(idx, step).squeeze(0)
         if step.prompt is not None:
             hidden = torch.cat([hidden[: step.rows.first[0].size(0)], hidden[-1:]])
-        return self.model.logits(hidden)
+        logits = self.model.logits(hidden)
+        return logits, draw(logits, temperature, uniforms)
 
 
 def _guards_of_inputs(guards) -> list[bool]:

@@ -48,6 +48,11 @@ class Sequence:
         return len(self.ids) - self.prompt_len
 
     @property
+    def key(self) -> tuple[int, int, int]:
+        """What the next token's randomness is a function of."""
+        return self.params.seed, self.sample, self.generated
+
+    @property
     def tokens(self) -> list[int]:
         return self.ids[self.prompt_len :]
 

@@ -346,7 +346,7 @@ class ScriptedRunner:
 
     def _say(self, positions):
         said = torch.tensor([self.script[position + 1] for position in positions])
-        return torch.nn.functional.one_hot(said, self.vocab_size).float()
+        return torch.nn.functional.one_hot(said, self.vocab_size).float(), said
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def test_uneven_chunks_and_decoding_equal_one_forward(lively, random_prompts):
         for prompt, table, logits, chunk in zip(prompts, tables, expected, chunks, strict=True):
             end = table.length + chunk
             manager.reserve(table, end)
-            said = runner.run([], (sequence_of(prompt, table), end))
+            said, _ = runner.run([], (sequence_of(prompt, table), end))
             manager.advance(table, prompt, end)
             torch.testing.assert_close(said, logits[end - 1 : end], atol=1e-3, rtol=0)
     for _ in range(40):
@@ -38,7 +38,8 @@ def test_uneven_chunks_and_decoding_equal_one_forward(lively, random_prompts):
         for row, table in enumerate(tables):
             manager.reserve(table, table.length + 1)
             runner.place(row, table)
-        said = runner.run([sequence_of(p[: table.length + 1], table) for p, table in zip(prompts, tables, strict=True)])
+        rows = [sequence_of(p[: table.length + 1], table) for p, table in zip(prompts, tables, strict=True)]
+        said, _ = runner.run(rows)
         logits = torch.stack([logits[length] for logits, length in zip(expected, lengths, strict=True)])
         torch.testing.assert_close(said, logits, atol=1e-3, rtol=0)
         for prompt, table in zip(prompts, tables, strict=True):
@@ -67,7 +68,7 @@ def test_bfloat16_packs_its_weights_in_bfloat16(reference_model, random_prompts)
     assert runner.keys.dtype == runner.model.transformer.h[0].mlp.c_fc.packed.dtype == torch.bfloat16
     [prompt] = random_prompts(60)
     manager.reserve(table := manager.open(prompt), 60)
-    said = runner.run([], (sequence_of(prompt, table), 60))
+    said, _ = runner.run([], (sequence_of(prompt, table), 60))
     assert said.dtype == torch.float32
     with torch.no_grad():
         torch.testing.assert_close(said, model(torch.tensor([prompt]))[:, -1], atol=0.1, rtol=0)
@@ -109,6 +110,8 @@ def test_compiled_steps_say_what_eager_ones_say(random_prompts):
                 for engine in (eager, compiled)
             ]
             assert engines[0] == engines[1]
+        for drawn in (SamplingParams(20, seed=3), SamplingParams(20, temperature=0.3, top_k=5, n=2)):
+            assert compiled.generate(prompts, drawn) == eager.generate(prompts, drawn)
         kept = len(contextvars.copy_context())
         compiled.generate(prompts, params)
         assert len(contextvars.copy_context()) == kept  # a step leaves nothing behind in its thread

@@ -62,6 +62,20 @@ def test_a_row_depends_on_its_own_parameters_and_key_alone():
     assert not torch.equal(draw(logits, rows, seed=8), together)
 
 
+def test_drawing_by_blocks_takes_the_first_token_whose_running_sum_exceeds_the_draw():
+    """Of a vocabulary that ends within a block, by temperatures of the rows."""
+    V, temperatures = 5 * sampling.BLOCK + 17, torch.tensor([0.2, 1.0, 3.0]).repeat(300).unsqueeze(1)
+    logits = torch.randn(900, V, generator=torch.Generator().manual_seed(0)) * 3
+    chances = uniforms(keys(900)).unsqueeze(1)
+    cdf = (logits.double() / temperatures).softmax(-1).cumsum(-1)
+    expected = torch.searchsorted(cdf, chances.double()).squeeze(1)
+    drawn = sampling.draw(logits, temperatures, chances)
+    assert (drawn != expected).sum() <= 2  # by rounding at a token's edge
+    assert len(set(drawn.tolist())) > 300
+    greedy = sampling.draw(logits.round(), torch.full((900, 1), sampling.GREEDY), chances)
+    assert torch.equal(greedy, logits.round().argmax(-1))  # of tied ones the first
+
+
 def test_top_p_reaches_beyond_the_sorted_tokens():
     """Among more than MOST_SORTED tokens, alone and beside a row that keeps few."""
     V = 4 * sampling.MOST_SORTED

@@ -13,7 +13,7 @@ import torch
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.kv_cache import NULL_PAGE, PAGE, page_bytes
 from nanochat_ray.inference.model_runner import ModelRunner
-from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.inference.sampling import SamplingParams, draw
 from nanochat_ray.model.gpt import GPT, GPTConfig
 
 V = 50
@@ -34,7 +34,7 @@ class CheckedRunner(ModelRunner):
         self.stored = np.zeros((CONFIG.n_layer, manager.num_pages + 1, PAGE), dtype=np.int64)
         self.tokens = np.zeros_like(self.stored)
 
-    def _forward(self, idx, step):
+    def _forward(self, idx, step, *draws):
         B = len(step.rows.first[0])
         spans = [(slice(row, row + 1), step.rows, row) for row in range(B)]
         if step.prompt:
@@ -50,7 +50,8 @@ class CheckedRunner(ModelRunner):
             tokens = {self._store(i, pages[i], offsets[i], *inputs) for i in range(CONFIG.n_layer)}
             assert len(tokens) == 1
             said += tokens
-        return torch.nn.functional.one_hot(torch.tensor(said), V).float()
+        logits = torch.nn.functional.one_hot(torch.tensor(said), V).float()
+        return logits, draw(logits, *draws)
 
     def _store(self, layer, pages, offset, tokens, before, positions) -> int:
         """Note the tokens in a layer's pages and check all that they see; the next token."""

@@ -31,6 +31,8 @@ from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.pretrain import PretrainOptions
 
 DEPTHS = {"cpu": [1, 2], "gpu": [12, 16]}
+# Tokens per scaling parameter in the cpu preset: with its 0.3, a run is over before bad learning rates show at depth 2.
+CPU_RATIO = 1.0
 CODE = ("nanochat_ray", "pyproject.toml")  # what a run needs of a version
 POLL_SECONDS = 2.0
 
@@ -45,12 +47,16 @@ class CompareOptions(sweep.SweepOptions):
     """The default is 1 and 2 in the cpu preset, and 12 and 16 in the gpu preset."""
     seeds: list[int] | None = None
     """Of weights and order of rows, one run of each side for each; the default is 1, 2 and 3."""
+    ratio: float | None = None
+    """Training tokens per scaling parameter; the default is 1 in the cpu preset, and the gpu preset's own."""
 
 
 def run(options: CompareOptions) -> str:
     """Train both sides; returns the uri of compare.md. Raises ValueError for a version that isn't there, and what
     run_trials raises."""
     preset = sweep.preset_of(options)
+    if preset.name == "cpu" and options.ratio is None:
+        preset = replace(preset, ratio=CPU_RATIO)
     depths = sorted(options.depths or DEPTHS[preset.name])
     seeds = options.seeds or [1, 2, 3]
     sides = {"baseline": archive(options.baseline), "candidate": archive(options.candidate)}

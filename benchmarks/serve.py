@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import random
-import signal
 import statistics
 import subprocess
 import sys
@@ -105,7 +104,7 @@ class Service:
         return total
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
+        self.process.terminate()  # a command started in the background has Ctrl-C's signal ignored, and so its children
         self.process.wait(60)
 
     def command(self, **load) -> list[str]:

@@ -1,4 +1,4 @@
-"""Continuous batching: sequences join and leave between steps; a step decodes a batch and reads a chunk of a prompt.
+"""Continuous batching: sequences join and leave between steps; a step decodes a batch and reads parts of prompts.
 
 Results do not depend on who else is in the batch, but for rounding.
 """
@@ -18,9 +18,9 @@ from nanochat_ray.inference.text import AnswerStream
 from nanochat_ray.inference.tools import calculate
 from nanochat_ray.model.gpt import ROTARY_REACH
 
-CHUNK = 512  # most tokens of a prompt in a step
+CHUNK = 512  # most tokens of prompts in a step
 LEAST_CHUNK = 16  # beside running sequences: so that a prompt is read at all, however slow the machine
-STALL = 0.6  # of a decoding step's time: how much longer a step may become by reading a prompt
+STALL = 0.5  # of a decoding step's time: how much longer a step may become by reading prompts
 
 
 class Engine:
@@ -28,7 +28,7 @@ class Engine:
 
     Without a tokenizer nothing stops a sequence before its length, and no tool is called. kv_bytes: memory for keys and
     values; the default holds max_batch_size sequences of the model's sequence_len, or one as long as its reach. chunk:
-    tokens of a prompt that are read in a step; by default as many as keep those that are being answered from waiting.
+    tokens of prompts that are read in a step; by default as many as keep those that are being answered from waiting.
     """
 
     def __init__(
@@ -104,37 +104,38 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One forward: the next token of every running sequence, and beside them a chunk of the next prompt, whose
-        sequence joins when its prompt ends. Returns those that moved on."""
+        """One forward: the next token of every running sequence, and beside them as much of the next prompts as the
+        budget allows; those whose prompts end join. Returns those that moved on."""
         scheduler, began = self.scheduler, time.perf_counter()
         self._place_rows(scheduler.make_room())
-        rows, chunk = self.rows, scheduler.next_chunk(*self._chunk_budget())
-        if not rows and not chunk:
+        rows, chunks = self.rows, scheduler.next_chunks(*self._chunk_budget())
+        if not rows and not chunks:
             return []
-        logits, drawn = self.runner.run(rows, chunk)
+        logits, drawn = self.runner.run(rows, chunks)
         for row, sequence in enumerate(rows):
             if self.manager.advance(sequence.table, sequence.ids, len(sequence.ids)):
                 self.runner.place(row, sequence.table)
-        moved = list(rows)
-        if chunk:
-            sequence, end = chunk
-            tokens = end - sequence.table.length
+        tokens = 0
+        for sequence, end in chunks:
+            tokens += end - sequence.table.length
             self.manager.advance(sequence.table, sequence.ids, end)
+        B, joining = len(rows), [sequence for sequence, end in chunks if end == len(sequence.ids)]
+        moved = [*rows, *joining]
         if rows:
-            self._choose(logits[: len(rows)], drawn[: len(rows)], rows, self.controls, self.seen)
-            self._adapt(time.perf_counter() - began, tokens if chunk else 0)
-        if chunk and end == len(sequence.ids):
-            self._join(sequence, logits[-1:], drawn[-1:])
-            moved.append(sequence)
+            self._choose(logits[:B], drawn[:B], rows, self.controls, self.seen)
+            self._adapt(time.perf_counter() - began, tokens)
+        if joining:
+            self._join(joining, logits[B : len(moved)], drawn[B : len(moved)])
         return moved
 
-    def _join(self, sequence: Sequence, logits: torch.Tensor, drawn: torch.Tensor) -> None:
-        self.scheduler.start(sequence)
-        if not sequence.generated:
-            self.counts["prompt_tokens"] += sequence.prompt_len
-            self.counts["cached_tokens"] += sequence.cached_tokens
-        controls = Controls([sequence.params], self.config.vocab_size, self.runner.device)
-        self._choose(logits, drawn, [sequence], controls, self._seen([sequence]) if controls.penalizes else None)
+    def _join(self, sequences: list[Sequence], logits: torch.Tensor, drawn: torch.Tensor) -> None:
+        for sequence in sequences:
+            self.scheduler.start(sequence)
+            if not sequence.generated:
+                self.counts["prompt_tokens"] += sequence.prompt_len
+                self.counts["cached_tokens"] += sequence.cached_tokens
+        controls = Controls([s.params for s in sequences], self.config.vocab_size, self.runner.device)
+        self._choose(logits, drawn, sequences, controls, self._seen(sequences) if controls.penalizes else None)
 
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """params.n completions of each prompt, in the order of the prompts, a prompt's samples adjacent.
@@ -172,8 +173,8 @@ class Engine:
             self.cancel(sequence)
 
     def _chunk_budget(self) -> tuple[int, int]:
-        """Tokens of a prompt to read in the next step, as many as make it longer by STALL, and the most if all of it is
-        read then: its rest would have a step of its own."""
+        """Tokens of prompts to read in the next step, as many as make it longer by STALL, and the most if a prompt is
+        read to its end then: its rest would make another step longer."""
         if self.chunk is not None:
             return self.chunk, self.chunk
         if not self.rows:

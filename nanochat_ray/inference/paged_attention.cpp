@@ -1,7 +1,8 @@
-// Attention of one query a row over the pages that hold its sequence's keys and values.
+// Attention of sequences' next tokens over the pages that hold their keys and values.
 //
-// Decoding many rows is bound by how fast their pages are read. These lie anywhere in memory, which the processor does
-// not foresee: so each key that is read asks for its like in the next page.
+// Decoding many sequences is bound by how fast their pages are read. These lie anywhere in memory, which the processor
+// does not foresee: so each key that is read asks for its like in the next page. Reading a prompt is bound by products:
+// there a page is read for as many queries as a vector has lanes.
 
 #include <ATen/ATen.h>
 #include <ATen/cpu/vec/functional.h>
@@ -9,12 +10,15 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <numeric>
 #include <vector>
 
 namespace {
 
 using Floats = at::vec::VectorizedN<float, 2>;
 constexpr int64_t LANES = Floats::size(), MOST_DIM = 1024;
+constexpr int64_t STEP = 8;  // keys, or queries, whose sums stay in registers; it divides LANES
 
 // `count` elements, and anything after them.
 inline Floats load(const float* x, int64_t count) { return Floats::loadu(x, count); }
@@ -69,44 +73,145 @@ void attend(const T* q, const T* keys, const T* values, const int64_t* pages, in
   for (int64_t i = 0; i < N; i++) store(sum[i] / Floats(total), y + i * LANES, count(i));
 }
 
+// A multiple of LANES.
 template <typename T>
-void attend_rows(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
-                 const at::Tensor& at, int64_t window, at::Tensor& y) {
-  const int64_t B = q.size(0), K = keys.size(1), PAGE = keys.size(2), D = keys.size(3), H = q.size(2);
+inline void widen(const T* x, int64_t count, float* y) {
+  for (int64_t i = 0; i < count; i += LANES) load(x + i, LANES).store(y + i);
+}
+
+// What a thread needs to attend by blocks: queries by channel (D, LANES), a page (PAGE, D), its weights (PAGE, LANES),
+// sums (LANES, D), and room for more lanes than D fills.
+struct Scratch {
+  std::unique_ptr<float[]> memory;
+  float *weights, *page, *queries, *sums;
+
+  Scratch(int64_t PAGE, int64_t D) : memory(new float[PAGE * LANES + PAGE * D + D * LANES + LANES * (D + 2 * LANES)]) {
+    weights = memory.get(), page = weights + PAGE * LANES, queries = page + PAGE * D + LANES;
+    sums = queries + D * LANES;
+  }
+};
+
+// As attend, of `count` <= LANES adjacent tokens' queries, which lie `apart` from each other, as y does: the first is
+// at place `at` of its pages. Each sees `window` tokens before itself.
+template <typename T, int64_t DIM>
+void attend_block(const T* q, int64_t count, int64_t apart, const T* keys, const T* values, const int64_t* pages,
+                  int64_t stride, int64_t PAGE, int64_t dim, int64_t at, int64_t window, Scratch& scratch, T* y) {
+  const int64_t D = DIM ? DIM : dim, N = (D + LANES - 1) / LANES, last = at + count - 1;
+  float *weights = scratch.weights, *page = scratch.page, *queries = scratch.queries, *sums = scratch.sums;
+  std::fill_n(queries, D * LANES, 0.0f);
+  std::fill_n(sums, LANES * N * LANES, 0.0f);
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t d = 0; d < D; d++) queries[d * LANES + i] = float(q[i * apart + d]) / std::sqrt(float(D));
+  float lanes[LANES];
+  std::iota(lanes, lanes + LANES, 0.0f);
+  const Floats lane = Floats::loadu(lanes);
+  Floats total(0);
+  for (int64_t block = std::max<int64_t>(0, at - window) / PAGE; block <= last / PAGE; block++) {
+    const int64_t here = pages[block] * stride, start = block * PAGE;
+    const int64_t begin = std::max<int64_t>(0, at - window - start), end = std::min(PAGE, last + 1 - start);
+    widen(keys + here, PAGE * D, page);
+    for (int64_t t = begin / STEP * STEP; t < end; t += STEP) {
+      Floats products[STEP];
+      for (int64_t j = 0; j < STEP; j++) products[j] = Floats(0);
+      for (int64_t d = 0; d < D; d++) {
+        const Floats channel = Floats::loadu(queries + d * LANES);
+        for (int64_t j = 0; j < STEP; j++) products[j] = fmadd(Floats(page[(t + j) * D + d]), channel, products[j]);
+      }
+      for (int64_t j = 0; j < STEP; j++) {  // a mask by bits also hides what is no number, in places not yet stored
+        const float before = start + t + j - at;
+        const Floats visible = (lane >= Floats(before)) & (lane <= Floats(before + window));
+        const Floats seen = products[j].exp() & visible;
+        seen.store(weights + (t + j) * LANES);
+        total = total + seen;
+      }
+    }
+    widen(values + here, PAGE * D, page);
+    for (int64_t i = 0; i < count; i += STEP)
+      for (int64_t n = 0; n < N; n++) {
+        Floats products[STEP];
+        for (int64_t j = 0; j < STEP; j++) products[j] = Floats::loadu(sums + ((i + j) * N + n) * LANES);
+        for (int64_t t = begin; t < end; t++) {
+          const Floats value = Floats::loadu(page + t * D + n * LANES);
+          for (int64_t j = 0; j < STEP; j++)
+            products[j] = fmadd(Floats(weights[t * LANES + i + j]), value, products[j]);
+        }
+        for (int64_t j = 0; j < STEP; j++) products[j].store(sums + ((i + j) * N + n) * LANES);
+      }
+  }
+  float totals[LANES];
+  total.store(totals);
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t n = 0; n < N; n++)
+      store(Floats::loadu(sums + (i * N + n) * LANES) / Floats(totals[i]), y + i * apart + n * LANES,
+            std::min(LANES, D - n * LANES));
+}
+
+// Some adjacent tokens of one sequence.
+struct Span {
+  int64_t sequence, begin, count;
+};
+
+std::vector<Span> spans_of(const int64_t* last, int64_t sequences) {
+  std::vector<Span> spans;
+  for (int64_t sequence = 0, begin = 0; sequence < sequences; sequence++)
+    for (; begin <= last[sequence]; begin += spans.back().count)
+      spans.push_back({sequence, begin, std::min(LANES, last[sequence] + 1 - begin)});
+  return spans;
+}
+
+template <typename T, int64_t DIM>
+void attend_all(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values, const at::Tensor& table,
+                const at::Tensor& last, const at::Tensor& at, int64_t window, at::Tensor& y) {
+  const int64_t K = keys.size(1), PAGE = keys.size(2), D = keys.size(3), H = q.size(1), stride = K * PAGE * D;
   const int64_t *pages = table.const_data_ptr<int64_t>(), *places = at.const_data_ptr<int64_t>();
   const T *queries = q.const_data_ptr<T>(), *k = keys.const_data_ptr<T>(), *v = values.const_data_ptr<T>();
   T* out = y.mutable_data_ptr<T>();
-  const auto attend_head = D == 64 ? attend<T, 64> : D == 128 ? attend<T, 128> : attend<T, 0>;
+  const std::vector<Span> spans = spans_of(last.const_data_ptr<int64_t>(), last.size(0));
+  const int64_t count = spans.size() * H;
   #pragma omp parallel
   {
-    std::vector<float> weights(PAGE);
-    #pragma omp for schedule(dynamic)  // rows differ in length
-    for (int64_t i = 0; i < B * H; i++) {
-      const int64_t row = i / H, head = i % H / (H / K) * PAGE * D, last = places[row];
-      attend_head(queries + i * D, k + head, v + head, pages + row * table.size(1), K * PAGE * D, PAGE, D,
-                  std::max<int64_t>(0, last - window), last, weights.data(), out + i * D);
+    Scratch scratch(PAGE, D);
+    #pragma omp for schedule(dynamic)  // they differ in length; prompts come last in a batch, and first here
+    for (int64_t i = 0; i < count; i++) {
+      const Span& span = spans[(count - 1 - i) / H];
+      const int64_t query = (span.begin * H + i % H) * D, head = i % H / (H / K) * PAGE * D, place = places[span.begin];
+      const int64_t* own = pages + span.sequence * table.size(1);
+      if (span.count == 1)
+        attend<T, DIM>(queries + query, k + head, v + head, own, stride, PAGE, D, std::max<int64_t>(0, place - window),
+                       place, scratch.weights, out + query);
+      else
+        attend_block<T, DIM>(queries + query, span.count, H * D, k + head, v + head, own, stride, PAGE, D, place,
+                             window, scratch, out + query);
     }
   }
 }
 
+template <typename T>
+auto attend_of(int64_t D) {
+  return D == 64 ? attend_all<T, 64> : D == 128 ? attend_all<T, 128> : attend_all<T, 0>;
+}
+
 at::Tensor paged_attention(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& values,
-                           const at::Tensor& table, const at::Tensor& at, int64_t window) {
+                           const at::Tensor& table, const at::Tensor& last, const at::Tensor& at, int64_t window) {
   TORCH_CHECK(q.size(-1) <= MOST_DIM, "a head of ", q.size(-1), " channels is larger than ", MOST_DIM);
+  TORCH_CHECK(keys.size(2) % LANES == 0, "a page of ", keys.size(2), " tokens is no multiple of ", LANES);
   auto y = at::empty(q.sizes(), q.options());
-  const auto attend = q.scalar_type() == at::kBFloat16 ? attend_rows<at::BFloat16> : attend_rows<float>;
-  attend(q.contiguous(), keys, values, table.contiguous(), at.contiguous(), window, y);
+  const auto attend = (q.scalar_type() == at::kBFloat16 ? attend_of<at::BFloat16> : attend_of<float>)(q.size(-1));
+  attend(q.contiguous(), keys, values, table.contiguous(), last.contiguous(), at.contiguous(), window, y);
   return y;
 }
 
 at::Tensor shape_alone(const at::Tensor& q, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                       int64_t) {
+                       const at::Tensor&, int64_t) {
   return at::empty_symint(q.sym_sizes(), q.options());
 }
 
 }  // namespace
 
 TORCH_LIBRARY(nanochat_ray, library) {
-  library.def("paged_attention(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor at, int window) -> Tensor");
+  library.def(
+      "paged_attention(Tensor q, Tensor keys, Tensor values, Tensor table, Tensor last, Tensor at, int window) -> "
+      "Tensor");
 }
 TORCH_LIBRARY_IMPL(nanochat_ray, CPU, library) { library.impl("paged_attention", paged_attention); }
 TORCH_LIBRARY_IMPL(nanochat_ray, Meta, library) { library.impl("paged_attention", shape_alone); }

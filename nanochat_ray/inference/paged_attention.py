@@ -1,4 +1,4 @@
-"""Attention over the cache's pages where a row has one query, on CPUs: an operator in C++, beside this file."""
+"""Attention over the cache's pages on CPUs: an operator in C++, beside this file."""
 
 from pathlib import Path
 
@@ -14,7 +14,8 @@ def build_paged_attention() -> None:
     CppCodeCache.load(SOURCE.read_text(), needs_vec_isa=True)
 
 
-def paged_attention(q, keys, values, table, at, window: int) -> torch.Tensor:
-    """q (B, 1, H, D) over keys and values (pages, K, PAGE, D), of which row b has the pages table (B, N): the tokens
-    from at[b] − window to at[b] of these, at being (B, 1). (B, 1, H, D). It has to be built before."""
-    return torch.ops.nanochat_ray.paged_attention(q, keys, values, table, at, window)
+def paged_attention(q, keys, values, table, last, at, window: int) -> torch.Tensor:
+    """q (N, H, D) of the next tokens of sequences, those of sequence s up to token last[s]; last is (S,). Over keys and
+    values (pages, K, PAGE, D), of which s has the pages table (S, W): a token sees those from at[n] − window to at[n]
+    of these. at (N,), adjacent for one sequence's tokens. (N, H, D). It has to be built before."""
+    return torch.ops.nanochat_ray.paged_attention(q, keys, values, table, last, at, window)

@@ -1,13 +1,14 @@
 """Which sequences run, which wait, and which make way when the cache is full."""
 
 from collections import deque
+from itertools import islice
 
 from nanochat_ray.inference.kv_cache import PAGE, BlockManager, CacheFull
 from nanochat_ray.inference.sequence import Sequence
 
 
 class Scheduler:
-    """Sequences are served in the order of arrival. The head of `waiting` is the one whose prompt is being read.
+    """Sequences are served in the order of arrival: the prompts at the head of `waiting` are being read.
 
     Preempting is giving up what a sequence has in the cache; it waits at the head and is computed again, mostly from
     blocks that can still be found.
@@ -19,15 +20,27 @@ class Scheduler:
         self.running: list[Sequence] = []  # the batch's rows
         self.preemptions = 0
 
-    def next_chunk(self, budget: int, most: int) -> tuple[Sequence, int] | None:
-        """The sequence to read on, with room made for the tokens from table.length to the returned position: so many as
-        budget, or all that are left if these are at most `most`."""
-        if not self.waiting or len(self.running) == self.max_batch_size:
-            return None
-        sequence = self.waiting[0]
+    def next_chunks(self, budget: int, most: int) -> list[tuple[Sequence, int]]:
+        """The sequences to read on, with room made for the tokens from table.length to the returned position: so many
+        as budget in all, or a sequence's rest if it ends within `most`."""
+        chunks = []
+        for sequence in islice(self.waiting, self.max_batch_size - len(self.running)):
+            end = self._next_chunk(sequence, budget, most, chunks)
+            if end is None:
+                break
+            chunks.append((sequence, end))
+            tokens = end - sequence.table.length
+            budget, most = budget - tokens, most - tokens
+            if end < len(sequence.ids) or budget <= 0:
+                break
+        return chunks
+
+    def _next_chunk(self, sequence: Sequence, budget: int, most: int, others: list[tuple[Sequence, int]]) -> int | None:
+        """Up to which position to read a sequence in this step, beside others, or None."""
+        alone = not self.running and not others
         if sequence.table is None:
             sequence.table = self.manager.open(sequence.ids)
-            if self.running and not self._fits(sequence):
+            if not (alone or self._fits(sequence, len(others))) or _repeats(sequence, others):
                 self._give_up(sequence)
                 return None
             if not sequence.generated:
@@ -37,19 +50,19 @@ class Scheduler:
         try:
             self.manager.reserve(sequence.table, end)
         except CacheFull:
-            if self.running:
+            if not alone:
                 return None  # those that run will free some
             end = min(end, (start // PAGE + 1) * PAGE)
             self.manager.reserve(sequence.table, end)  # alone it has room: its length was limited to that
-        return sequence, end
+        return end
 
-    def _fits(self, sequence: Sequence) -> bool:
-        """Whether all of a sequence has room now, with a block more to grow in for each that runs."""
+    def _fits(self, sequence: Sequence, others: int) -> bool:
+        """Whether all of a sequence has room now, with a block more to grow in for each that runs or joins."""
         manager, missing = self.manager, 0
         blocks = len(sequence.ids) // PAGE + 1
         for window, layers, held in zip(manager.windows, manager.layers, sequence.table.blocks, strict=True):
             missing += (min(blocks, window // PAGE + 2) - len(held)) * len(layers)
-        growth = (len(self.running) + 1) * sum(map(len, manager.layers))
+        growth = (len(self.running) + others + 1) * sum(map(len, manager.layers))
         return missing + min(growth, manager.num_pages // 8) <= len(manager.free) + manager.unused_pages
 
     def start(self, sequence: Sequence) -> None:
@@ -102,3 +115,9 @@ class Scheduler:
     def _give_up(self, sequence: Sequence) -> None:
         self.manager.close(sequence.table)
         sequence.table = None
+
+
+def _repeats(sequence: Sequence, others: list[tuple[Sequence, int]]) -> bool:
+    """Whether the next block that a sequence lacks is being read for another: after this step it can be found."""
+    end = sequence.table.length + PAGE
+    return end < len(sequence.ids) and any(read >= end and s.ids[:end] == sequence.ids[:end] for s, read in others)

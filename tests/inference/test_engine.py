@@ -335,11 +335,10 @@ class ScriptedRunner:
     def place(self, row, table):
         pass
 
-    def run(self, rows, prompt=None):
+    def run(self, rows, prompts):
         self.read |= {len(s.ids) - 1: s.ids[-1] for s in rows}
         positions = [len(s.ids) - 1 for s in rows]
-        if prompt:
-            sequence, end = prompt
+        for sequence, end in prompts:
             self.read |= {at: sequence.ids[at] for at in range(sequence.table.length, end)}
             positions.append(end - 1)
         return self._say(positions)
@@ -457,9 +456,9 @@ def test_a_stop_string_ends_every_sample_with_the_token_that_completes_it(script
 
 
 def test_how_much_of_a_prompt_is_read_follows_the_rows_beside_it(lively, random_prompts):
-    """As many tokens as may make a step longer by 0.6 of what its rows take alone, and a short rest with them."""
+    """As many tokens as may make a step longer by half of what its rows take alone, and a short rest with them."""
     engine = Engine(lively, None, 4)
-    beside, prompt = random_prompts(5, 200)
+    beside, prompt = random_prompts(5, 170)
     for _ in range(2):
         engine.submit(beside, SamplingParams(200, temperature=0))
     while len(engine.rows) < 2:
@@ -470,4 +469,28 @@ def test_how_much_of_a_prompt_is_read_follows_the_rows_beside_it(lively, random_
         engine.decode_seconds, engine.token_seconds = {1: 0.1, 3: 0.3}, 0.002  # 0.2 s for two rows
         engine.step()
         lengths.append(sequence.table.length if sequence.table else len(prompt))
-    assert lengths == [60, 120, 200]
+    assert lengths == [50, 100, 170]
+
+
+def test_a_step_reads_several_prompts_within_its_budget(lively, random_prompts):
+    engine = Engine(lively, None, 5, chunk=64)
+    sequences = [engine.submit(prompt, GREEDY)[0] for prompt in random_prompts(20, 30, 20, 70, 5, 5)]
+    assert engine.step() == sequences[:2]
+    assert sequences[2].table.length == 14  # what was left of 64
+    assert engine.step() == sequences[:3]
+    assert sequences[3].table.length == 58
+    assert engine.step() == sequences[:5]  # and there are no more places
+    assert sequences[5].table is None
+    finish(engine)
+    alone = [Engine(lively, None).generate([s.ids[: s.prompt_len]], GREEDY)[0].tokens for s in sequences]
+    assert [s.tokens for s in sequences] == alone
+
+
+def test_prompts_that_begin_alike_are_not_read_twice(lively, random_prompts):
+    """What one step reads for the first of them is there for the others in the next."""
+    system, *users = random_prompts(PAGE + 8, 9, 10, 11)
+    engine = Engine(lively, None, 4)
+    sequences = [engine.submit(system + user, GREEDY)[0] for user in users]
+    assert engine.step() == sequences[:1]
+    assert engine.step() == sequences
+    assert [s.cached_tokens for s in sequences] == [0, PAGE, PAGE]

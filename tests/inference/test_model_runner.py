@@ -30,7 +30,7 @@ def test_uneven_chunks_and_decoding_equal_one_forward(lively, random_prompts):
         for prompt, table, logits, chunk in zip(prompts, tables, expected, chunks, strict=True):
             end = table.length + chunk
             manager.reserve(table, end)
-            said, _ = runner.run([], (sequence_of(prompt, table), end))
+            said, _ = runner.run([], [(sequence_of(prompt, table), end)])
             manager.advance(table, prompt, end)
             torch.testing.assert_close(said, logits[end - 1 : end], atol=1e-3, rtol=0)
     for _ in range(40):
@@ -68,7 +68,7 @@ def test_bfloat16_packs_its_weights_in_bfloat16(reference_model, random_prompts)
     assert runner.keys.dtype == runner.model.transformer.h[0].mlp.c_fc.packed.dtype == torch.bfloat16
     [prompt] = random_prompts(60)
     manager.reserve(table := manager.open(prompt), 60)
-    said, _ = runner.run([], (sequence_of(prompt, table), 60))
+    said, _ = runner.run([], [(sequence_of(prompt, table), 60)])
     assert said.dtype == torch.float32
     with torch.no_grad():
         torch.testing.assert_close(said, model(torch.tensor([prompt]))[:, -1], atol=0.1, rtol=0)

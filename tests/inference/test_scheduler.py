@@ -35,16 +35,13 @@ class CheckedRunner(ModelRunner):
         self.tokens = np.zeros_like(self.stored)
 
     def _forward(self, idx, step, *draws):
-        B = len(step.rows.first[0])
-        spans = [(slice(row, row + 1), step.rows, row) for row in range(B)]
-        if step.prompt:
-            spans.append((slice(B, None), step.prompt, 0))
-        said = []
-        for span, tables, row in spans:
+        said, begin = [], 0
+        for row, last in enumerate(step.last.tolist()):
+            span, begin = slice(begin, last + 1), last + 1
             inputs = [x[0, span].numpy() for x in (idx, step.previous, step.at)]
-            pages = [tables.pages[group][place, row].numpy() for group, place in self.groups]
-            offsets = [tables.first[group][row, 0].item() * PAGE for group, _ in self.groups]
-            if span.stop and (pages[0] == NULL_PAGE).all():  # padding beside a prompt
+            pages = [step.pages[group][place, row].numpy() for group, place in self.groups]
+            offsets = [step.first[group][row].item() * PAGE for group, _ in self.groups]
+            if (pages[0] == NULL_PAGE).all():  # padding
                 said.append(0)
                 continue
             tokens = {self._store(i, pages[i], offsets[i], *inputs) for i in range(CONFIG.n_layer)}

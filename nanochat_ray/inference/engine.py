@@ -181,7 +181,10 @@ class Engine:
             return CHUNK, CHUNK
         budget, known = 4 * LEAST_CHUNK, self.decode_seconds
         if known and self.token_seconds:
-            wanted = STALL * _between(known, len(self.rows)) / self.token_seconds
+            rows, scheduler = len(self.rows), self.scheduler
+            joining = min(len(scheduler.waiting), scheduler.max_batch_size - rows)
+            crowd = max(1, joining / rows)  # few that run do not hold up many that could
+            wanted = crowd * STALL * _between(known, rows) / self.token_seconds
             budget = int(min(CHUNK, max(LEAST_CHUNK, wanted)))
         return budget, min(CHUNK, 3 * budget // 2)
 

@@ -471,6 +471,13 @@ def test_how_much_of_a_prompt_is_read_follows_the_rows_beside_it(lively, random_
         lengths.append(sequence.table.length if sequence.table else len(prompt))
     assert lengths == [50, 100, 170]
 
+    sequences = [engine.submit(prompt, GREEDY)[0] for prompt in random_prompts(90, 170, 9, seed=2)]
+    engine.decode_seconds, engine.token_seconds = {1: 0.1, 3: 0.3}, 0.001
+    engine.cancel(engine.rows[0])
+    engine.step()
+    # One runs, three could join it: three times 0.5 of 0.1 s
+    assert [s.table and s.table.length for s in sequences] == [90, 60, None]
+
 
 def test_a_step_reads_several_prompts_within_its_budget(lively, random_prompts):
     engine = Engine(lively, None, 5, chunk=64)

@@ -199,7 +199,7 @@ def measure(service: Service, engine: Engine, options: Options) -> dict[str, flo
     few = {"prompt_tokens": options.prompt, "max_tokens": 8, "clients": 1, "requests": 20}
     rounds = []
     for i in range(options.rounds + 1):
-        count = 3 * options.clients
+        count = 8 * options.clients
         one = service.load(**many | {"clients": 1}, requests=4, seed=i)
         result = {
             "ttft_engine": statistics.median(first_token(engine, options) for _ in range(20)),

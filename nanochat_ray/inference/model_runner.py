@@ -247,7 +247,7 @@ class ModelRunner:
 
     def _size(self, size: int) -> int:
         """How large to make a batch or a table: on CUDA, where each size has a graph of its own, a power of two."""
-        return 1 << (size - 1).bit_length() if self.few_sizes and size else size
+        return 1 << (size - 1).bit_length() if self.few_sizes else size
 
     def _inputs(self, idx: list[int], previous: list[int], at: list[int], counts: list[int], pages, first, *draws):
         """Of _forward; counts: how many tokens each sequence has."""

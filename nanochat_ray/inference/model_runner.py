@@ -214,9 +214,7 @@ class ModelRunner:
             self.first[group][row] = table.first[group]
 
     @torch.inference_mode()
-    def run(
-        self, rows: list[Sequence], prompts: list[tuple[Sequence, int]] | tuple = ()
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(self, rows: list[Sequence], prompts: list[tuple[Sequence, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the last token of each sequence that has its row, and of others the tokens up to a position.
 
         The logits (S, V) after the rows and the prompts, and a token drawn from each by its sequence's temperature and
@@ -228,8 +226,9 @@ class ModelRunner:
         for row, (sequence, end) in enumerate(prompts, start=len(rows)):
             self.place(row, sequence.table)
             start, ids = sequence.table.length, sequence.ids
-            idx, at = [*idx, *ids[start:end]], [*at, *range(start, end)]
-            previous = [*previous, ids[start - 1] if start else 0, *ids[start : end - 1]]
+            idx += ids[start:end]
+            at += range(start, end)
+            previous += [ids[start - 1] if start else 0, *ids[start : end - 1]]
             counts.append(end - start)
         temperature = [max(s.params.temperature, GREEDY) for s in sequences]
         chances = uniforms(np.array([s.key for s in sequences], dtype=np.uint64)).tolist()

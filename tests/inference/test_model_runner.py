@@ -39,7 +39,7 @@ def test_uneven_chunks_and_decoding_equal_one_forward(lively, random_prompts):
             manager.reserve(table, table.length + 1)
             runner.place(row, table)
         rows = [sequence_of(p[: table.length + 1], table) for p, table in zip(prompts, tables, strict=True)]
-        said, _ = runner.run(rows)
+        said, _ = runner.run(rows, [])
         logits = torch.stack([logits[length] for logits, length in zip(expected, lengths, strict=True)])
         torch.testing.assert_close(said, logits, atol=1e-3, rtol=0)
         for prompt, table in zip(prompts, tables, strict=True):

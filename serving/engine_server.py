@@ -20,7 +20,6 @@ from nanochat_ray.train.checkpoint import load_model
 
 # Seconds between messages of a stream: each costs 1 to 2 ms of CPU time, so they are rarer where streams are many.
 FLUSH, FLUSH_PER_STREAM, MOST_FLUSH = 0.05, 1 / 160, 0.2
-LEAST_PRIORITY = 19  # Ray's workers have 15 of their own
 SWITCH_SECONDS = 0.001  # that Python lets the engine's thread keep others from running, instead of 5 ms
 
 
@@ -41,8 +40,6 @@ class EngineThread(threading.Thread):
 
     def run(self) -> None:
         news, told = set(), 0.0
-        if self.engine.runner.device.type == "cpu":
-            give_way()
         try:
             while True:
                 self._answer_calls()
@@ -85,14 +82,6 @@ class EngineThread(threading.Thread):
         for sequence in sequences:
             if event := self.listeners.get(sequence):
                 event.set()
-
-
-def give_way() -> None:
-    """Let this thread, and those it starts, yield the CPUs to whoever wakes up. They would be busy all the time, and
-    ChatService's requests and messages, which take a moment each, would wait for them."""
-    if sys.platform == "linux":  # where both are a thread's, not its process's
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        os.setpriority(os.PRIO_PROCESS, 0, LEAST_PRIORITY)
 
 
 def load_engine(checkpoint: str, options: dict) -> Engine:

@@ -25,9 +25,6 @@ class ScriptedRunner:
         for sequence, end in prompts:
             self.read |= {at: sequence.ids[at] for at in range(sequence.table.length, end)}
             positions.append(end - 1)
-        return self._say(positions)
-
-    def _say(self, positions):
         said = torch.tensor([self.script[position + 1] for position in positions])
         return torch.nn.functional.one_hot(said, self.vocab_size).float(), said
 

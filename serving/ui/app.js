@@ -454,10 +454,34 @@ function drawMessage(message) {
   const [body, note, footer] = ["body", "note", "footer"].map((name) => view.article.querySelector(`.${name}`));
   view.article.ariaBusy = busy;
   view.article.classList.toggle("thinking", busy && !message.parts.length && !view.waiting);
-  renderParts(body, message.parts);
+  renderParts(body, busy ? revealed(view, message.parts) : message.parts);
   note.replaceChildren(...noteOf(message, view, busy));
   footer.replaceChildren(...(busy ? [] : footerOf(message, view)));
   if (atEnd) scroller.scrollTop = scroller.scrollHeight;
+  if (busy && view.shown < view.length) redraw(message, view.waiting);
+}
+
+const LONGEST_LAG = 400; // milliseconds in which text that came at once is shown at most
+
+/** The beginning of an answer to show at this frame: a busy service sends many words at once, a few times a second, and
+ * they appear at an even pace, as long as the ones before them took to come. */
+function revealed(view, parts) {
+  const now = performance.now();
+  const length = parts.reduce((sum, part) => sum + part.text.length, 0);
+  if (!length) return parts;
+  if (length !== view.length) {
+    const lag = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : Math.min(now - view.came, LONGEST_LAG);
+    view.pace = lag > 0 ? (length - view.shown) / lag : Infinity; // the first words at once
+    Object.assign(view, { length, came: now, framed: now });
+  }
+  view.shown = view.pace === Infinity ? length : Math.min(length, view.shown + view.pace * (now - view.framed));
+  view.framed = now;
+  let rest = Math.floor(view.shown);
+  return parts.flatMap((part) => {
+    const text = part.text.slice(0, Math.max(0, rest)).replace(/[\uD800-\uDBFF]$/, ""); // no half of a character
+    rest -= part.text.length;
+    return text ? [{ ...part, text }] : [];
+  });
 }
 
 function noteOf(message, view, busy) {

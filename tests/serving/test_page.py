@@ -80,6 +80,28 @@ def test_text_appears_as_it_comes(scripted, page):
     assert 0 <= float(rate[1]) < 30 and 0 < float(rate[2]) <= 2 / 0.25
 
 
+def test_words_that_come_at_once_appear_one_after_another(scripted, page):
+    first, rest, words = threading.Event(), threading.Event(), "word " * 60
+    scripted.script.answer = ["one ", first, words, rest, "end"]
+    page.goto(scripted.url)
+    send(page, "Count", wait=False)
+    body = page.locator(".assistant .body")
+    expect(body).to_have_text("one")
+    page.evaluate("""() => {
+        window.lengths = [];
+        const look = () => { lengths.push(document.querySelector(".assistant .body").textContent.trim().length); };
+        new MutationObserver(look).observe(document.querySelector(".assistant .body"), { childList: true, subtree: true });
+    }""")
+    time.sleep(0.3)  # as long as the words took to come, so long they take to appear
+    first.set()
+    expect(body).to_have_text(("one " + words).strip())
+    lengths = page.evaluate("lengths")
+    assert lengths == sorted(lengths) and len(set(lengths)) >= 5, lengths
+    rest.set()
+    finished(page)
+    assert body.inner_text() == "one " + words + "end"
+
+
 @pytest.mark.parametrize("how", ["Escape", "Stop"])
 def test_stop_keeps_the_text_and_cancels_the_request(scripted, page, how):
     scripted.script.answer = ["more and ", "more", threading.Event()]

@@ -18,10 +18,10 @@ from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.train.checkpoint import load_model
 
-# Seconds between messages of a stream, each of which costs half a millisecond of CPU time in all: rarer where streams are
-# many. The page shows their text at an even pace.
+# Seconds between messages of a stream. Each costs half a millisecond of CPU time in all, so where streams are many they
+# are rarer; the page shows their words at an even pace.
 FLUSH, FLUSH_PER_STREAM, MOST_FLUSH = 0.05, 1 / 100, 1 / 3
-NICENESS = 4  # of the threads that step, where Ray's workers have less; with more they starve beside another program
+NICENESS = 4  # of the threads that step; those of a Ray whose workers have more already, 15 by default, keep that
 SWITCH_SECONDS = 0.001  # that Python lets the engine's thread keep others from running, instead of 5 ms
 
 

@@ -88,9 +88,10 @@ def test_words_that_come_at_once_appear_one_after_another(scripted, page):
     body = page.locator(".assistant .body")
     expect(body).to_have_text("one")
     page.evaluate("""() => {
+        const body = document.querySelector(".assistant .body");
         window.lengths = [];
-        const look = () => { lengths.push(document.querySelector(".assistant .body").textContent.trim().length); };
-        new MutationObserver(look).observe(document.querySelector(".assistant .body"), { childList: true, subtree: true });
+        const look = () => lengths.push(body.textContent.trim().length);
+        new MutationObserver(look).observe(body, { childList: true, subtree: true });
     }""")
     time.sleep(0.3)  # as long as the words took to come, so long they take to appear
     first.set()

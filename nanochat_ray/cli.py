@@ -117,7 +117,7 @@ def leaderboard(args: list[str]) -> None:
 # Of `nanochat-ray serve`, for Ray Serve: replicas have one event loop each, speak HTTP themselves and gRPC among each
 # other. No load balancer is there for them to wait for when they end, or to keep a port from a successor. Serve's
 # controller looks after them twice a second rather than ten times, which takes 3 % of a CPU from the engines. Replicas
-# have the priority of any program, not the low one that Ray gives its workers: an engine's thread has one of its own.
+# have the priority of any program, not the low one that Ray gives its workers.
 FAST_SERVE = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",

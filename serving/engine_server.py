@@ -21,7 +21,6 @@ from nanochat_ray.train.checkpoint import load_model
 # Seconds between messages of a stream. Each costs half a millisecond of CPU time in all, so where streams are many they
 # are rarer; the page shows their words at an even pace.
 FLUSH, FLUSH_PER_STREAM, MOST_FLUSH = 0.05, 1 / 100, 1 / 3
-NICENESS = 4  # of the threads that step; those of a Ray whose workers have more already, 15 by default, keep that
 SWITCH_SECONDS = 0.001  # that Python lets the engine's thread keep others from running, instead of 5 ms
 
 
@@ -41,8 +40,6 @@ class EngineThread(threading.Thread):
         return future
 
     def run(self) -> None:
-        if self.engine.runner.device.type == "cpu":
-            give_way()
         news, told = set(), 0.0
         try:
             while True:
@@ -86,14 +83,6 @@ class EngineThread(threading.Thread):
         for sequence in sequences:
             if event := self.listeners.get(sequence):
                 event.set()
-
-
-def give_way() -> None:
-    """Let this thread, and those it starts, yield the CPUs to whoever wakes up: they are busy all the time, and what
-    answers requests and sends messages, a moment each, would wait for them."""
-    if sys.platform == "linux":  # where both are a thread's, not its process's
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-        os.nice(max(0, NICENESS - os.nice(0)))
 
 
 def load_engine(checkpoint: str, options: dict) -> Engine:

@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 import aiohttp
 import numpy as np
 import tyro
-import uvloop
 from rich.console import Console
 from rich.table import Table
 
@@ -116,7 +115,7 @@ class Result:
 
 def run(options: Options) -> Result:
     """Put the load on and wait for the answers. Raises ValueError for bad options, OSError for a service not there."""
-    return uvloop.run(load(options))  # the load shares the machine with what it measures
+    return asyncio.run(load(options))
 
 
 async def load(options: Options) -> Result:

@@ -1,6 +1,4 @@
 import asyncio
-import os
-import sys
 
 import pytest
 
@@ -10,7 +8,7 @@ from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.train.checkpoint import save_checkpoint
 from serving.app import ServiceOptions
-from serving.engine_server import NICENESS, EngineServer, EngineThread
+from serving.engine_server import EngineServer, EngineThread
 
 
 def test_an_engine_that_fails_tells_those_who_wait_and_those_who_come(reference_model, monkeypatch):
@@ -32,18 +30,6 @@ def test_an_engine_that_fails_tells_those_who_wait_and_those_who_come(reference_
             await thread.call(engine.submit, [1, 2], SamplingParams())
 
     asyncio.run(asyncio.wait_for(talk(), 60))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a thread has its process's priority")
-def test_only_what_steps_gives_way_to_others(reference_model):
-    async def talk() -> tuple[int, int]:
-        thread = EngineThread(Engine(reference_model), asyncio.get_running_loop())
-        thread.start()
-        return await thread.call(lambda: (os.sched_getscheduler(0), os.nice(0)))
-
-    before = os.sched_getscheduler(0), os.nice(0)
-    assert asyncio.run(talk()) == (os.SCHED_BATCH, max(NICENESS, before[1]))
-    assert (os.sched_getscheduler(0), os.nice(0)) == before
 
 
 def test_what_comes_while_nobody_asks_is_told(golden, tmp_path):

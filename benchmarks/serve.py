@@ -173,7 +173,7 @@ def turn_six(url: str, options: Options) -> tuple[float, float]:
 def gaps(service: Service, options: Options, beside: bool) -> float:
     """p95 of the time between a stream's messages, alone or while one long prompt after another is read."""
     load = {"clients": options.streams, "requests": options.streams, "prompt_tokens": options.prompt}
-    command = service.command(**load, max_tokens=600, seed=int(beside))
+    command = service.command(**load, max_tokens=600)
     process, rng = subprocess.Popen(command, stdout=subprocess.PIPE, text=True), random.Random()
     while service.metric("running") < options.streams / 2 and process.poll() is None:  # some may have ended
         time.sleep(0.1)
@@ -200,12 +200,12 @@ def measure(service: Service, engine: Engine, options: Options) -> dict[str, flo
     rounds = []
     for i in range(options.rounds + 1):
         count = 8 * options.clients
-        one = service.load(**many | {"clients": 1}, requests=4, seed=i)
+        one = service.load(**many | {"clients": 1}, requests=4)
         result = {
             "ttft_engine": statistics.median(first_token(engine, options) for _ in range(20)),
-            "ttft_http": service.load(**few, seed=i)["ttft_p50"],
+            "ttft_http": service.load(**few)["ttft_p50"],
             "tokens_per_s_engine": throughput(engine, options, count),
-            "tokens_per_s_http": service.load(**many, requests=count, seed=i)["tokens_per_s"],
+            "tokens_per_s_http": service.load(**many, requests=count)["tokens_per_s"],
             "tokens_per_s_one_client": one["tokens_per_s"],
             "gap_alone": gaps(service, options, False),
             "gap_beside": gaps(service, options, True),

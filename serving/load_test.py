@@ -16,7 +16,7 @@ import string
 import time
 from collections import Counter
 from collections.abc import Callable, Coroutine
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import aiohttp
 import numpy as np
@@ -56,8 +56,8 @@ class Options:
     """Share of the requests that are hung up on after one to four messages."""
     timeout: float = 300.0
     """Seconds after which a request has failed."""
-    seed: int = 0
-    """Of lengths, words and arrivals."""
+    seed: int | None = None
+    """Of lengths, words and arrivals; another each time by default, or the service had the prompts in cache."""
     json: bool = False
     """End with one line of JSON."""
 
@@ -123,6 +123,8 @@ async def load(options: Options) -> Result:
         raise ValueError(f"clients is {options.clients} and rate {options.rate}; a load needs one of them above 0")
     if not 0 <= options.drop <= (1 if options.stream else 0):
         raise ValueError(f"drop is {options.drop}; it is a share of the requests from 0 to 1, of streams only")
+    if options.seed is None:
+        options = replace(options, seed=random.randrange(2**32))
     headers = {"Authorization": f"Bearer {options.api_key}"} if options.api_key else {}
     timeout, connector = aiohttp.ClientTimeout(total=options.timeout), aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(options.url, headers=headers, timeout=timeout, connector=connector) as session:

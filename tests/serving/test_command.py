@@ -58,6 +58,7 @@ def command(checkpoints) -> Iterator[Command]:
 def test_serve(command):
     command.up()
     it_is_the_front_that_listens(command)
+    its_processes_have_no_lower_priority(command)
     who_hangs_up_frees_memory(command)
     streams_of_a_lost_engine_end_with_an_error_and_it_is_replaced(command)
     a_lost_front_comes_back_on_its_port(command)
@@ -67,6 +68,10 @@ def test_serve(command):
 def it_is_the_front_that_listens(command):
     listens = [c.laddr for c in command.replica("ChatService").net_connections("tcp") if c.status == "LISTEN"]
     assert ("127.0.0.1", int(command.url.rpartition(":")[2])) in listens
+
+
+def its_processes_have_no_lower_priority(command):
+    assert {command.replica(name).nice() for name in ("ChatService", "engine-0")} == {psutil.Process().nice()}
 
 
 def who_hangs_up_frees_memory(command):

@@ -13,7 +13,7 @@ from serving.load_test import Options, run
 
 def test_closed_loop_counts_what_the_service_gave(scripted):
     scripted.script.answer, scripted.script.delay = ["a ", "b ", "c"], 0.02
-    result = run(Options(url=scripted.url, clients=4, requests=10, prompt_tokens=[20], max_tokens=[3, 5]))
+    result = run(Options(url=scripted.url, clients=4, requests=10, prompt_tokens=[20], max_tokens=[3, 5], seed=0))
     assert (result.requests, result.ok, result.failed, result.errors) == (10, 10, 0, {})
     assert (result.tokens, result.prompt_tokens) == (30, 200)  # the service counts a word as a token
     assert 0.02 <= result.ttft_p50 <= result.ttft_p95 < result.latency_p95
@@ -22,6 +22,13 @@ def test_closed_loop_counts_what_the_service_gave(scripted):
     bodies = scripted.script.requests[2:]  # after the two that measure the tokenizer
     assert len({body["messages"][0]["content"] for body in bodies}) == 10
     assert {body["max_tokens"] for body in bodies} == {3, 5} and all(body["stream"] for body in bodies)
+
+
+def test_prompts_are_others_each_time_but_for_a_seed(scripted):
+    for seed in (None, None, 7, 7):
+        run(Options(url=scripted.url, clients=1, requests=1, prompt_tokens=[50], seed=seed))
+    first, second, third, again = [b["messages"][0]["content"] for b in scripted.script.requests[2::3]]
+    assert first != second and third == again
 
 
 def test_closed_loop_has_as_many_open_as_clients(scripted):

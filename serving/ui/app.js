@@ -471,7 +471,7 @@ function revealed(view, parts) {
   if (!length) return parts;
   if (length !== view.length) {
     const lag = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : Math.min(now - view.came, LONGEST_LAG);
-    view.pace = lag > 0 ? (length - view.shown) / lag : Infinity; // the first words at once
+    view.pace = lag > 0 ? (length - view.shown) / lag : Infinity; // the first words (of which lag is NaN) at once
     Object.assign(view, { length, came: now, framed: now });
   }
   view.shown = view.pace === Infinity ? length : Math.min(length, view.shown + view.pace * (now - view.framed));

@@ -1,8 +1,9 @@
 // Attention of sequences' next tokens over the pages that hold their keys and values.
 //
 // Decoding many sequences is bound by how fast their pages are read. These lie anywhere in memory, which the processor
-// does not foresee: so each key that is read asks for its like in the next page. Reading a prompt is bound by products:
-// there a page is read for as many queries as a vector has lanes.
+// does not foresee: so each key that is read asks for its like in the next page, the last page's in the first page of
+// what the thread attends to next. Reading a prompt is bound by products: there a page is read for as many queries as a
+// vector has lanes.
 
 #include <ATen/ATen.h>
 #include <ATen/cpu/vec/functional.h>
@@ -39,11 +40,12 @@ inline void prefetch(const T* row, int64_t D) {
 }
 
 // q and y (D), one head's. keys and values are that head's in page 0; from page to page it is `stride` elements. Seen
-// are the tokens from `first` to `last`, counted from the beginning of pages[0]. weights has room for a page's. No
-// maximum is taken off before exp: the norms of q and k bound scores by 1.44·√D. DIM is D, to unroll its loops, or 0.
+// are the tokens from `first` to `last`, counted from the beginning of pages[0]; `after` elements from keys is the page
+// read next. weights has room for a page's. No maximum is taken off before exp: the norms of q and k bound scores by
+// 1.44·√D. DIM is D, to unroll its loops, or 0.
 template <typename T, int64_t DIM>
 void attend(const T* q, const T* keys, const T* values, const int64_t* pages, int64_t stride, int64_t PAGE, int64_t dim,
-            int64_t first, int64_t last, float* weights, T* y) {
+            int64_t first, int64_t last, int64_t after, float* weights, T* y) {
   const int64_t D = DIM ? DIM : dim, N = (D + LANES - 1) / LANES;
   const auto count = [D](int64_t i) { return std::min(LANES, D - i * LANES); };
   Floats query[((DIM ? DIM : MOST_DIM) + LANES - 1) / LANES], sum[((DIM ? DIM : MOST_DIM) + LANES - 1) / LANES];
@@ -54,7 +56,7 @@ void attend(const T* q, const T* keys, const T* values, const int64_t* pages, in
   float total = 0;
   for (int64_t block = first / PAGE; block <= last / PAGE; block++) {
     const int64_t begin = std::max<int64_t>(0, first - block * PAGE), end = std::min(PAGE, last + 1 - block * PAGE);
-    const int64_t here = pages[block] * stride, next = pages[std::min(block + 1, last / PAGE)] * stride;
+    const int64_t here = pages[block] * stride, next = block < last / PAGE ? pages[block + 1] * stride : after;
     for (int64_t t = begin; t < end; t++) {
       Floats products(0);
       for (int64_t i = 0; i < N; i++)
@@ -168,17 +170,25 @@ void attend_all(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& v
   T* out = y.mutable_data_ptr<T>();
   const std::vector<Span> spans = spans_of(last.const_data_ptr<int64_t>(), last.size(0));
   const int64_t count = spans.size() * H;
+  const auto span_of = [&](int64_t i) -> const Span& { return spans[spans.size() - 1 - i / H]; };
+  const auto head_of = [&](int64_t i) { return i % H / (H / K) * PAGE * D; };
+  const auto first_of = [&](const Span& span) { return std::max<int64_t>(0, places[span.begin] - window); };
+  const auto pages_of = [&](const Span& span) { return pages + span.sequence * table.size(1); };
+  // They differ in length; prompts come last in a batch, and first here. A thread takes heads that lie side by side,
+  // all of a sequence where there are enough sequences.
+  const int64_t at_once = count >= 8 * H ? H : 1;
   #pragma omp parallel
   {
     Scratch scratch(PAGE, D);
-    #pragma omp for schedule(dynamic)  // they differ in length; prompts come last in a batch, and first here
+    #pragma omp for schedule(dynamic, at_once)
     for (int64_t i = 0; i < count; i++) {
-      const Span& span = spans[(count - 1 - i) / H];
-      const int64_t query = (span.begin * H + i % H) * D, head = i % H / (H / K) * PAGE * D, place = places[span.begin];
-      const int64_t* own = pages + span.sequence * table.size(1);
+      const Span &span = span_of(i), &next = span_of(std::min(i + 1, count - 1));
+      const int64_t query = (span.begin * H + i % H) * D, head = head_of(i), place = places[span.begin];
+      const int64_t* own = pages_of(span);
+      const int64_t after = pages_of(next)[first_of(next) / PAGE] * stride + head_of(std::min(i + 1, count - 1)) - head;
       if (span.count == 1)
-        attend<T, DIM>(queries + query, k + head, v + head, own, stride, PAGE, D, std::max<int64_t>(0, place - window),
-                       place, scratch.weights, out + query);
+        attend<T, DIM>(queries + query, k + head, v + head, own, stride, PAGE, D, first_of(span), place, after,
+                       scratch.weights, out + query);
       else
         attend_block<T, DIM>(queries + query, span.count, H * D, k + head, v + head, own, stride, PAGE, D, place,
                              window, scratch, out + query);

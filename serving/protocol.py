@@ -212,7 +212,7 @@ class Writer:
         self.cached_tokens, news = message["cached_tokens"], []
         for choice in message["choices"]:
             i, answer = choice["index"], self.streams[choice["index"]]
-            parts = [part for token in choice["tokens"] for part in answer.push(token)]
+            parts = answer.push(*choice["tokens"])
             if choice["finish_reason"]:
                 parts += answer.finish()
                 self.reasons[i] = choice["finish_reason"]

@@ -1,6 +1,7 @@
 """The text of an answer as its tokens come: in parts of speech, code and tool output, up to a stop string."""
 
 import codecs
+from itertools import groupby
 
 KINDS = {  # what follows a special token
     "<|python_start|>": "python",
@@ -23,15 +24,19 @@ class AnswerStream:
         self.kind, self.held = "text", ""
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def push(self, token: int) -> list[tuple[str, str]]:
-        """The parts that a token completes, none of them empty."""
-        if self.stopped:
-            return []
-        if token in self.kinds:
-            rest = self.finish()
-            self.kind = self.kinds[token]
-            return rest
-        return self._say(self.decoder.decode(self.tokenizer.decode_bytes([token])))
+    def push(self, *tokens: int) -> list[tuple[str, str]]:
+        """The parts that tokens complete, none of them empty."""
+        parts = []
+        for special, run in groupby(tokens, self.kinds.__contains__):
+            if self.stopped:
+                break
+            if not special:
+                parts += self._say(self.decoder.decode(self.tokenizer.decode_bytes(list(run))))
+                continue
+            parts += self.finish()
+            *_, last = run
+            self.kind = self.kinds[last]
+        return parts
 
     def finish(self) -> list[tuple[str, str]]:
         """What was held back."""

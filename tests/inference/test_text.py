@@ -13,6 +13,16 @@ def text(parts: list[list[tuple[str, str]]]) -> str:
     return "".join(text for some in parts for _, text in some)
 
 
+def merged(parts: list[list[tuple[str, str]]]) -> list[tuple[str, str]]:
+    joined = []
+    for kind, piece in (part for some in parts for part in some):
+        if joined and joined[-1][0] == kind:
+            joined[-1] = kind, joined[-1][1] + piece
+        else:
+            joined.append((kind, piece))
+    return joined
+
+
 def singles(tokenizer, text: str) -> list[int]:
     """A token for each byte."""
     return [tokenizer.ranks[bytes([byte])] for byte in text.encode()]
@@ -28,14 +38,8 @@ def call(tokenizer, code: str, output: str | None = None) -> list[int]:
 def test_parts_are_those_of_a_conversation(tokenizer):
     tokens = [*tokenizer.encode("So:"), *call(tokenizer, "6*7", "42"), *call(tokenizer, ""), *tokenizer.encode(" done")]
     parts, stopped = say(tokenizer, tokens)
-    merged = []
-    for kind, piece in (part for some in parts for part in some):
-        assert piece
-        if merged and merged[-1][0] == kind:
-            merged[-1] = kind, merged[-1][1] + piece
-        else:
-            merged.append((kind, piece))
-    assert merged == [("text", "So:"), ("python", "6*7"), ("python_output", "42"), ("text", " done")]
+    assert all(piece for some in parts for _, piece in some)
+    assert merged(parts) == [("text", "So:"), ("python", "6*7"), ("python_output", "42"), ("text", " done")]
     assert not stopped
 
 
@@ -81,3 +85,20 @@ def test_a_stop_string_is_looked_for_within_one_part(tokenizer):
     assert (text(parts), stopped) == ("STOP", False)
     parts, stopped = say(tokenizer, call(tokenizer, "1+1", "2"), "+")
     assert ([part for some in parts for part in some], stopped) == ([("python", "1")], True)
+
+
+@pytest.mark.parametrize("stop", [(), ("3",), ("2+2",), ("cd", "xy")])
+def test_tokens_at_once_say_what_they_say_one_by_one(tokenizer, stop):
+    tokens = [
+        *singles(tokenizer, "a🙂b"),
+        *call(tokenizer, "1+2", "3"),
+        *call(tokenizer, "2+2"),
+        *tokenizer.encode("c"),
+    ]
+    tokens += [*singles(tokenizer, "d 🙂")[:-1], *call(tokenizer, "")]
+    said, stopped = say(tokenizer, tokens, *stop)
+    for size in (2, 3, 7, len(tokens)):
+        stream = AnswerStream(tokenizer, stop)
+        parts = [stream.push(*tokens[i : i + size]) for i in range(0, len(tokens), size)]
+        assert merged([*parts, stream.finish()]) == merged(said)
+        assert stream.stopped == stopped

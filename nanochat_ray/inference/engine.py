@@ -173,8 +173,8 @@ class Engine:
             self.cancel(sequence)
 
     def _chunk_budget(self) -> tuple[int, int]:
-        """Tokens of prompts to read in the next step, as many as make it longer by STALL, and the most if a prompt is
-        read to its end then: its rest would make another step longer."""
+        """Tokens of a long prompt to read in the next step, as many as make it longer by STALL, and the most if prompts
+        are read to their ends: what is left would make other steps longer, each by more than its tokens cost."""
         if self.chunk is not None:
             return self.chunk, self.chunk
         if not self.rows:
@@ -186,7 +186,7 @@ class Engine:
             crowd = max(1, joining / rows)  # few that run do not hold up many that could
             wanted = crowd * STALL * _between(known, rows) / self.token_seconds
             budget = int(min(CHUNK, max(LEAST_CHUNK, wanted)))
-        return budget, min(CHUNK, 3 * budget // 2)
+        return budget, min(CHUNK, 3 * budget)
 
     def _adapt(self, seconds: float, tokens: int) -> None:
         """Note how long a step took in which all rows decoded and tokens of a prompt were read."""

@@ -6,6 +6,10 @@ from itertools import islice
 from nanochat_ray.inference.kv_cache import PAGE, BlockManager, CacheFull
 from nanochat_ray.inference.sequence import Sequence
 
+# Reading prompts together costs less than one after another. So where MANY run for each that waits, and little is lost
+# by it, prompts wait for others to come, at most LINGER steps.
+MANY, LINGER = 12, 2
+
 
 class Scheduler:
     """Sequences are served in the order of arrival: the prompts at the head of `waiting` are being read.
@@ -18,29 +22,37 @@ class Scheduler:
         self.manager, self.max_batch_size = manager, max_batch_size
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the batch's rows
-        self.preemptions = 0
+        self.preemptions = self.lingered = 0
 
     def next_chunks(self, budget: int, most: int) -> list[tuple[Sequence, int]]:
-        """The sequences to read on, with room made for the tokens from table.length to the returned position: so many
-        as budget in all, or a sequence's rest if it ends within `most`."""
+        """The sequences to read on, with room made for the tokens from table.length to the returned position: as many
+        as end within `most` tokens, and of a longer one so many as those leave of budget."""
         chunks = []
+        if self._lingers():
+            return chunks
         for sequence in islice(self.waiting, self.max_batch_size - len(self.running)):
             end = self._next_chunk(sequence, budget, most, chunks)
             if end is None:
                 break
             chunks.append((sequence, end))
             tokens = end - sequence.table.length
-            budget, most = budget - tokens, most - tokens
-            if end < len(sequence.ids) or budget <= 0:
+            budget, most = max(0, budget - tokens), most - tokens
+            if end < len(sequence.ids) or most <= 0:
                 break
         return chunks
+
+    def _lingers(self) -> bool:
+        few = bool(self.waiting) and len(self.running) >= MANY * len(self.waiting) and self.waiting[0].table is None
+        self.lingered = self.lingered + 1 if few and self.lingered < LINGER else 0
+        return self.lingered > 0
 
     def _next_chunk(self, sequence: Sequence, budget: int, most: int, others: list[tuple[Sequence, int]]) -> int | None:
         """Up to which position to read a sequence in this step, beside others, or None."""
         alone = not self.running and not others
         if sequence.table is None:
             sequence.table = self.manager.open(sequence.ids)
-            if not (alone or self._fits(sequence, len(others))) or _repeats(sequence, others):
+            too_long = not budget and len(sequence.ids) - sequence.table.length > most
+            if too_long or not (alone or self._fits(sequence, len(others))) or _repeats(sequence, others):
                 self._give_up(sequence)
                 return None
             if not sequence.generated:

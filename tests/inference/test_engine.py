@@ -325,9 +325,9 @@ def test_bad_prompts_and_the_end_of_the_reach(reference):
 
 
 def test_how_much_of_a_prompt_is_read_follows_the_rows_beside_it(lively, random_prompts):
-    """As many tokens as may make a step longer by half of what its rows take alone, and a short rest with them."""
+    """As many tokens as may make a step longer by half of what its rows take alone, or three times that to its end."""
     engine = Engine(lively, None, 4)
-    beside, prompt = random_prompts(5, 170)
+    beside, prompt = random_prompts(5, 270)
     for _ in range(2):
         engine.submit(beside, SamplingParams(200, temperature=0))
     while len(engine.rows) < 2:
@@ -338,14 +338,42 @@ def test_how_much_of_a_prompt_is_read_follows_the_rows_beside_it(lively, random_
         engine.decode_seconds, engine.token_seconds = {1: 0.1, 3: 0.3}, 0.002  # 0.2 s for two rows
         engine.step()
         lengths.append(sequence.table.length if sequence.table else len(prompt))
-    assert lengths == [50, 100, 170]
+    assert lengths == [50, 100, 150, 270]
 
-    sequences = [engine.submit(prompt, GREEDY)[0] for prompt in random_prompts(90, 170, 9, seed=2)]
+    sequences = [engine.submit(prompt, GREEDY)[0] for prompt in random_prompts(90, 170, 250, seed=2)]
     engine.decode_seconds, engine.token_seconds = {1: 0.1, 3: 0.3}, 0.001
     engine.cancel(engine.rows[0])
     engine.step()
-    # One runs, three could join it: three times 0.5 of 0.1 s
-    assert [s.table and s.table.length for s in sequences] == [90, 60, None]
+    # One runs, three could join it: three times 0.5 of 0.1 s, and three times as much where prompts end
+    assert [s.table and s.table.length for s in sequences] == [90, 170, None]
+
+
+def test_where_many_run_a_prompt_waits_a_little_for_others(lively, random_prompts):
+    engine = Engine(lively, None, 32, chunk=64)
+    first, second, long, *many = random_prompts(5, 6, 100, *[4] * 24)
+    sequences = [engine.submit(prompt, SamplingParams(200, temperature=0))[0] for prompt in many]
+    while engine.scheduler.waiting:
+        engine.step()
+    [one] = engine.submit(first, GREEDY)
+    assert one not in engine.step()
+    [other] = engine.submit(second, GREEDY)
+    assert engine.step() == sequences  # two steps at most
+    assert engine.step() == [*sequences, one, other]
+
+    [one] = engine.submit(long, GREEDY)
+    lengths = []
+    while not one.generated:
+        engine.step()
+        lengths.append(one.table and one.table.length)
+    assert lengths == [None, None, 64, 100]  # none between its parts
+
+    engine.step()
+    others = [engine.submit(prompt, GREEDY)[0] for prompt in (first, second, many[0])]
+    assert set(others) <= set(engine.step())  # three are not few
+    for sequence in [*sequences[:16], *others, one]:
+        engine.cancel(sequence)
+    [one] = engine.submit(first, GREEDY)
+    assert one in engine.step()  # eight are not many
 
 
 def test_a_step_reads_several_prompts_within_its_budget(lively, random_prompts):

@@ -20,7 +20,8 @@ from nanochat_ray.model.gpt import ROTARY_REACH
 
 CHUNK = 512  # most tokens of prompts in a step
 LEAST_CHUNK = 16  # beside running sequences: so that a prompt is read at all, however slow the machine
-STALL = 0.5  # of a decoding step's time: how much longer a step may become by reading prompts
+STALL = 0.5  # of a decoding step's time: how much longer a step may become by a part of a prompt
+ENDING = 3  # times that if prompts end in it
 
 
 class Engine:
@@ -186,7 +187,7 @@ class Engine:
             crowd = max(1, joining / rows)  # few that run do not hold up many that could
             wanted = crowd * STALL * _between(known, rows) / self.token_seconds
             budget = int(min(CHUNK, max(LEAST_CHUNK, wanted)))
-        return budget, min(CHUNK, 3 * budget)
+        return budget, min(CHUNK, ENDING * budget)
 
     def _adapt(self, seconds: float, tokens: int) -> None:
         """Note how long a step took in which all rows decoded and tokens of a prompt were read."""

@@ -182,10 +182,11 @@ void attend_all(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& v
     Scratch scratch(PAGE, D);
     #pragma omp for schedule(dynamic, at_once)
     for (int64_t i = 0; i < count; i++) {
-      const Span &span = span_of(i), &next = span_of(std::min(i + 1, count - 1));
-      const int64_t query = (span.begin * H + i % H) * D, head = head_of(i), place = places[span.begin];
+      const int64_t following = std::min(i + 1, count - 1), head = head_of(i);
+      const Span &span = span_of(i), &next = span_of(following);
+      const int64_t query = (span.begin * H + i % H) * D, place = places[span.begin];
       const int64_t* own = pages_of(span);
-      const int64_t after = pages_of(next)[first_of(next) / PAGE] * stride + head_of(std::min(i + 1, count - 1)) - head;
+      const int64_t after = pages_of(next)[first_of(next) / PAGE] * stride + head_of(following) - head;
       if (span.count == 1)
         attend<T, DIM>(queries + query, k + head, v + head, own, stride, PAGE, D, first_of(span), place, after,
                        scratch.weights, out + query);

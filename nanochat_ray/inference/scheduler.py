@@ -28,7 +28,7 @@ class Scheduler:
         """The sequences to read on, with room made for the tokens from table.length to the returned position: as many
         as end within `most` tokens, and of a longer one so many as those leave of budget."""
         chunks = []
-        if self._lingers():
+        if self._linger():
             return chunks
         for sequence in islice(self.waiting, self.max_batch_size - len(self.running)):
             end = self._next_chunk(sequence, budget, most, chunks)
@@ -41,7 +41,8 @@ class Scheduler:
                 break
         return chunks
 
-    def _lingers(self) -> bool:
+    def _linger(self) -> bool:
+        """Let this step pass without a prompt, if few wait and none is half read. Returns whether it does."""
         few = bool(self.waiting) and len(self.running) >= MANY * len(self.waiting) and self.waiting[0].table is None
         self.lingered = self.lingered + 1 if few and self.lingered < LINGER else 0
         return self.lingered > 0

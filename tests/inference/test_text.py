@@ -1,6 +1,9 @@
+from itertools import chain
+
 import pytest
 
 from nanochat_ray.inference.text import AnswerStream
+from serving.protocol import merged
 
 
 def say(tokenizer, tokens: list[int], *stop: str) -> tuple[list[list[tuple[str, str]]], bool]:
@@ -11,16 +14,6 @@ def say(tokenizer, tokens: list[int], *stop: str) -> tuple[list[list[tuple[str, 
 
 def text(parts: list[list[tuple[str, str]]]) -> str:
     return "".join(text for some in parts for _, text in some)
-
-
-def merged(parts: list[list[tuple[str, str]]]) -> list[tuple[str, str]]:
-    joined = []
-    for kind, piece in (part for some in parts for part in some):
-        if joined and joined[-1][0] == kind:
-            joined[-1] = kind, joined[-1][1] + piece
-        else:
-            joined.append((kind, piece))
-    return joined
 
 
 def singles(tokenizer, text: str) -> list[int]:
@@ -39,7 +32,7 @@ def test_parts_are_those_of_a_conversation(tokenizer):
     tokens = [*tokenizer.encode("So:"), *call(tokenizer, "6*7", "42"), *call(tokenizer, ""), *tokenizer.encode(" done")]
     parts, stopped = say(tokenizer, tokens)
     assert all(piece for some in parts for _, piece in some)
-    assert merged(parts) == [("text", "So:"), ("python", "6*7"), ("python_output", "42"), ("text", " done")]
+    assert merged(chain(*parts)) == [("text", "So:"), ("python", "6*7"), ("python_output", "42"), ("text", " done")]
     assert not stopped
 
 
@@ -100,5 +93,5 @@ def test_tokens_at_once_say_what_they_say_one_by_one(tokenizer, stop):
     for size in (2, 3, 7, len(tokens)):
         stream = AnswerStream(tokenizer, stop)
         parts = [stream.push(*tokens[i : i + size]) for i in range(0, len(tokens), size)]
-        assert merged([*parts, stream.finish()]) == merged(said)
+        assert merged(chain(*parts, stream.finish())) == merged(chain(*said))
         assert stream.stopped == stopped

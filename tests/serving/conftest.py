@@ -32,7 +32,7 @@ LEARNED = [
 
 @pytest.fixture(scope="session")
 def checkpoints(golden, tmp_path_factory) -> dict[str, str]:
-    """Folders of two small models: one knows LEARNED by heart, one says anything, as long as it may."""
+    """Folders of two small models: one knows LEARNED by heart, one says anything, for as long as it may."""
     import torch
     import torch.nn.functional as F
 
@@ -67,6 +67,8 @@ def checkpoints(golden, tmp_path_factory) -> dict[str, str]:
     babbling = GPT(GPTConfig(2048, tokenizer.vocab_size, 2, 2, 2, 64, "SL"))
     for parameter in babbling.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
+    head = torch.nn.init.normal_(babbling.lm_head.weight)  # logits of up to 15, where those of zeros are 0
+    head.data[[tokenizer.bos_id, tokenizer.special("<|assistant_end|>")]] = 0
     models = {"knowing": knowing, "babbling": babbling}
     for name, model in models.items():
         save_checkpoint(str(runs / name), 1, model, None, tokenizer, {})

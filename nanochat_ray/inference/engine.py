@@ -19,7 +19,7 @@ from nanochat_ray.inference.tools import calculate
 from nanochat_ray.model.gpt import ROTARY_REACH
 
 CHUNK = 512  # most tokens of prompts in a step
-LEAST_CHUNK = 16  # beside running sequences: so that a prompt is read at all, however slow the machine
+LEAST_CHUNK = 12  # beside running sequences: so that a prompt is read at all, however slow the machine
 STALL = 0.5  # of a decoding step's time: how much longer a step may become by a part of a prompt
 ENDING = 3  # times that if prompts end in it
 
@@ -184,9 +184,9 @@ class Engine:
         if known and self.token_seconds:
             rows, scheduler = len(self.rows), self.scheduler
             joining = min(len(scheduler.waiting), scheduler.max_batch_size - rows)
-            crowd = max(1, joining / rows)  # few that run do not hold up many that could
-            wanted = crowd * STALL * _between(known, rows) / self.token_seconds
-            budget = int(min(CHUNK, max(LEAST_CHUNK, wanted)))
+            crowd = 1 + joining / rows  # few that run do not hold up many that could
+            wanted = STALL * _between(known, rows) / self.token_seconds
+            budget = int(min(CHUNK, crowd * max(LEAST_CHUNK, wanted)))
         return budget, min(CHUNK, ENDING * budget)
 
     def _adapt(self, seconds: float, tokens: int) -> None:

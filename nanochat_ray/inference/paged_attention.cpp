@@ -18,6 +18,7 @@
 namespace {
 
 using Floats = at::vec::VectorizedN<float, 2>;
+using HalfFloats = at::vec::VectorizedN<float, 1>;
 constexpr int64_t LANES = Floats::size(), MOST_DIM = 1024;
 constexpr int64_t STEP = 8;  // keys, or queries, whose sums stay in registers; it divides LANES
 
@@ -93,37 +94,38 @@ struct Scratch {
   }
 };
 
-// As attend, of `count` <= LANES adjacent tokens' queries, which lie `apart` from each other, as y does: the first is
-// at place `at` of its pages. Each sees `window` tokens before itself.
-template <typename T, int64_t DIM>
+// As attend, of `count` adjacent tokens' queries, no more than Queries has lanes, which lie `apart` from each other, as y
+// does: the first is at place `at` of its pages. Each sees `window` tokens before itself.
+template <typename T, int64_t DIM, typename Queries>
 void attend_block(const T* q, int64_t count, int64_t apart, const T* keys, const T* values, const int64_t* pages,
                   int64_t stride, int64_t PAGE, int64_t dim, int64_t at, int64_t window, Scratch& scratch, T* y) {
   const int64_t D = DIM ? DIM : dim, N = (D + LANES - 1) / LANES, last = at + count - 1;
+  constexpr int64_t MOST = Queries::size();
   float *weights = scratch.weights, *page = scratch.page, *queries = scratch.queries, *sums = scratch.sums;
-  std::fill_n(queries, D * LANES, 0.0f);
-  std::fill_n(sums, LANES * N * LANES, 0.0f);
+  std::fill_n(queries, D * MOST, 0.0f);
+  std::fill_n(sums, MOST * N * LANES, 0.0f);
   for (int64_t i = 0; i < count; i++)
-    for (int64_t d = 0; d < D; d++) queries[d * LANES + i] = float(q[i * apart + d]) / std::sqrt(float(D));
-  float lanes[LANES];
-  std::iota(lanes, lanes + LANES, 0.0f);
-  const Floats lane = Floats::loadu(lanes);
-  Floats total(0);
+    for (int64_t d = 0; d < D; d++) queries[d * MOST + i] = float(q[i * apart + d]) / std::sqrt(float(D));
+  float lanes[MOST];
+  std::iota(lanes, lanes + MOST, 0.0f);
+  const Queries lane = Queries::loadu(lanes);
+  Queries total(0);
   for (int64_t block = std::max<int64_t>(0, at - window) / PAGE; block <= last / PAGE; block++) {
     const int64_t here = pages[block] * stride, start = block * PAGE;
     const int64_t begin = std::max<int64_t>(0, at - window - start), end = std::min(PAGE, last + 1 - start);
     widen(keys + here, PAGE * D, page);
     for (int64_t t = begin / STEP * STEP; t < end; t += STEP) {
-      Floats products[STEP];
-      for (int64_t j = 0; j < STEP; j++) products[j] = Floats(0);
+      Queries products[STEP];
+      for (int64_t j = 0; j < STEP; j++) products[j] = Queries(0);
       for (int64_t d = 0; d < D; d++) {
-        const Floats channel = Floats::loadu(queries + d * LANES);
-        for (int64_t j = 0; j < STEP; j++) products[j] = fmadd(Floats(page[(t + j) * D + d]), channel, products[j]);
+        const Queries channel = Queries::loadu(queries + d * MOST);
+        for (int64_t j = 0; j < STEP; j++) products[j] = fmadd(Queries(page[(t + j) * D + d]), channel, products[j]);
       }
       for (int64_t j = 0; j < STEP; j++) {  // a mask by bits also hides what is no number, in places not yet stored
         const float before = start + t + j - at;
-        const Floats visible = (lane >= Floats(before)) & (lane <= Floats(before + window));
-        const Floats seen = products[j].exp() & visible;
-        seen.store(weights + (t + j) * LANES);
+        const Queries visible = (lane >= Queries(before)) & (lane <= Queries(before + window));
+        const Queries seen = products[j].exp() & visible;
+        seen.store(weights + (t + j) * MOST);
         total = total + seen;
       }
     }
@@ -135,12 +137,12 @@ void attend_block(const T* q, int64_t count, int64_t apart, const T* keys, const
         for (int64_t t = begin; t < end; t++) {
           const Floats value = Floats::loadu(page + t * D + n * LANES);
           for (int64_t j = 0; j < STEP; j++)
-            products[j] = fmadd(Floats(weights[t * LANES + i + j]), value, products[j]);
+            products[j] = fmadd(Floats(weights[t * MOST + i + j]), value, products[j]);
         }
         for (int64_t j = 0; j < STEP; j++) products[j].store(sums + ((i + j) * N + n) * LANES);
       }
   }
-  float totals[LANES];
+  float totals[MOST];
   total.store(totals);
   for (int64_t i = 0; i < count; i++)
     for (int64_t n = 0; n < N; n++)
@@ -174,26 +176,31 @@ void attend_all(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& v
   const auto head_of = [&](int64_t i) { return i % H / (H / K) * PAGE * D; };
   const auto first_of = [&](const Span& span) { return std::max<int64_t>(0, places[span.begin] - window); };
   const auto pages_of = [&](const Span& span) { return pages + span.sequence * table.size(1); };
-  // They differ in length; prompts come last in a batch, and first here. A thread takes heads that lie side by side,
-  // all of a sequence where there are enough sequences.
-  const int64_t at_once = count >= 8 * H ? H : 1;
+  // They differ in length; prompts come last in a batch, and first here. A thread takes a head of a prompt, but heads
+  // of one token that lie side by side, all of a sequence where there are enough sequences.
+  std::vector<int64_t> shares{0};
+  while (shares.back() < count)
+    shares.push_back(shares.back() + (span_of(shares.back()).count == 1 && spans.size() >= 8 ? H : 1));
+  const auto attend_to = [&](int64_t i, Scratch& scratch) {
+    const int64_t following = std::min(i + 1, count - 1), head = head_of(i);
+    const Span &span = span_of(i), &next = span_of(following);
+    const int64_t query = (span.begin * H + i % H) * D, place = places[span.begin];
+    const int64_t* own = pages_of(span);
+    const int64_t after = pages_of(next)[first_of(next) / PAGE] * stride + head_of(following) - head;
+    if (span.count == 1)
+      attend<T, DIM>(queries + query, k + head, v + head, own, stride, PAGE, D, first_of(span), place, after,
+                     scratch.weights, out + query);
+    else
+      (span.count > LANES / 2 ? attend_block<T, DIM, Floats> : attend_block<T, DIM, HalfFloats>)(
+          queries + query, span.count, H * D, k + head, v + head, own, stride, PAGE, D, place, window, scratch,
+          out + query);
+  };
   #pragma omp parallel
   {
     Scratch scratch(PAGE, D);
-    #pragma omp for schedule(dynamic, at_once)
-    for (int64_t i = 0; i < count; i++) {
-      const int64_t following = std::min(i + 1, count - 1), head = head_of(i);
-      const Span &span = span_of(i), &next = span_of(following);
-      const int64_t query = (span.begin * H + i % H) * D, place = places[span.begin];
-      const int64_t* own = pages_of(span);
-      const int64_t after = pages_of(next)[first_of(next) / PAGE] * stride + head_of(following) - head;
-      if (span.count == 1)
-        attend<T, DIM>(queries + query, k + head, v + head, own, stride, PAGE, D, first_of(span), place, after,
-                       scratch.weights, out + query);
-      else
-        attend_block<T, DIM>(queries + query, span.count, H * D, k + head, v + head, own, stride, PAGE, D, place,
-                             window, scratch, out + query);
-    }
+    #pragma omp for schedule(dynamic)
+    for (size_t share = 1; share < shares.size(); share++)
+      for (int64_t i = shares[share - 1]; i < shares[share]; i++) attend_to(i, scratch);
   }
 }
 

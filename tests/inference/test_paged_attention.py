@@ -21,9 +21,9 @@ def built():
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 6, 64), (4, 2, 128), (6, 2, 36), (3, 3, 8), (2, 1, 96)])
 @pytest.mark.parametrize("window", [7, PAGE, 1000])
 def test_each_token_sees_its_window_of_its_pages(dtype, heads, kv_heads, dim, window):
-    """Single tokens, and adjacent ones that fill vectors and pages or do not."""
+    """Single tokens, and adjacent ones that fill vectors and pages or do not: where each begins, and how many."""
     torch.manual_seed(0)
-    spans = [(0, 1), (PAGE, 1), (0, 2), (PAGE - 1, PAGE), (5, 70), (2 * PAGE, 64), (4 * PAGE - 1, 1)]  # start, tokens
+    spans = [(0, 1), (PAGE, 1), (0, 2), (9, 16), (9, 17), (PAGE - 1, PAGE), (5, 70), (2 * PAGE, 64), (4 * PAGE - 1, 1)]
     keys, values = torch.randn(2, 1 + len(spans) * 4, kv_heads, PAGE, dim).to(dtype)
     at = torch.cat([torch.arange(start, start + count) for start, count in spans])
     q = torch.randn(len(at), heads, dim).to(dtype)

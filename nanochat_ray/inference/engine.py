@@ -184,9 +184,9 @@ class Engine:
         if known and self.token_seconds:
             rows, scheduler = len(self.rows), self.scheduler
             joining = min(len(scheduler.waiting), scheduler.max_batch_size - rows)
-            crowd = 1 + joining / rows  # few that run do not hold up many that could
-            wanted = STALL * _between(known, rows) / self.token_seconds
-            budget = int(min(CHUNK, crowd * max(LEAST_CHUNK, wanted)))
+            crowd = max(1, joining / rows)  # few that run do not hold up many that could
+            wanted = crowd * STALL * _between(known, rows) / self.token_seconds
+            budget = int(min(CHUNK, max(LEAST_CHUNK, wanted)))
         return budget, min(CHUNK, ENDING * budget)
 
     def _adapt(self, seconds: float, tokens: int) -> None:

@@ -94,16 +94,16 @@ struct Scratch {
   }
 };
 
-// As attend, of `count` adjacent tokens' queries, no more than Queries has lanes, which lie `apart` from each other, as y
-// does: the first is at place `at` of its pages. Each sees `window` tokens before itself.
+// As attend, of `count` adjacent tokens' queries, no more than Queries has lanes, which lie `apart` from each other, as
+// y does: the first is at place `at` of its pages. Each sees `window` tokens before itself.
 template <typename T, int64_t DIM, typename Queries>
 void attend_block(const T* q, int64_t count, int64_t apart, const T* keys, const T* values, const int64_t* pages,
                   int64_t stride, int64_t PAGE, int64_t dim, int64_t at, int64_t window, Scratch& scratch, T* y) {
   const int64_t D = DIM ? DIM : dim, N = (D + LANES - 1) / LANES, last = at + count - 1;
-  constexpr int64_t MOST = Queries::size();
+  constexpr int64_t MOST = Queries::size();  // fewer than STEP where vectors are of four
   float *weights = scratch.weights, *page = scratch.page, *queries = scratch.queries, *sums = scratch.sums;
   std::fill_n(queries, D * MOST, 0.0f);
-  std::fill_n(sums, MOST * N * LANES, 0.0f);
+  std::fill_n(sums, std::max(MOST, STEP) * N * LANES, 0.0f);
   for (int64_t i = 0; i < count; i++)
     for (int64_t d = 0; d < D; d++) queries[d * MOST + i] = float(q[i * apart + d]) / std::sqrt(float(D));
   float lanes[MOST];

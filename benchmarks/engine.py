@@ -46,8 +46,6 @@ class Options:
     streams: int = 8
     """Running streams while the long prompt is read."""
     long_prompt: int = 1500
-    rounds: int = 15
-    """With a long prompt, for medians."""
     json: bool = False
     """End with one line of JSON."""
 
@@ -149,7 +147,7 @@ def main() -> None:
             target = TARGETS.get(batch, float("nan")) * peak / TARGET_PEAK
             table.add_row(dtype, str(batch), f"{speed:,.0f}", f"{target:,.0f}", f"{speed / target:.2f}")
         fairness(engine, options)
-        rounds = [fairness(engine, options) for _ in range(options.rounds)]
+        rounds = [fairness(engine, options) for _ in range(15)]
         alone, beside, seconds = (statistics.median(times) for times in zip(*rounds, strict=True))
         unfair = statistics.median(beside / alone for alone, beside, _ in rounds)
         numbers |= {f"{dtype}/fairness": unfair, f"{dtype}/long_prompt_seconds": seconds}

@@ -191,7 +191,7 @@ void attend_all(const at::Tensor& q, const at::Tensor& keys, const at::Tensor& v
       attend<T, DIM>(queries + query, k + head, v + head, own, stride, PAGE, D, first_of(span), place, after,
                      scratch.weights, out + query);
     else
-      (span.count > LANES / 2 ? attend_block<T, DIM, Floats> : attend_block<T, DIM, HalfFloats>)(
+      (span.count > HalfFloats::size() ? attend_block<T, DIM, Floats> : attend_block<T, DIM, HalfFloats>)(
           queries + query, span.count, H * D, k + head, v + head, own, stride, PAGE, D, place, window, scratch,
           out + query);
   };

@@ -70,11 +70,12 @@ class ServiceOptions(BaseModel):
     queue_limit: int = 64
     """Requests that wait for an engine; more are turned away with 429."""
     kv_gb: float | None = None
-    """GiB of keys and values of each engine; the default has room for max_batch_size answers as long as the context."""
+    """GiB of keys and values of each engine. The default on a CPU has room for max_batch_size answers as long as the
+    context, and on a GPU it is most of the memory that the weights leave."""
     dtype: str | None = None
     """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
     compile: bool = True
-    """torch.compile in the background, a minute or two, for several times the speed."""
+    """For several times the speed: torch.compile in the background on CPUs, a minute or two; CUDA graphs on GPUs."""
     replicas: int = 1
     """Engines of each model, one per GPU, or sharing the CPUs."""
     max_replicas: int | None = None
@@ -368,7 +369,7 @@ def app(options: ServiceOptions) -> serve.Application:
         if name in models:
             raise ValueError(f"two checkpoints are named {name!r}: give one as NAME=FOLDER")
         models[name] = folder
-    on_gpu = torch.cuda.is_available()
+    on_gpu = has_gpus()
     scaling = {"num_replicas": options.replicas}
     if options.max_replicas:
         scaling = {
@@ -396,6 +397,11 @@ def app(options: ServiceOptions) -> serve.Application:
     return ChatService.bind(models, options.model_dump() | {"api_keys": read_keys(options.api_keys)}, *engines)
 
 
+def has_gpus() -> bool:
+    """Whether engines run on GPUs: the cluster's if Ray is connected, as its head may have none, else this node's."""
+    return ray.cluster_resources().get("GPU", 0) >= 1 if ray.is_initialized() else torch.cuda.is_available()
+
+
 def check_port(host: str, port: int) -> None:
     """Raises OSError when it is taken."""
     try:
@@ -415,7 +421,7 @@ def free_port() -> int:
 
 def start(application: serve.Application, engines: int, host: str, port: int) -> None:
     """Serve it on the Ray that is connected, until Ray ends. Raises ValueError when it has no room for the engines."""
-    kind = "GPU" if torch.cuda.is_available() else "CPU"
+    kind = "GPU" if has_gpus() else "CPU"
     there = int(ray.cluster_resources().get(kind, 0))
     if engines > there:
         raise ValueError(f"{engines} engines (models × replicas) need a {kind} each; there are {there}")

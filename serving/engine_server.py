@@ -21,6 +21,7 @@ from nanochat_ray.train.checkpoint import load_model
 # Seconds between messages of a stream. Each costs half a millisecond of CPU time in all, so where streams are many they
 # are rarer; the page shows their words at an even pace.
 FLUSH, FLUSH_PER_STREAM, MOST_FLUSH = 0.05, 1 / 100, 1 / 3
+GPU_MEMORY_SHARE = 0.85  # of what is free, for keys and values; the rest is for activations and CUDA graphs
 SWITCH_SECONDS = 0.001  # that Python lets the engine's thread keep others from running, instead of 5 ms
 
 
@@ -86,9 +87,17 @@ class EngineThread(threading.Thread):
 
 
 def load_engine(checkpoint: str, options: dict) -> Engine:
-    model, tokenizer, _ = load_model(checkpoint, "cuda" if torch.cuda.is_available() else "cpu", options["dtype"])
+    """On a GPU with its CUDA graphs captured: a replica is ready when it is fast."""
+    on_gpu = torch.cuda.is_available()
+    model, tokenizer, _ = load_model(checkpoint, "cuda" if on_gpu else "cpu", options["dtype"])
     kv_bytes = None if options["kv_gb"] is None else int(options["kv_gb"] * 2**30)
-    return Engine(model, tokenizer, options["max_batch_size"], kv_bytes)
+    if on_gpu and kv_bytes is None:
+        copies = sum(p.numel() for p in model.parameters()) * model.compute_dtype.itemsize  # the engine's own weights
+        kv_bytes = int(GPU_MEMORY_SHARE * (torch.cuda.mem_get_info()[0] - copies))
+    engine = Engine(model, tokenizer, options["max_batch_size"], kv_bytes)
+    if on_gpu and options["compile"]:
+        engine.compile()
+    return engine
 
 
 @serve.deployment
@@ -96,15 +105,16 @@ class EngineServer:
     def __init__(self, checkpoint: str, options: dict, engines: int):
         """engines: of all models, which share the CPUs."""
         sys.setswitchinterval(SWITCH_SECONDS)
-        torch.set_num_threads(max(1, os.cpu_count() // engines))  # Ray's own default is one
+        on_gpu = torch.cuda.is_available()
+        torch.set_num_threads(1 if on_gpu else max(1, os.cpu_count() // engines))  # Ray's own default is one
         # In a thread that ends, and OpenMP's with it: with more of those than CPUs, all sleep between kernels, and
         # decoding takes twice as long.
         with ThreadPoolExecutor(1) as loader:
             self.engine = loader.submit(load_engine, checkpoint, options).result()
         self.most_ongoing = options["max_batch_size"] + options["queue_limit"]
         self.ongoing, self.thread = 0, None
-        self.compiled = False
-        if options["compile"]:
+        self.compiled = on_gpu and options["compile"]
+        if options["compile"] and not on_gpu:
             threading.Thread(target=self._compile, daemon=True).start()  # answers uncompiled until it is done
 
     def _compile(self) -> None:

@@ -1,10 +1,15 @@
 """Fixtures every test may use: the golden numbers, the data beside the repository, one Ray for the session."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on CPU tensors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -5,6 +5,7 @@ Results do not depend on who else is in the batch, but for rounding.
 
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,9 +20,25 @@ from nanochat_ray.inference.tools import calculate
 from nanochat_ray.model.gpt import ROTARY_REACH
 
 CHUNK = 512  # most tokens of prompts in a step
+# The same on a GPU: alone, and beside sequences that decode, which wait for it. Fewer would leave the GPU idle between
+# kernels.
+GPU_CHUNK, GPU_CHUNK_BESIDE_ROWS = 8192, 2048
 LEAST_CHUNK = 12  # beside running sequences: so that a prompt is read at all, however slow the machine
 STALL = 0.5  # of a decoding step's time: how much longer a step may become by a part of a prompt
 ENDING = 3  # times that if prompts end in it
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A step on its way. Its first `rows` sequences decode, the others had their prompts read to the end."""
+
+    sequences: list[Sequence]
+    rows: int
+    logits: torch.Tensor  # (sequences or more, V), valid until the next step is launched
+    tokens: object  # tolist() waits for them
+    seen: torch.Tensor | None  # of the rows, for repetition penalties
+    began: float
+    prompt_tokens: int
 
 
 class Engine:
@@ -49,21 +66,26 @@ class Engine:
             kv_bytes = cache_bytes(config, max(max_batch_size, ROTARY_REACH), config.sequence_len, itemsize)
         self.manager = BlockManager(config, kv_bytes // page_bytes(config, itemsize))
         self.scheduler = Scheduler(self.manager, max_batch_size)
-        self.runner = ModelRunner(model, self.manager, max_batch_size)
+        self.runner = runner_of(model)(model, self.manager, max_batch_size)
         self.config, self.tokenizer, self.chunk = config, tokenizer, chunk
         names = ("assistant_end", "python_start", "python_end", "output_start", "output_end")
         self.special = {name: tokenizer.special(f"<|{name}|>") for name in names} if tokenizer else {}
         self.stop = {self.special["assistant_end"], tokenizer.bos_id} if tokenizer else set()
         self.rows: list[Sequence] = []  # whose tables the runner has, row by row
         self.controls, self.seen = None, None
+        self.changed: set[Sequence] = set()  # whose tables the runner has to hear of
+        self.in_flight: Launched | None = None  # on a GPU, the step before the one that is launched next
         self.decode_seconds: dict[int, float] = {}  # of a decoding step, by its rows
         self.token_seconds = 0.0  # that each token of a prompt makes a step longer
         self.arrivals = 0
         self.counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
 
     def compile(self) -> None:
-        """torch.compile: a minute or two, for steps several times as fast. May run in a thread beside the one that
-        steps, which goes on uncompiled until it is done."""
+        """Make steps several times as fast.
+
+        On a CPU by torch.compile, a minute or two; it may run in a thread beside the one that steps, which goes on
+        uncompiled until it is done. On a GPU by CUDA graphs, seconds, and not while another thread steps.
+        """
         self.runner.compile()
         self.decode_seconds = {}  # what uncompiled steps took; the thread that steps may hold the old ones for one more
 
@@ -101,42 +123,77 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        return bool(self.scheduler.waiting or self.scheduler.running)
+        return bool(self.scheduler.waiting or self.scheduler.running or self.in_flight)
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
         """One forward: the next token of every running sequence, and beside them as much of the next prompts as the
-        budget allows; those whose prompts end join. Returns those that moved on."""
-        scheduler, began = self.scheduler, time.perf_counter()
-        self._place_rows(scheduler.make_room())
-        rows, chunks = self.rows, scheduler.next_chunks(*self._chunk_budget())
-        if not rows and not chunks:
-            return []
-        logits, drawn = self.runner.run(rows, chunks)
-        for row, sequence in enumerate(rows):
-            if self.manager.advance(sequence.table, sequence.ids, len(sequence.ids)):
-                self.runner.place(row, sequence.table)
-        tokens = 0
-        for sequence, end in chunks:
-            tokens += end - sequence.table.length
-            self.manager.advance(sequence.table, sequence.ids, end)
-        B, joining = len(rows), [sequence for sequence, end in chunks if end == len(sequence.ids)]
-        moved = [*rows, *joining]
-        if rows:
-            self._choose(logits[:B], drawn[:B], rows, self.controls, self.seen)
-            self._adapt(time.perf_counter() - began, tokens)
-        if joining:
-            self._join(joining, logits[B : len(moved)], drawn[B : len(moved)])
+        budget allows; those whose prompts end join. Returns those that moved on.
+
+        On a GPU the forward is only launched, and its tokens are taken in at the next step, while the GPU runs that
+        one. A sequence that ends has then been read once more, for nothing. Sequences whose logits the host needs are
+        not launched ahead.
+        """
+        launched = self._launch()
+        moved = self._collect(self.in_flight) if self.in_flight else []
+        self.in_flight = launched
+        if launched and not (self.runner.runs_ahead and not any(s.needs_logits for s in launched.sequences)):
+            moved += self._collect(launched)
+            self.in_flight = None
         return moved
 
-    def _join(self, sequences: list[Sequence], logits: torch.Tensor, drawn: torch.Tensor) -> None:
-        for sequence in sequences:
-            self.scheduler.start(sequence)
+    def _launch(self) -> Launched | None:
+        scheduler, began = self.scheduler, time.perf_counter()
+        self._place_rows(self.changed.union(scheduler.make_room()))
+        rows, chunks = self.rows, scheduler.next_chunks(*self._chunk_budget())
+        if not rows and not chunks:
+            return None
+        logits, drawn = self.runner.run(rows, chunks)
+        prompt_tokens = 0
+        for sequence, end in chunks:
+            prompt_tokens += end - sequence.table.length
+            self.manager.advance(sequence.table, sequence.ids, end)
+        joining = [sequence for sequence, end in chunks if end == len(sequence.ids)]
+        drawn = self._sample(logits, drawn, joining)
+        for sequence in joining:
+            scheduler.start(sequence)
             if not sequence.generated:
                 self.counts["prompt_tokens"] += sequence.prompt_len
                 self.counts["cached_tokens"] += sequence.cached_tokens
-        controls = Controls([s.params for s in sequences], self.config.vocab_size, self.runner.device)
-        self._choose(logits, drawn, sequences, controls, self._seen(sequences) if controls.penalizes else None)
+        sequences = [*rows, *joining]
+        for slot, sequence in enumerate(sequences):
+            sequence.slot = slot
+            sequence.in_flight += 1
+            if sequence.generated + sequence.in_flight == sequence.max_tokens:
+                scheduler.retire(sequence)
+        tokens = self.runner.fetch(drawn[: len(sequences)])
+        return Launched(sequences, len(rows), logits, tokens, self.seen, began, prompt_tokens)
+
+    def _collect(self, step: Launched) -> list[Sequence]:
+        """Give each sequence of a step its next token: tool output that is due, else the one that was drawn."""
+        tokens, moved = step.tokens.tolist(), []
+        for slot, sequence in enumerate(step.sequences):
+            sequence.in_flight -= 1
+            if sequence.finish_reason is not None:  # it ended, or was cancelled, after the step was launched
+                continue
+            if sequence.forced:
+                tokens[slot] = sequence.forced[0]
+            if (
+                slot < step.rows
+                and sequence.table
+                and self.manager.advance(sequence.table, sequence.ids, len(sequence.ids))
+            ):
+                self.changed.add(sequence)
+            moved.append((sequence, tokens[slot]))
+        self._note_logprobs(step.logits, step.sequences, tokens)
+        if step.seen is not None:
+            step.seen[torch.arange(step.rows), tokens[: step.rows]] = True
+        for sequence, token in moved:
+            self._append(sequence, token)
+        self.counts["generated_tokens"] += len(moved)
+        if step.rows and not self.runner.runs_ahead:
+            self._adapt(time.perf_counter() - step.began, step.prompt_tokens, step.rows)
+        return [sequence for sequence, _ in moved]
 
     def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
         """params.n completions of each prompt, in the order of the prompts, a prompt's samples adjacent.
@@ -178,6 +235,9 @@ class Engine:
         are read to their ends: what is left would make other steps longer, each by more than its tokens cost."""
         if self.chunk is not None:
             return self.chunk, self.chunk
+        if self.runner.runs_ahead:
+            chunk = GPU_CHUNK_BESIDE_ROWS if self.rows else GPU_CHUNK
+            return chunk, chunk
         if not self.rows:
             return CHUNK, CHUNK
         budget, known = 4 * LEAST_CHUNK, self.decode_seconds
@@ -189,9 +249,9 @@ class Engine:
             budget = int(min(CHUNK, max(LEAST_CHUNK, wanted)))
         return budget, min(CHUNK, ENDING * budget)
 
-    def _adapt(self, seconds: float, tokens: int) -> None:
-        """Note how long a step took in which all rows decoded and tokens of a prompt were read."""
-        rows, known = len(self.rows), self.decode_seconds
+    def _adapt(self, seconds: float, tokens: int, rows: int) -> None:
+        """Note how long a step took in which so many rows decoded and tokens of a prompt were read."""
+        known = self.decode_seconds
         if not tokens:
             known[rows] = 0.7 * known.get(rows, seconds) + 0.3 * seconds
         elif known and tokens >= LEAST_CHUNK:  # a prompt's short rest costs more a token
@@ -199,10 +259,10 @@ class Engine:
             each = max(seconds - alone, 0.1 * alone) / tokens
             self.token_seconds = 0.7 * (self.token_seconds or each) + 0.3 * each
 
-    def _place_rows(self, changed: list[Sequence]) -> None:
+    def _place_rows(self, changed: set[Sequence]) -> None:
         """Tell the runner who is in which row, and hold the rows' parameters as tensors while they stay the same."""
         running, placed = self.scheduler.running, self.rows
-        changed = set(changed)
+        self.changed.clear()
         same = len(running) == len(placed) and all(a is b for a, b in zip(running, placed, strict=True))
         for row, sequence in enumerate(running):
             if sequence in changed or row >= len(placed) or placed[row] is not sequence:
@@ -218,22 +278,22 @@ class Engine:
             row[sequence.ids] = True
         return seen.to(self.runner.device)
 
-    def _choose(self, logits: torch.Tensor, drawn: torch.Tensor, sequences: list[Sequence], controls, seen) -> None:
-        """Give each sequence its next token: tool output that is due, else one sampled from its row of logits, which is
-        the drawn one unless parameters ask for more."""
-        if not controls.plain:
+    def _sample(self, logits: torch.Tensor, drawn: torch.Tensor, joining: list[Sequence]) -> torch.Tensor:
+        """The tokens drawn from the logits of the rows and of those that join: by the runner, or here where parameters
+        ask for more than it does."""
+        B, runner = len(self.rows), self.runner
+        joined = Controls([s.params for s in joining], self.config.vocab_size, runner.device)
+        for first, sequences, controls in ((0, self.rows, self.controls), (B, joining, joined)):
+            if not sequences or controls.plain or (runner.filters and not controls.penalizes):
+                continue
+            part = slice(first, first + len(sequences))
             keys = np.array([s.key for s in sequences], dtype=np.uint64)
-            drawn = sample(logits, controls, keys, seen)
-        tokens = drawn.tolist()
-        for row, sequence in enumerate(sequences):
-            if sequence.forced:
-                tokens[row] = sequence.forced[0]
-        self._note_logprobs(logits, sequences, tokens)
-        if seen is not None:
-            seen[torch.arange(len(tokens)), tokens] = True
-        for sequence, token in zip(sequences, tokens, strict=True):
-            self._append(sequence, token)
-        self.counts["generated_tokens"] += len(tokens)
+            seen = None
+            if controls.penalizes:
+                seen = self._seen(sequences) if sequences is joining else self.seen
+            drawn = drawn.clone()
+            drawn[part] = sample(logits[part], controls, keys, seen).to(drawn.dtype)
+        return drawn
 
     def _note_logprobs(self, logits: torch.Tensor, sequences: list[Sequence], tokens: list[int]) -> None:
         asked = [row for row, s in enumerate(sequences) if s.params.logprobs is not None]
@@ -275,6 +335,15 @@ class Engine:
             if result is not None:
                 output = self.tokenizer.encode(result)
                 sequence.forced.extend([self.special["output_start"], *output, self.special["output_end"]])
+
+
+def runner_of(model):
+    """The class that runs the model on its device."""
+    if model.cos.device.type != "cuda":
+        return ModelRunner
+    from nanochat_ray.inference.gpu_runner import GPURunner  # needs Triton, which only a GPU's torch brings
+
+    return GPURunner
 
 
 def _between(known: dict[int, float], at: int) -> float:

@@ -10,6 +10,8 @@ from array import array
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from nanochat_ray.model.gpt import ROTARY_REACH, GPTConfig
 
 PAGE = 32  # tokens
@@ -173,3 +175,8 @@ class BlockManager:
 def _first_visible(length: int, window: int) -> int:
     """The first block that the token at position `length` sees."""
     return max(0, length - window) // PAGE
+
+
+def pages_of(blocks: list[Block], layers: list[int]) -> np.ndarray:
+    """(layers, blocks): the page of each block of a group in each of the group's layers."""
+    return np.array([block.pages for block in blocks], dtype=np.int64).reshape(len(blocks), len(layers)).T

@@ -6,9 +6,8 @@ from itertools import groupby
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from nanochat_ray.inference.kv_cache import NULL_PAGE, PAGE, Block, BlockManager, BlockTable
+from nanochat_ray.inference.kv_cache import NULL_PAGE, PAGE, BlockManager, BlockTable, pages_of
 from nanochat_ray.inference.paged_attention import build_paged_attention, paged_attention
 from nanochat_ray.inference.sampling import GREEDY, draw, uniforms
 from nanochat_ray.inference.sequence import Sequence
@@ -52,14 +51,14 @@ class PackedAttention(Attention):
 
 
 def for_inference(model: GPT) -> GPT:
-    """A copy whose matmul weights are held in the compute dtype, packed on CPUs where torch has oneDNN (not on Macs);
+    """A copy whose matmul weights are held in the compute dtype, packed where torch has oneDNN (not on Macs);
     embeddings and what needs no cast are shared with model: copy it again after training it."""
     with torch.device("meta"):
         copy = GPT(model.config)
     copy.load_state_dict({name: weight.detach() for name, weight in model.state_dict().items()}, assign=True)
     copy.cos, copy.sin, dtype = model.cos, model.sin, model.compute_dtype
     copy.eval().requires_grad_(False)
-    if model.cos.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():
         for module in copy.modules():
             if isinstance(module, Linear):
                 module.to(dtype)
@@ -104,27 +103,8 @@ class Step:
         page, slot = table[self.sequence, at // PAGE], at % PAGE
         self.keys[page, :, slot] = k[0]
         self.values[page, :, slot] = v[0]
-        attend = _attend_varlen if q.is_cuda else paged_attention if torch.compiler.is_compiling() else _attend
+        attend = paged_attention if torch.compiler.is_compiling() else _attend
         return attend(q[0], self.keys, self.values, table, self.last, at, window).unsqueeze(0)
-
-
-def _attend_varlen(q, keys, values, table, last, at, window: int) -> torch.Tensor:
-    """FlashAttention over pages, as torch has it on CUDA. Not yet run."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn(
-        q,
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        cu_seq_q=F.pad(last + 1, (1, 0)).int(),
-        cu_seq_k=None,
-        max_q=len(q),
-        max_k=table.size(1) * PAGE,
-        window_size=(window, 0),
-        enable_gqa=True,
-        seqused_k=(at[last] + 1).int(),
-        block_table=table.int(),
-    )
 
 
 def _attend(q, keys, values, table, last, at, window: int) -> torch.Tensor:
@@ -154,7 +134,11 @@ def _attend_alike(q, keys, values, table, at, window: int) -> torch.Tensor:
 
 
 class ModelRunner:
-    """Holds the weights, the pages and, for each row of the running batch, its table."""
+    """Holds the weights, the pages and, for each row of the running batch, its table. On CPUs; gpu_runner.py is for
+    GPUs."""
+
+    runs_ahead = False  # run() needs every sequence's last token
+    filters = False  # run() draws by temperature alone
 
     def __init__(self, model: GPT, manager: BlockManager, max_rows: int):
         config, self.device = model.config, model.cos.device
@@ -163,28 +147,23 @@ class ModelRunner:
         # Zeros, since attention multiplies what it masks by 0 and 0 · NaN would spread.
         self.keys = torch.zeros(shape, device=self.device, dtype=model.compute_dtype)
         self.values = torch.zeros(shape, device=self.device, dtype=model.compute_dtype)
-        # Up to the next power of two, if need be
-        most, width = 2 * max_rows, 2 * (-(-manager.capacity // PAGE) + LEAST_WIDTH)
+        most, width = max(max_rows, LEAST_ROWS), -(-manager.capacity // PAGE) + LEAST_WIDTH
         self.tables = [np.full((len(group), most, width), NULL_PAGE) for group in self.layers]
         self.first = [np.zeros(most, dtype=np.int64) for _ in self.layers]
         self.widths = [np.zeros(most, dtype=np.int64) for _ in self.layers]
         self.padding = BlockTable([[] for _ in self.layers], [0 for _ in self.layers])  # on the null page
         places = {layer: (g, place) for g, group in enumerate(self.layers) for place, layer in enumerate(group)}
         self.groups = [places[layer] for layer in range(config.n_layer)]
-        self.forward, self.few_sizes = self._forward, self.device.type == "cuda"
+        self.forward = self._forward
 
     @torch.inference_mode()
     def compile(self) -> None:
         """Graphs for one token and for several, of one sequence or more, each for all sizes."""
         for pool in (self.keys, self.values):
             torch._dynamo.mark_static(pool)
-            torch._dynamo.mark_static_address(pool)  # a CUDA graph may change it
-        if self.device.type == "cuda":  # a CUDA graph for each size of batch and tables; not yet run
-            options = {"triton.cudagraphs": True}
-        else:
-            build_paged_attention()
-            # Python between the kernels and asserts took 1 ms of 4, on one row of d6
-            options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
+        build_paged_attention()
+        # Python between the kernels and asserts took 1 ms of 4, on one row of d6
+        options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
         compiled = torch.compile(self._forward, dynamic=True, options=options | {"guard_filter_fn": _guards_of_inputs})
         # Weights are constants of the graph, which inductor needs to call oneDNN on packed ones. Dynamo asks for this
         # when it compiles, so options won't do. One patch for all steps: each leaves a context variable in its thread.
@@ -208,7 +187,7 @@ class ModelRunner:
         """Let a row of the tables be those of this sequence, or note that they changed."""
         for group, blocks in enumerate(table.blocks):
             pages = self.tables[group][:, row]
-            pages[:, : len(blocks)] = _pages(blocks, self.layers[group])
+            pages[:, : len(blocks)] = pages_of(blocks, self.layers[group])
             pages[:, len(blocks) : self.widths[group][row]] = NULL_PAGE
             self.widths[group][row] = len(blocks)
             self.first[group][row] = table.first[group]
@@ -232,21 +211,21 @@ class ModelRunner:
             counts.append(end - start)
         temperature = [max(s.params.temperature, GREEDY) for s in sequences]
         chances = uniforms(np.array([s.key for s in sequences], dtype=np.uint64)).tolist()
-        S = self._size(max(len(sequences), LEAST_ROWS) if len(idx) > 1 else 1)
+        S = max(len(sequences), LEAST_ROWS) if len(idx) > 1 else 1
         for row in range(len(sequences), S):
             self.place(row, self.padding)
             for each, value in zip((idx, previous, at, counts, temperature, chances), (0, 0, 0, 1, 1, 0), strict=True):
                 each.append(value)
-        widths = [self._size(max(LEAST_WIDTH, int(widths[:S].max()))) for widths in self.widths]
+        widths = [max(LEAST_WIDTH, int(widths[:S].max())) for widths in self.widths]
         pages = [table[:, :S, :width] for table, width in zip(self.tables, widths, strict=True)]
         first = [first[:S] for first in self.first]
         draws = np.array([temperature, chances], dtype=np.float32)[..., None]
         logits, drawn = self.forward(*self._inputs(idx, previous, at, counts, pages, first, *draws))
         return logits[: len(sequences)], drawn[: len(sequences)]
 
-    def _size(self, size: int) -> int:
-        """How large to make a batch or a table: on CUDA, where each size has a graph of its own, a power of two."""
-        return 1 << (size - 1).bit_length() if self.few_sizes else size
+    def fetch(self, drawn: torch.Tensor) -> torch.Tensor:
+        """Tokens whose tolist() the engine may call later."""
+        return drawn
 
     def _inputs(self, idx: list[int], previous: list[int], at: list[int], counts: list[int], pages, first, *draws):
         """Of _forward; counts: how many tokens each sequence has."""
@@ -270,8 +249,3 @@ class ModelRunner:
 def _guards_of_inputs(guards) -> list[bool]:
     """Which guards a compiled forward needs: those of its sizes, not the thousand that the model is what it was."""
     return [not guard.is_global and not guard.name.startswith("self") for guard in guards]
-
-
-def _pages(blocks: list[Block], layers: list[int]) -> np.ndarray:
-    """(layers, blocks)"""
-    return np.array([block.pages for block in blocks], dtype=np.int64).reshape(len(blocks), len(layers)).T

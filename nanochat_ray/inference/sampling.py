@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -59,25 +60,48 @@ def _check(name: str, value, valid: bool, expected: str) -> None:
 
 
 class Controls:
-    """The parameters of a batch's rows as columns (B, 1)."""
+    """The parameters of a batch's rows: what they ask for, and as columns (B, 1), which are made when they are used."""
 
     def __init__(self, rows: list[SamplingParams], vocab_size: int, device="cpu"):
-        def column(values, dtype=torch.float32):
-            return torch.tensor(list(values), dtype=dtype, device=device).unsqueeze(1)
-
+        self.rows, self.vocab_size, self.device = rows, vocab_size, device
         self.filters = any(p.top_k or (p.top_p or 1) < 1 for p in rows)
         self.nuclear = any((p.top_p or 1) < 1 for p in rows)
         self.penalizes = any(p.repetition_penalty != 1 for p in rows)
         self.limits = any(p.min_p > 0 for p in rows)
         self.plain = not (self.filters or self.limits or self.penalizes)  # temperature is all that matters
-        top_ks = [min(p.top_k or vocab_size, vocab_size) for p in rows]
-        self.most = max(k if k < vocab_size else min(MOST_SORTED, vocab_size) for k in top_ks) if rows else 0
-        self.temperature = column(max(p.temperature, GREEDY) for p in rows)
-        self.top_k = column(top_ks, torch.long)
-        self.top_p = column(1.0 if p.top_p is None else p.top_p for p in rows)
-        self.unfiltered = (self.top_k == vocab_size) & (self.top_p == 1)
-        self.min_p = column(p.min_p for p in rows)
-        self.penalty = column(p.repetition_penalty for p in rows)
+
+    def _column(self, values, dtype=torch.float32) -> torch.Tensor:
+        return torch.tensor(list(values), dtype=dtype, device=self.device).unsqueeze(1)
+
+    @cached_property
+    def most(self) -> int:
+        """How many of a row's likeliest tokens are looked at first."""
+        top_ks = [min(p.top_k or self.vocab_size, self.vocab_size) for p in self.rows]
+        return max(k if k < self.vocab_size else min(MOST_SORTED, self.vocab_size) for k in top_ks)
+
+    @cached_property
+    def temperature(self) -> torch.Tensor:
+        return self._column(max(p.temperature, GREEDY) for p in self.rows)
+
+    @cached_property
+    def top_k(self) -> torch.Tensor:
+        return self._column((min(p.top_k or self.vocab_size, self.vocab_size) for p in self.rows), torch.long)
+
+    @cached_property
+    def top_p(self) -> torch.Tensor:
+        return self._column(1.0 if p.top_p is None else p.top_p for p in self.rows)
+
+    @cached_property
+    def unfiltered(self) -> torch.Tensor:
+        return (self.top_k == self.vocab_size) & (self.top_p == 1)
+
+    @cached_property
+    def min_p(self) -> torch.Tensor:
+        return self._column(p.min_p for p in self.rows)
+
+    @cached_property
+    def penalty(self) -> torch.Tensor:
+        return self._column(p.repetition_penalty for p in self.rows)
 
 
 def sample(logits: torch.Tensor, controls: Controls, keys: np.ndarray, seen: torch.Tensor | None = None):

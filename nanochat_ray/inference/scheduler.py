@@ -22,6 +22,7 @@ class Scheduler:
         self.manager, self.max_batch_size = manager, max_batch_size
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # the batch's rows
+        self.retired: set[Sequence] = set()  # their last token is in flight; they hold pages until it is known
         self.preemptions = self.lingered = 0
 
     def next_chunks(self, budget: int, most: int) -> list[tuple[Sequence, int]]:
@@ -31,6 +32,8 @@ class Scheduler:
         if self._linger():
             return chunks
         for sequence in islice(self.waiting, self.max_batch_size - len(self.running)):
+            if sequence.in_flight:  # preempted while a step was on its way: its last token is not known yet
+                break
             end = self._next_chunk(sequence, budget, most, chunks)
             if end is None:
                 break
@@ -49,7 +52,7 @@ class Scheduler:
 
     def _next_chunk(self, sequence: Sequence, budget: int, most: int, others: list[tuple[Sequence, int]]) -> int | None:
         """Up to which position to read a sequence in this step, beside others, or None."""
-        alone = not self.running and not others
+        alone = not self.running and not self.retired and not others
         if sequence.table is None:
             sequence.table = self.manager.open(sequence.ids)
             too_long = not budget and len(sequence.ids) - sequence.table.length > most
@@ -89,11 +92,11 @@ class Scheduler:
         When there is none left the youngest makes way. A sequence alone always has room: its length was limited to it.
         """
         changed = []
-        growing = [s for s in self.running if len(s.ids) > s.table.room]
+        growing = [s for s in self.running if s.length > s.table.room]
         for sequence in sorted(growing, key=lambda s: s.arrival):
             while sequence.table is not None:
                 try:
-                    self.manager.reserve(sequence.table, len(sequence.ids))
+                    self.manager.reserve(sequence.table, sequence.length)
                     changed.append(sequence)
                     break
                 except CacheFull:
@@ -110,11 +113,18 @@ class Scheduler:
             self._leave(youngest)
             self.waiting.appendleft(youngest)
 
+    def retire(self, sequence: Sequence) -> None:
+        """Take a sequence out of the batch whose last token is on its way. drop() gives up what it holds."""
+        self._leave(sequence)
+        self.retired.add(sequence)
+
     def drop(self, sequence: Sequence) -> None:
         """Forget a sequence that has ended or was cancelled."""
         if sequence.table is not None:
             self._give_up(sequence)
-        if sequence in self.running:
+        if sequence in self.retired:
+            self.retired.remove(sequence)
+        elif sequence in self.running:
             self._leave(sequence)
         else:
             self.waiting.remove(sequence)

@@ -38,6 +38,8 @@ class Sequence:
     code_start: int | None = None  # where in ids the code after python_start begins
     table: BlockTable | None = None  # while it has a place in the cache
     cached_tokens: int = 0  # of the prompt, found in the cache
+    in_flight: int = 0  # tokens that a launched step draws, and that the host does not know yet: 0 or 1
+    slot: int = 0  # its place in the step that was launched last
     finish_reason: str | None = None
 
     def __post_init__(self):
@@ -48,9 +50,26 @@ class Sequence:
         return len(self.ids) - self.prompt_len
 
     @property
+    def length(self) -> int:
+        """Tokens of the prompt and the answer, those in flight included."""
+        return len(self.ids) + self.in_flight
+
+    @property
+    def last_token(self) -> int | None:
+        """Its id, or None while the host does not know it."""
+        if not self.in_flight:
+            return self.ids[-1]
+        return self.forced[0] if self.forced else None  # a forced token replaces what is drawn
+
+    @property
     def key(self) -> tuple[int, int, int]:
         """What the next token's randomness is a function of."""
-        return self.params.seed, self.sample, self.generated
+        return self.params.seed, self.sample, self.generated + self.in_flight
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the host has to look at the logits, or the tokens so far, before the next token is drawn."""
+        return self.params.logprobs is not None or self.params.repetition_penalty != 1
 
     @property
     def tokens(self) -> list[int]:

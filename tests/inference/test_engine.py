@@ -58,14 +58,6 @@ def test_greedy_survives_preemption(reference):
         assert [s.tokens for s in reversed(sequences)] == [case["greedy"] for case in cases]
 
 
-def test_greedy_in_the_few_sizes_of_cuda_graphs(reference):
-    model, cases = reference
-    engine = Engine(model, None, 3, chunk=48)
-    engine.runner.few_sizes = True
-    completions = engine.generate([case["prompt"] for case in cases], GREEDY)
-    assert [completion.tokens for completion in completions] == [case["greedy"] for case in cases]
-
-
 @pytest.mark.parametrize("count", [2400, 48])  # pages: plenty, or so few that rows are preempted
 def test_greedy_among_31_that_come_and_go(reference, random_prompts, count):
     model, cases = reference

@@ -1,0 +1,116 @@
+"""The GPU's forwards, in Triton's interpreter on CPU tensors: fp32 alone, as its bf16 matmuls are wrong."""
+
+import pytest
+import torch
+
+from nanochat_ray.inference import engine as engine_module
+from nanochat_ray.inference.engine import Engine
+from nanochat_ray.inference.kv_cache import page_bytes
+from nanochat_ray.inference.model_runner import ModelRunner
+from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.model.gpt import GPT, GPTConfig
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/gpu run the kernels themselves")
+
+
+@pytest.fixture(autouse=True)
+def gpu_runner(monkeypatch):
+    """Engines run the GPU's forwards."""
+    pytest.importorskip("triton")
+    from nanochat_ray.inference.gpu_runner import GPURunner
+
+    monkeypatch.setattr(engine_module, "runner_of", lambda model: GPURunner)
+
+
+@pytest.fixture(scope="module")
+def small():
+    """Random weights, grouped heads, windows of 128 and 160, value embeddings. Small: one program takes a ms here."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(160, 300, n_layer=2, n_head=2, n_kv_head=1, n_embd=48, window_pattern="SL"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.4)
+    return model
+
+
+def test_greedy_equals_nanochats(reference):
+    model, cases = reference
+    prompts = [case["prompt"] for case in cases[:3]]
+    completions = Engine(model, None, 3, chunk=30).generate(prompts, SamplingParams(max_tokens=5, temperature=0))
+    assert [c.tokens for c in completions] == [case["greedy"][:5] for case in cases[:3]]
+
+
+def test_logits_are_those_of_a_full_forward(small, random_prompts):
+    """Prompts of one token, of a page, and of more than a window."""
+    engine = Engine(small, None, 4)
+    for prompt in random_prompts(1, 32, 170):
+        [sequence] = engine.submit(prompt, SamplingParams(3, temperature=0, logprobs=3))
+        while engine.busy:
+            engine.step()
+        with torch.no_grad():
+            logits = small(torch.tensor([prompt + sequence.tokens]))[0, len(prompt) - 1 : -1]
+        assert sequence.tokens == logits.argmax(-1).tolist()
+        own = [logprob for logprob, _ in sequence.logprobs]
+        torch.testing.assert_close(torch.tensor(own), logits.log_softmax(-1).amax(-1), atol=2e-5, rtol=1e-5)
+
+
+def test_answers_are_the_cpus_whoever_comes_and_goes(small, random_prompts, monkeypatch):
+    """With so few pages that sequences are preempted."""
+    kinds = [{"temperature": 0}, {"top_k": 7}, {"top_p": 0.6}, {"top_k": 40, "top_p": 0.8}, {"min_p": 0.1}]
+    kinds += [{"repetition_penalty": 1.3}, {"temperature": 1.4}]
+    prompts = random_prompts(30, 3, 31, 9, 28, 1, 17)
+    asked = [(p, SamplingParams(8 + i, seed=i, **kind)) for i, (p, kind) in enumerate(zip(prompts, kinds, strict=True))]
+    engine, sequences = Engine(small, None, 3, kv_bytes=5 * page_bytes(small.config, 4), chunk=20), []
+    for prompt, params in asked:
+        sequences += engine.submit(prompt, params)
+        [bystander] = engine.submit(prompt[:3], SamplingParams(30))
+        engine.step()
+        engine.cancel(bystander)
+    while engine.busy:
+        engine.step()
+    assert engine.manager.used_pages == 0
+    assert engine.scheduler.preemptions > 0
+    monkeypatch.setattr(engine_module, "runner_of", lambda model: ModelRunner)
+    for sequence, (prompt, params) in zip(sequences, asked, strict=True):
+        [expected] = Engine(small, None, 1).generate([prompt], params)
+        assert sequence.tokens == expected.tokens, params
+
+
+def test_a_step_is_launched_before_the_last_ones_tokens_are_known(small, random_prompts):
+    engine = Engine(small, None, 2)
+    [first] = engine.submit(random_prompts(3)[0], SamplingParams(4, temperature=0))
+    assert engine.step() == []
+    assert (first.generated, first.in_flight) == (0, 1)
+    assert engine.step() == [first]
+    assert (first.generated, first.in_flight) == (1, 1)
+    while engine.busy:
+        engine.step()
+    assert (first.generated, first.in_flight, first.finish_reason) == (4, 0, "length")
+
+
+def test_every_row_of_a_steps_inputs_is_aligned(small, random_prompts):
+    """Else Triton would compile each kernel again for another mix of aligned and other pointers."""
+    from nanochat_ray.inference import kernels
+
+    engine, seen = Engine(small, None, 4, chunk=9), set()
+    embed = kernels.embed
+
+    def noted(*tensors):
+        seen.update(tensor.data_ptr() % 16 for tensor in tensors)
+        return embed(*tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "embed", noted)
+        engine.generate(random_prompts(7, 13, 1), SamplingParams(3))
+    assert seen == {0}
+    assert all(table[i].data_ptr() % 16 == 0 for table in engine.runner.tables for i in range(len(table)))
+
+
+def test_few_graph_sizes_with_little_padding():
+    from nanochat_ray.inference.gpu_runner import graph_sizes
+
+    for most in (1, 2, 5, 32, 100, 256, 1000):
+        sizes = graph_sizes(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most and len(sizes) < 40
+        for S in range(1, most + 1):
+            assert next(size for size in sizes if size >= S) < 2 * S or S == most

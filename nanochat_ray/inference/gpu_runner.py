@@ -5,6 +5,7 @@ step finds them, and their copy for the host arrives meanwhile. Not yet run on a
 interpreter.
 """
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +18,7 @@ from nanochat_ray.inference.sampling import GREEDY, SamplingParams, uniforms
 from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.model.gpt import GPT, Block
 
+EAGER_STEPS = 32  # of a size, before it gets a CUDA graph
 UNKNOWN = -1  # instead of a place in `drawn`: the host gives the token's id itself
 # Rows of a step's inputs, all int32; floats travel as their bits. One column a token, or a sequence.
 TOKEN_FIELDS = ("idx", "source", "previous", "at", "row")
@@ -35,6 +37,13 @@ class Layer(NamedTuple):
     window: int
     group: int  # of layers with the same window
     place: int  # in its group
+
+
+class Graph(NamedTuple):
+    """A CUDA graph of one decoding step, and the inputs (fields, columns) that it reads."""
+
+    cuda_graph: torch.cuda.CUDAGraph
+    inputs: torch.Tensor
 
 
 class Tokens:
@@ -86,7 +95,10 @@ class GPURunner:
         tokens = np.array([[0], [UNKNOWN], [0], [0], [max_rows]], dtype=np.int32)
         nobody = Sequence([0], SamplingParams(), 0, 1)
         self.padding = np.concatenate([tokens, _sampling([nobody], config.vocab_size)])
-        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}  # by rows: the graph and its inputs
+        self.sizes, self.uses = graph_sizes(max_rows), Counter()
+        self.graphs: dict[int, Graph] = {}
+        if self.device.type == "cuda":
+            self.pool, self.capture_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
 
     def _layer(self, model: GPT, i: int) -> Layer:
         block: Block = model.transformer.h[i]
@@ -134,13 +146,10 @@ class GPURunner:
         sampling = _sampling(sequences, self.config.vocab_size)
         if prompts:
             self._run_with_prompts(tokens, sampling, prompts)
-        elif size := next((size for size in sorted(self.graphs) if size >= S), None):
-            graph, inputs = self.graphs[size]
-            columns = np.concatenate(
-                [np.concatenate([tokens, sampling]), self.padding.repeat(size - S, axis=1)], axis=1
-            )
-            inputs.copy_(self._pinned(_pad(columns)), non_blocking=True)
-            graph.replay()
+        elif graph := self._graph(S):
+            columns = [np.concatenate([tokens, sampling]), self.padding.repeat(graph.inputs.size(1) - S, axis=1)]
+            graph.inputs.copy_(self._pinned(np.concatenate(columns, axis=1)), non_blocking=True)
+            graph.cuda_graph.replay()
         else:
             columns = self._pinned(_pad(np.concatenate([tokens, sampling])))
             self._decode(columns.to(self.device, non_blocking=True), S)
@@ -230,24 +239,35 @@ class GPURunner:
         tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
         return tensor.pin_memory() if self.device.type == "cuda" else tensor
 
+    def _graph(self, S: int) -> "Graph | None":
+        """The graph for S sequences, captured when such steps have been many enough for it to pay, or None."""
+        size = next(size for size in self.sizes if size >= S)
+        self.uses[size] += 1
+        if size not in self.graphs and self.uses[size] > EAGER_STEPS and self.device.type == "cuda":
+            self._capture(size)
+        return self.graphs.get(size)
+
     @torch.inference_mode()
     def compile(self) -> None:
-        """Capture a CUDA graph for each of a few numbers of decoding sequences: seconds. Not while the engine steps."""
-        if self.device.type != "cuda":
-            return
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+        """Capture all graphs now, which takes seconds. Not while the engine steps."""
+        if self.device.type == "cuda":
+            for size in reversed(self.sizes):  # the largest first: the smaller ones find room in its memory
+                self._capture(size)
+
+    def _capture(self, size: int) -> None:
+        inputs = self._pinned(_pad(self.padding.repeat(size, axis=1))).to(self.device)
+        drawn = self.drawn.clone()  # the next step may need these
         torch.cuda.synchronize(self.device)
-        for size in reversed(graph_sizes(self.max_rows)):
-            inputs = self._pinned(_pad(self.padding.repeat(size, axis=1))).to(self.device)
-            with torch.cuda.stream(stream):
-                self._decode(inputs, size)  # compiles kernels and sets up cuBLAS, which a capture must not
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Thread-local: other threads of a service may use the device meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._decode(inputs, size)
-            self.graphs[size] = graph, inputs
+        with torch.cuda.stream(self.capture_stream):
+            self._decode(inputs, size)  # compiles kernels and sets up cuBLAS, which a capture must not
         torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local: other threads of the process may use the device meanwhile.
+        options = {"pool": self.pool, "stream": self.capture_stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(graph, **options):
+            self._decode(inputs, size)
+        self.drawn.copy_(drawn)
+        self.graphs[size] = Graph(graph, inputs)
 
 
 def graph_sizes(most: int) -> list[int]:

@@ -4,18 +4,21 @@ BIN := .venv/bin
 # Two processes share the cores: threads that wait for others must not spin meanwhile.
 TEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: speedrun test check clean
+.PHONY: speedrun test test-cluster check clean
 
 speedrun: .venv/ready  ## raw text to a talking model; e.g. make speedrun ARGS="--depth 6"
 	$(BIN)/python -m experiments.speedrun $(ARGS)
 
-test: .venv/ready  ## every test
-	$(TEST) $(ARGS)
+test: .venv/ready  ## every test but those of test-cluster
+	$(TEST) -m "not cluster" $(ARGS)
+
+test-cluster: .venv/ready  ## several hosts, made of namespaces: needs root and iproute2, else it says so and skips
+	$(BIN)/python -m pytest -q -rs -m cluster tests/cluster $(ARGS)
 
 check: .venv/ready  ## lint, format and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(TEST) -m "not slow" $(ARGS)
+	$(TEST) -m "not slow and not cluster" $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt
 	@echo "setting up .venv, a few minutes the first time"

@@ -19,7 +19,7 @@ from ray.train.v2._internal.execution.controller.state import PreemptingState, R
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray import storage
-from nanochat_ray.train import checkpoint
+from nanochat_ray.train import checkpoint, network
 from nanochat_ray.train.loop import Measurement, TrainConfig, train_loop_per_worker
 
 MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
@@ -183,6 +183,7 @@ def train(
     trainer = ray.train.torch.TorchTrainer(
         train_loop_per_worker,
         train_loop_config=asdict(c) | {"monitor": monitor, "measurement": measurement},
+        torch_config=network.TorchConfig(),
         scaling_config=scaling,
         # The monitor counts failures, or the sweep does.
         run_config=run_config(c.run_dir, max_failures=0 if report else -1, callbacks=[SaveFirst(monitor)]),

@@ -1,0 +1,52 @@
+"""Which network interface the training workers talk over."""
+
+import fcntl
+import os
+import socket
+import struct
+from dataclasses import dataclass
+
+import ray
+import ray.train.torch
+
+SIOCGIFADDR = 0x8915  # Linux: the address of an interface
+INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+
+
+def interface_of(address: str) -> str | None:
+    """The name of this host's interface with an IPv4 address, or None if none has it or the system can't say."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(s.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # an interface without an address
+                continue
+            if socket.inet_ntoa(answer[20:24]) == address:
+                return name
+    return None
+
+
+def choose_interface() -> None:
+    """Let gloo and NCCL use the interface that carries this node's Ray address, unless the user set one.
+
+    Otherwise gloo connects to what the hostname resolves to, which is 127.0.1.1 on Debian and Ubuntu: no other host
+    reaches it.
+    """
+    if name := interface_of(ray.util.get_node_ip_address()):
+        for variable in INTERFACE_VARIABLES:
+            os.environ.setdefault(variable, name)
+
+
+class TorchBackend(ray.train.torch.TorchConfig().backend_cls):
+    def on_start(self, worker_group, backend_config) -> None:
+        worker_group.execute(choose_interface)  # before the workers connect
+        super().on_start(worker_group, backend_config)
+
+
+@dataclass
+class TorchConfig(ray.train.torch.TorchConfig):
+    """Ray Train's process group, over the interface that Ray uses itself."""
+
+    @property
+    def backend_cls(self):
+        return TorchBackend

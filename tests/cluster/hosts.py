@@ -1,0 +1,157 @@
+"""Hosts of the tests' own on this machine: namespaces for network, mounts, processes and hostname. Needs root.
+
+Host i has the address 10.78.0.i, a hostname that /etc/hosts maps to 127.0.1.1 as Debian and Ubuntu do, and its own
+/tmp, /dev/shm and HOME. Everything else is shared with this machine: the code and its environment, and `shared`, a
+folder that all hosts see.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+SETUP = """
+mount --bind {root}/tmp /tmp
+mount -t tmpfs -o size=2g none /dev/shm
+mount -t proc proc /proc
+mount --bind {root}/hosts /etc/hosts
+hostname {name}
+exec sleep 7200
+"""
+
+
+def run(*command: str, check: bool = True) -> None:
+    subprocess.run(command, check=check, capture_output=True)
+
+
+class Host:
+    def __init__(self, number: int, root: Path):
+        self.address, self.name, self.root = f"10.78.0.{number}", f"nrhost{number}", root
+        self.namespace, self.link = f"nr{number}", f"nrv{number}"
+
+    def start(self) -> None:
+        for folder in ("tmp", "home"):
+            (self.root / folder).mkdir(parents=True)
+        (self.root / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n")
+        run("ip", "netns", "add", self.namespace)
+        run("ip", "link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.namespace)
+        run("ip", "link", "set", self.link, "master", "nrbridge", "up")
+        run("ip", "-n", self.namespace, "addr", "add", f"{self.address}/24", "dev", "eth0")
+        for device in ("eth0", "lo"):
+            run("ip", "-n", self.namespace, "link", "set", device, "up")
+        run("ip", "-n", self.namespace, "route", "add", "default", "via", "10.78.0.254")
+        unshare = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--propagation", "private"]
+        setup = SETUP.format(root=self.root, name=self.name)
+        self.process = subprocess.Popen(["ip", "netns", "exec", self.namespace, *unshare, "sh", "-ec", setup])
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        deadline = time.monotonic() + 10
+        while not self._sleeps(children):
+            if time.monotonic() > deadline or self.process.poll() is not None:
+                raise RuntimeError(f"{self.name} did not start")
+            time.sleep(0.05)
+
+    def _sleeps(self, children: Path) -> bool:
+        """Whether the host's first process has set it up."""
+        pids = children.read_text().split() if children.exists() else []
+        self.pid = pids[0] if pids else ""
+        return bool(pids) and Path(f"/proc/{self.pid}/cmdline").read_bytes().startswith(b"sleep")
+
+    def popen(self, *command: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
+        enter = ["nsenter", "--target", self.pid, "--mount", "--net", "--pid", "--uts"]
+        variables = {"HOME": str(self.root / "home"), "TMPDIR": "/tmp", "PATH": f"{BIN}:{os.environ['PATH']}"}
+        return subprocess.Popen([*enter, *command], env={**os.environ, **variables, **(env or {})}, **options)
+
+    def run(self, *command: str, env: dict[str, str] | None = None, timeout: float = 120) -> str:
+        """What the command printed. Raises RuntimeError with it when the command fails."""
+        process = self.popen(*command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        try:
+            said, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        if process.returncode:
+            raise RuntimeError(f"{self.name}: {' '.join(command)} ended with {process.returncode}:\n{said[-3000:]}")
+        return said
+
+    def cut_off(self) -> None:
+        run("ip", "link", "set", self.link, "down")
+
+    def heal(self) -> None:
+        run("ip", "link", "set", self.link, "up")
+
+    def power_off(self) -> None:
+        """Every process of the host is killed at once."""
+        for pid in self._processes():
+            if str(pid) != self.pid and pid != self.process.pid:
+                _kill(pid)
+
+    def _processes(self) -> list[int]:
+        said = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
+        return [int(pid) for pid in said.stdout.split()]
+
+    def stop(self) -> None:
+        for pid in self._processes():
+            _kill(pid)
+        if hasattr(self, "process"):
+            self.process.wait(timeout=10)
+        run("ip", "netns", "del", self.namespace, check=False)
+        run("ip", "link", "del", self.link, check=False)
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+class Cluster:
+    """Hosts with a Ray of one CPU each, with token authentication. The first is the head."""
+
+    def __init__(self, hosts: int):
+        self.root = Path(tempfile.mkdtemp(prefix="nanochat-ray-hosts-", dir="/var/tmp"))
+        self.shared = self.root / "shared"
+        self.shared.mkdir()
+        self.hosts = [Host(number, self.root / str(number)) for number in range(1, hosts + 1)]
+        self.env = {"RAY_AUTH_MODE": "token", "WANDB_MODE": "disabled", "NANOCHAT_RAY_HOME": str(self.shared / "home")}
+
+    def __enter__(self) -> "Cluster":
+        try:
+            self._remove_network()  # of a run that was killed
+            run("ip", "link", "add", "nrbridge", "type", "bridge")
+            run("ip", "addr", "add", "10.78.0.254/24", "dev", "nrbridge")
+            run("ip", "link", "set", "nrbridge", "up")
+            for host in self.hosts:
+                host.start()
+            self.head = self.hosts[0]
+            self.head.run("ray", "get-auth-token", "--generate", env=self.env)
+            token = (self.head.root / "home" / ".ray" / "auth_token").read_text()
+            self.env |= {"RAY_AUTH_TOKEN": token, "RAY_ADDRESS": f"{self.head.address}:6379"}
+            for host in self.hosts:
+                self.join(host)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def join(self, host: Host) -> None:
+        head = self.head.address
+        where = ["--head", "--dashboard-host", head] if host is self.head else ["--address", f"{head}:6379"]
+        env = {name: value for name, value in self.env.items() if name != "RAY_ADDRESS"}
+        host.run("ray", "start", *where, f"--node-ip-address={host.address}", "--num-cpus=1", env=env)
+
+    def __exit__(self, *_) -> None:
+        for host in self.hosts:
+            host.stop()
+        self._remove_network()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def _remove_network(self) -> None:
+        for host in self.hosts:
+            run("ip", "netns", "del", host.namespace, check=False)
+            run("ip", "link", "del", host.link, check=False)
+        run("ip", "link", "del", "nrbridge", check=False)

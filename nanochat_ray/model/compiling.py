@@ -15,6 +15,6 @@ def allow_kinds() -> None:
     torch._dynamo.config.recompile_limit = MOST_KINDS
 
 
-def compile_static(function: Callable) -> Callable:
+def compile_static(function: Callable, **options) -> Callable:
     allow_kinds()
-    return torch.compile(function, **STATIC)
+    return torch.compile(function, **STATIC, **options)

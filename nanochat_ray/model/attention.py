@@ -47,7 +47,7 @@ def attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if backend == "blocks":
         y = _attention_by_blocks(q, k, v, window)
-    elif backend == "flex":
+    elif backend == "flex" and mask is not None:
         y = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
     else:
         y = _sdpa(q, k, v, window, mask)

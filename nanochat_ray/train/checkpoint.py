@@ -317,9 +317,10 @@ def load_model(
     """
     folder = resolve_checkpoint(folder)
     meta = read_meta(folder)
-    model = GPT(GPTConfig(**meta["model_config"]))
+    with torch.device(device):
+        model = GPT(GPTConfig(**meta["model_config"]))
     load_weights(model, folder)
-    model.to(device).set_compute_dtype(compute_dtype(dtype, device))
+    model.set_compute_dtype(compute_dtype(dtype, device))
     return model.eval(), Tokenizer.load(folder), meta
 
 

@@ -68,6 +68,16 @@ def test_a_kind_of_block_is_one_graph_without_a_mask_being_built(backend, graphs
     assert [name for name in names if kernel[backend] in name]
 
 
+@pytest.mark.parametrize("window", [WINDOW, T])
+def test_a_block_without_its_mask_is_causal_all_the_same(window):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, T, 2, 16) for _ in range(3))
+    compiled = torch.compile(attention, backend="eager", **STATIC)
+    for backend in ("flex", "sdpa", "blocks"):
+        expected = attention(q, k, v, window)
+        torch.testing.assert_close(compiled(q, k, v, window, backend), expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("backend", ["flex", "sdpa"])
 @pytest.mark.parametrize("window", [WINDOW, T])
 def test_masks_that_are_handed_over_give_what_uncompiled_attention_gives(backend, window):

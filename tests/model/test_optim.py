@@ -101,7 +101,7 @@ def test_compiled_updates_make_no_new_graphs_after_the_first_step():
 
     torch._dynamo.reset()
     torch.manual_seed(0)
-    model = GPT(GPTConfig(128, 512, 4, 2, 2, 64, "SSSL"))
+    model = GPT(GPTConfig(128, 512, 2, 2, 2, 64, "SL"))
     model.init_weights()
     model.set_compute_dtype(torch.bfloat16)
     plain, compiled = copy.deepcopy(model), model

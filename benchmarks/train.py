@@ -23,6 +23,7 @@ import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
+from torch.autograd import DeviceType
 
 from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.data.loader import write_rows
@@ -153,7 +154,6 @@ def measure(config: dict) -> None:
 
     steps(config["warmup"])
     seconds.clear()
-    memory_before_peak = peak_memory_mb(worker.device)
     measure_peak()
     steps(config["steps"] // 2)
     measure_peak()
@@ -161,26 +161,32 @@ def measure(config: dict) -> None:
     measure_peak()
     timed = list(seconds)
     activity = torch.profiler.ProfilerActivity
-    activities = [activity.CPU, activity.CUDA] if worker.device.type == "cuda" else [activity.CPU]
-    memory = peak_memory_mb(worker.device)
+    on_gpu = worker.device.type == "cuda"
+    activities = [activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]
+    memory = peak_memory_mb(worker.device)  # on a GPU of the last timed step
     with torch.profiler.profile(activities=activities) as profiler:
         steps(PROFILED_STEPS)
     if log:
         log.close()
-        outcome = {"seconds": timed, "peaks": peaks, "memory": max(memory_before_peak, memory)}
-        ray.get(monitor.finish.remote(outcome | {"shares": shares(profiler), "threads": torch.get_num_threads()}))
+        outcome = {"seconds": timed, "peaks": peaks, "memory": memory}
+        ray.get(
+            monitor.finish.remote(outcome | {"shares": shares(profiler, on_gpu), "threads": torch.get_num_threads()})
+        )
 
 
-def shares(profiler: torch.profiler.profile) -> dict[str, float]:
+def shares(profiler: torch.profiler.profile, on_gpu: bool) -> dict[str, float]:
     """Each part's share of the time between a step's begin and end, by the innermost known part of an operator.
 
     Matmuls are those outside attention and the optimizer, the loss's included. What a compiled kernel fuses with the
-    softmax of attention is pointwise.
+    softmax of attention is pointwise. On a GPU the time is that of its kernels.
     """
-    totals = Counter()
+    totals, kernels = Counter(), 0.0
     for event in profiler.events():
-        time = event.self_device_time_total if torch.cuda.is_available() else event.self_cpu_time_total
-        totals[part_of(event)] += time
+        if event.device_type == DeviceType.CPU:
+            totals[part_of(event)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        elif not event.is_user_annotation:
+            kernels += event.self_device_time_total  # which the operator that launched it has as its own, too
+    totals["other"] += max(0.0, kernels - sum(totals.values()))  # kernels that no operator launched
     whole = sum(totals.values()) or 1
     return {part: totals[part] / whole for part in PARTS}
 

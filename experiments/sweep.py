@@ -21,7 +21,6 @@ from typing import Literal
 
 import ray
 import ray.train
-import torch
 from ray import tune
 from rich.console import Console
 from rich.live import Live
@@ -32,17 +31,15 @@ from nanochat_ray.data import prepare, sources
 from nanochat_ray.evals import bundle, core
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
 from nanochat_ray.train import launch, pretrain
-from nanochat_ray.train.checkpoint import compute_dtype
 from nanochat_ray.train.metrics import read_metrics
-from nanochat_ray.train.plan import predict_memory
+from nanochat_ray.train.plan import GPU_SHARE, rows_that_fit
 from nanochat_ray.train.pretrain import PretrainOptions
 
 HEAD = {"node:__internal_head__": 0.001}  # a trial's own: on the node that, once lost, ends the sweep in any case
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|low on memory|MemoryError", re.I
 )
-GPU_MEMORY = {"B200": 180, "H200": 141, "H100": 80, "A100": 40, "L40S": 48, "L4": 24, "A10G": 24}  # GB
-GPU_SHARE, CPU_SHARE = 0.9, 0.9  # of the memory that the plan may fill: it is right to some 10 %
+CPU_SHARE = 0.9  # of a CPU worker's memory that the plan may fill: it is right to some 10 %
 TOKENS_PER_CLIMBMIX_SHARD = 34_000_000  # 250 million characters at 4.8 a token, a third lost to cropping
 
 COUNTS = ("wte", "value_embeds", "lm_head", "transformer_matrices", "scalars", "total")
@@ -219,23 +216,16 @@ def trial(name: str, run: PretrainOptions, workers: int, options: SweepOptions, 
 def device_batch_size(run: PretrainOptions, workers: int) -> int:
     """Rows of a forward pass: as many as a single run takes, halved until the memory plan fits."""
     plan, scaling = plan_of(run), launch.scaling_config(workers)
-    T = plan.config.sequence_len
-    most = launch.MAX_TOKENS_PER_GPU if scaling.use_gpu else launch.MAX_TOKENS_PER_CPU
-    rows = max(1, min(most, plan.total_batch_size // workers) // T)
-    dtype = torch.bfloat16 if scaling.use_gpu and run.dtype is None else compute_dtype(run.dtype, "cpu")
-    memory = worker_memory(scaling)
-    while rows > 1 and sum(predict_memory(plan, workers, rows, not scaling.use_gpu, dtype).values()) > memory:
-        rows //= 2
-    return rows
+    most = plan.total_batch_size // workers // plan.config.sequence_len
+    dtype, memory = launch.worker_dtype(run.dtype, scaling), worker_memory(scaling)
+    return rows_that_fit(plan.config, most, workers, not scaling.use_gpu, dtype, memory, run.recompute)
 
 
 def worker_memory(scaling: ray.train.ScalingConfig) -> float:
     """Bytes that the plan of a worker may fill; inf for GPUs of an unknown kind."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if scaling.use_gpu:
-        kinds = {key.partition(":")[2] for node in nodes for key in node if key.startswith("accelerator_type:")}
-        sizes = [GPU_MEMORY.get(kind.partition("-")[0], math.inf) for kind in kinds]
-        return GPU_SHARE * min(sizes, default=math.inf) * 2**30
+        return GPU_SHARE * launch.smallest_gpu()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     each = scaling.resources_per_worker["CPU"]
     return CPU_SHARE * min(node["memory"] / (node["CPU"] // each) for node in nodes if node.get("CPU", 0) >= each)
 

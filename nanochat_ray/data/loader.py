@@ -1,6 +1,7 @@
 """Memory-mapped rows -> batches. The order is a seeded permutation per epoch, and a position in it is one integer."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,7 @@ class Loader:
     def __init__(self, rows: Rows, rows_per_step: int, rank: int = 0, world_size: int = 1, seed: int = 1337):
         if rows_per_step < world_size:
             raise ValueError(f"{rows_per_step} rows a step are too few for {world_size} workers: one each at least")
-        self.rows, self.seed = rows, seed
+        self.rows, self.rows_per_step, self.seed = rows, rows_per_step, seed
         self.slice = np.arange(rank * rows_per_step // world_size, (rank + 1) * rows_per_step // world_size)
         self._epoch, self._order = -1, None
 
@@ -119,6 +120,52 @@ class Loader:
             generator = np.random.Generator(np.random.PCG64([self.seed, int(epoch)]))
             self._epoch, self._order = epoch, generator.permutation(len(self.rows))
         return self._order
+
+
+class DeviceLoader:
+    """A Loader's steps on a device. On a GPU the next step's rows are read by a thread while the GPU computes.
+
+    A step travels as one copy of 32-bit ids from page-locked memory, which does not hold up the GPU's queue. There are
+    two such buffers: each is written again two steps later, and a step must have ended before the next but one begins.
+    """
+
+    def __init__(self, loader: Loader, device: "torch.device", ahead: bool | None = None):
+        """ahead: read in a thread; the default is to do so for GPUs, as on CPUs all cores compute."""
+        self.loader, self.device = loader, device
+        self.ahead = device.type == "cuda" if ahead is None else ahead
+        self.buffers: list[torch.Tensor] = []
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
+        self.next: tuple[int, Future] | None = None  # the position that is being read, and its rows
+
+    def step(self, position: int) -> tuple["torch.Tensor", "torch.Tensor", int]:
+        """This rank's (idx, targets) of the step at `position`, int64, and how many of its targets are learned."""
+        if not self.ahead:
+            idx, targets = self.loader.step(position)
+            return idx.to(self.device), targets.to(self.device), self._learned(targets)
+        if self.next is None or self.next[0] != position:
+            self.next = position, self.thread.submit(self._read, position)
+        buffer, learned = self.next[1].result()
+        idx, targets = buffer.to(self.device, non_blocking=True).long()
+        after = position + self.loader.rows_per_step
+        self.next = after, self.thread.submit(self._read, after)
+        return idx, targets, learned
+
+    def _read(self, position: int) -> tuple["torch.Tensor", int]:
+        import torch
+
+        rows = self.loader.step(position)
+        if len(self.buffers) < 2:
+            pinned = self.device.type == "cuda"
+            buffer = torch.empty(2, *rows[0].shape, dtype=torch.int32, pin_memory=pinned)
+        else:
+            buffer = self.buffers.pop(0)
+        self.buffers.append(buffer)
+        for part, ids in zip(buffer, rows, strict=True):
+            part.copy_(ids)
+        return buffer, self._learned(rows[1])
+
+    def _learned(self, targets: "torch.Tensor") -> int:
+        return int((targets >= 0).sum()) if self.loader.rows.masks else targets.numel()
 
 
 def evaluation_batches(

@@ -200,9 +200,15 @@ def choose(model: GPT, tokenizer: Tokenizer, conversations: list[dict], batch_si
         idx = torch.tensor([ids[i] + [tokenizer.bos_id] * (longest - len(ids[i])) for i in batch], device=device)
         last = torch.tensor([len(ids[i]) - 1 for i in batch], device=device)
         hidden = model.hidden(idx)[torch.arange(len(batch), device=device), last]
-        for i, logits in zip(batch, model.logits(hidden).cpu(), strict=True):
-            letters = conversations[i]["letters"]
-            chosen[i] = letters[logits[[letter_token(tokenizer, letter) for letter in letters]].argmax()]
+        letters = [conversations[i]["letters"] for i in batch]
+        most = max(map(len, letters))
+        # Their tokens, the last one again where a question has fewer: argmax takes the first of equals.
+        tokens = [
+            [letter_token(tokenizer, letter) for letter in [*row, *row[-1:] * (most - len(row))]] for row in letters
+        ]
+        best = model.logits(hidden).gather(1, torch.tensor(tokens, device=device)).argmax(1)
+        for i, row, place in zip(batch, letters, best.tolist(), strict=True):
+            chosen[i] = row[place]
     return chosen
 
 

@@ -1,35 +1,118 @@
-"""Causal attention with an optional sliding window, by the kernel that is best on each device."""
+"""Causal attention with an optional sliding window, by the kernel that is best on each device.
+
+Compiled blocks run the back end that GPT.compile_for_training chose among available_backends. Uncompiled calls, whose
+lengths vary, run PyTorch's scaled_dot_product_attention (SDPA) on every device.
+"""
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 BLOCK = 128  # queries whose scores are held at once
+FULL_WINDOW = "sdpa"  # "sdpa" or "flex": what "flex" runs where a window is the whole context
+SDPA_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,  # on Hopper about twice as fast as torch's own FlashAttention 2
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window: int,
+    backend: str = "sdpa",
+    mask: BlockMask | torch.Tensor | None = None,
+) -> torch.Tensor:
     """Self-attention over whole sequences, as in training.
 
     q is (B, T, H, D); k and v are (B, T, K, D), K dividing H; heads of q and k have a norm of at most 1.2·√D. A
     position sees itself and the `window` positions before it. Returns (B, T, H, D); the softmax scale is 1/sqrt(D).
+    backend and its mask (window_mask makes it) count in compiled code alone.
     """
-    T = q.size(1)
-    if q.is_cuda and (flash_attention := _flash_attention_3()):
-        return flash_attention(q, k, v, causal=True, window_size=(window, 0))
+    full = window >= q.size(1) - 1
+    if not torch.compiler.is_compiling():
+        backend, mask = "sdpa", None
+    elif backend == "flex" and full:
+        backend = FULL_WINDOW
+    if backend in FLASH:
+        return FLASH[backend](q, k, v, -1 if full else window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    grouped = q.size(1) != k.size(1)
-    if q.device.type == "cpu" and torch.compiler.is_compiling():
+    if backend == "blocks":
         y = _attention_by_blocks(q, k, v, window)
-    elif window >= T - 1:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    elif q.is_cuda:
-        y = _flex_attention(q, k, v, window, grouped)
+    elif backend == "flex" and mask is not None:
+        y = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
     else:
-        mask = sliding_window_mask(torch.arange(T, device=q.device), torch.arange(T, device=q.device), window)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        y = _sdpa(q, k, v, window, mask)
     return y.transpose(1, 2)
+
+
+@lru_cache(maxsize=8)
+def available_backends(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, ...]:
+    """What compiled blocks can run on a device, the best first. Not yet run on a GPU: the order is a guess.
+
+    flash-attn-4: the package flash-attn-4, on Hopper and Blackwell. flash-attn-3: a kernel of the Hugging Face Hub by
+    the package `kernels`, on Hopper. flash-attn-2: the one in PyTorch. flex: FlexAttention. sdpa: what SDPA prefers.
+    blocks: plain matmuls for CPUs. A package counts only if it runs a small forward and backward.
+    """
+    device = torch.device(device)
+    if device.type == "cpu":
+        return "blocks", "sdpa"
+    if device.type != "cuda":
+        return ("sdpa",)
+    major, half = torch.cuda.get_device_capability(device)[0], dtype in (torch.bfloat16, torch.float16)
+    packages = []
+    if half and major >= 9 and _runs("flash-attn-4", device, dtype):
+        packages.append("flash-attn-4")
+    if half and major == 9 and _load_flash_attention_3() and _runs("flash-attn-3", device, dtype):
+        packages.append("flash-attn-3")
+    return (*packages, "flex", *(["flash-attn-2"] if half and major >= 8 else []), "sdpa")
+
+
+def window_mask(backend: str, T: int, window: int, device: torch.device) -> BlockMask | torch.Tensor | None:
+    """The `mask` of a layer's attention, made once and outside compiled code; None where the back end needs none."""
+    full = window >= T - 1
+    if backend == "flex" and not (full and FULL_WINDOW == "sdpa"):
+        return _block_mask(T, window, str(device))
+    return _boolean_mask(T, window, str(device)) if backend == "sdpa" and not full else None
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)  # autograd can't save tensors that were made in inference mode
+def _block_mask(T: int, window: int, device: str) -> BlockMask:
+    """FlexAttention skips the blocks of keys that a window masks, which SDPA with a mask does not."""
+
+    def visible(batch, head, query, key):
+        return (query >= key) & (query - key <= window)
+
+    return create_block_mask(visible, B=None, H=None, Q_LEN=T, KV_LEN=T, device=device)
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _boolean_mask(T: int, window: int, device: str) -> torch.Tensor:
+    positions = torch.arange(T, device=device)
+    return sliding_window_mask(positions, positions, window)
+
+
+def _sdpa(q, k, v, window: int, mask: torch.Tensor | None) -> torch.Tensor:
+    T, grouped = q.size(2), q.size(1) != k.size(1)
+    if window < T - 1:
+        if mask is None:
+            positions = torch.arange(T, device=q.device)
+            mask = sliding_window_mask(positions, positions, window)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+    if not (q.is_cuda and torch.compiler.is_compiling()):  # cuDNN plans anew for each length
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    with sdpa_kernel(SDPA_ORDER, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 def _attention_by_blocks(q, k, v, window: int) -> torch.Tensor:
@@ -58,31 +141,95 @@ def sliding_window_mask(queries: torch.Tensor, keys: torch.Tensor, window: int) 
     return (distance >= 0) & (distance <= window)
 
 
-@lru_cache(maxsize=1)
-def _flash_attention_3():
-    """FlashAttention 3 (arXiv:2407.08608) on Hopper GPUs when `kernels` is installed, else None. Not yet run."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        return None
+# FlashAttention (arXiv:2407.08608 and its successors): functions of (B, T, H, D) and a window, -1 for none.
+
+
+def _flash_attention_2(q, k, v, window: int) -> torch.Tensor:
+    """The FlashAttention 2 that PyTorch is built with: SDPA has no argument for its windows."""
+    T, left = q.size(1), None if window < 0 else window
+    return torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, T, T, dropout_p=0.0, is_causal=True, return_debug_mask=False, window_size_left=left
+    )[0]
+
+
+FLASH: dict[str, Callable] = {
+    "flash-attn-2": _flash_attention_2,
+    "flash-attn-4": lambda q, k, v, window: flash_attention_4(q, k, v, window)[0],
+}
+
+
+def _load_flash_attention_3() -> bool:
+    """Put the Hub's FlashAttention 3 into FLASH, before anything is compiled; False where it can't be had."""
     try:
         from kernels import get_kernel
-    except ImportError:
-        return None
-    return get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+
+        kernel = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+    except Exception:  # no package, no network, no build for this torch
+        return False
+    FLASH["flash-attn-3"] = lambda q, k, v, window: kernel(q, k, v, causal=True, window_size=(window, 0))
+    return True
 
 
-def _flex_attention(q, k, v, window: int, grouped: bool) -> torch.Tensor:
-    # FlexAttention skips the blocks that a window masks, which SDPA with a mask does not. Not yet run on a GPU.
-    from torch.nn.attention.flex_attention import flex_attention
+@torch.library.custom_op("nanochat_ray::flash_attention_4", mutates_args=())
+def flash_attention_4(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(output, log of the sum of exponentials (B, H, T)). An operator of ours, as torch.compile can't trace theirs."""
+    from flash_attn.cute.interface import _flash_attn_fwd
 
-    block_mask = _sliding_block_mask(q.size(2), window, str(q.device))
-    return flex_attention(q, k, v, block_mask=block_mask, enable_gqa=grouped)
+    return _flash_attn_fwd(q, k, v, causal=True, return_lse=True, **_window_size_4(window))[:2]
 
 
-@lru_cache(maxsize=8)
-def _sliding_block_mask(T: int, window: int, device: str):
-    from torch.nn.attention.flex_attention import create_block_mask
+@torch.library.custom_op("nanochat_ray::flash_attention_4_backward", mutates_args=())
+def flash_attention_4_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    y: torch.Tensor,
+    lse: torch.Tensor,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
 
-    def visible(batch, head, query, key):
-        return (query >= key) & (query - key <= window)
+    return _flash_attn_bwd(q, k, v, y, grad.contiguous(), lse, causal=True, **_window_size_4(window))[:3]
 
-    return create_block_mask(visible, B=None, H=None, Q_LEN=T, KV_LEN=T, device=device)
+
+def _window_size_4(window: int) -> dict[str, int]:
+    return {} if window < 0 else {"window_size_left": window, "window_size_right": 0}
+
+
+@flash_attention_4.register_fake
+def _(q, k, v, window):
+    B, T, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(B, H, T, dtype=torch.float32)
+
+
+@flash_attention_4_backward.register_fake
+def _(grad, q, k, v, y, lse, window):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save_for_backward(ctx, inputs, output) -> None:
+    *qkv, ctx.window = inputs
+    ctx.save_for_backward(*qkv, *output)
+
+
+def _backward(ctx, grad, _):
+    return *flash_attention_4_backward(grad, *ctx.saved_tensors, ctx.window), None
+
+
+flash_attention_4.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+def _runs(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a back end traces, and runs forward and backward: packages may be broken, or not for this GPU."""
+    shapes = (1, 256, 2, 128), (1, 256, 1, 128), (1, 256, 1, 128)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
+            traced = torch.compile(attention, backend="aot_eager", dynamic=False, fullgraph=True)
+            traced(q, k, v, 128, backend).sum().backward()
+    except Exception:
+        return False
+    return True

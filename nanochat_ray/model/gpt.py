@@ -4,14 +4,18 @@ The same module trains and generates. Weights load from nanochat unchanged.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from nanochat_ray.model.attention import attention
+from nanochat_ray.model.attention import attention, available_backends, window_mask
+from nanochat_ray.model.compiling import STATIC, allow_kinds, compile_static
 from nanochat_ray.model.loss import IGNORED, cross_entropy, softcap
 
 SMEAR_CHANNELS = 24  # how many channels of the embedding decide how much of the previous token is mixed in
@@ -81,6 +85,7 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.n_embd, config.head_dim
         self.layer, self.head_dim, self.window = layer, D, config.window_sizes[layer]
+        self.backend = "sdpa"  # of attention in compiled code
         self.c_q = Linear(C, config.n_head * D)
         self.c_k = Linear(C, config.n_kv_head * D)
         self.c_v = Linear(C, config.n_kv_head * D)
@@ -90,7 +95,7 @@ class Attention(nn.Module):
     def project(self, u):
         return self.c_q(u), self.c_k(u), self.c_v(u)
 
-    def forward(self, u, value_embedding, cos, sin, cache):
+    def forward(self, u, value_embedding, cos, sin, cache, mask):
         B, T, _ = u.shape
         q, k, v = (x.view(B, T, -1, self.head_dim) for x in self.project(u))
         if value_embedding is not None:
@@ -99,7 +104,10 @@ class Attention(nn.Module):
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, -1, self.head_dim)
         # QK norm, scaled by 1.2 each: a little sharper than unit vectors would be.
         q, k = 1.2 * norm(rotate(q, cos, sin)), 1.2 * norm(rotate(k, cos, sin))
-        y = attention(q, k, v, self.window) if cache is None else cache.attention(self.layer, q, k, v, self.window)
+        if cache is None:
+            y = attention(q, k, v, self.window, self.backend, mask)
+        else:
+            y = cache.attention(self.layer, q, k, v, self.window)
         return self.c_proj(y.reshape(B, T, -1))
 
 
@@ -119,9 +127,9 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x, x0, resid_lambda, x0_lambda, value_embedding, cos, sin, cache):
-        x = resid_lambda.to(x.dtype) * x + x0_lambda.to(x.dtype) * x0
-        x = x + self.attn(norm(x), value_embedding, cos, sin, cache)
+    def forward(self, x, x0, lambdas, value_embedding, cos, sin, cache, mask):
+        x = lambdas[0].to(x.dtype) * x + lambdas[1].to(x.dtype) * x0
+        x = x + self.attn(norm(x), value_embedding, cos, sin, cache, mask)
         return x + self.mlp(norm(x))
 
 
@@ -199,23 +207,35 @@ class GPT(nn.Module):
         if T > self.cos.size(0):
             raise ValueError(f"input of {T} tokens is longer than {self.cos.size(0)}, the reach of rotary positions")
         positions = slice(0, T) if cache is None else cache.at
-        x = norm(self.transformer.wte(idx))
-        cos = self.cos[positions].unsqueeze(-2).to(x.dtype)
-        sin = self.sin[positions].unsqueeze(-2).to(x.dtype)
-        if cache is None:
-            previous = F.pad(x, (0, 0, 1, -1))
-        else:
-            previous = norm(self.transformer.wte(cache.previous)) * (cache.at > 0).unsqueeze(-1)
-        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
-        x = x + self.smear_lambda.to(x.dtype) * gate * previous
-        x0, x_mid = x, x
+        embedded = self.transformer.wte(idx)
+        cos = self.cos[positions].unsqueeze(-2).to(embedded.dtype)
+        sin = self.sin[positions].unsqueeze(-2).to(embedded.dtype)
+        compiled = self.compiled and cache is None
+        smear, finish = _compiled_ends() if compiled and idx.is_cuda else (GPT.smear, GPT.finish)
+        previous = None if cache is None else norm(self.transformer.wte(cache.previous)) * (cache.at > 0).unsqueeze(-1)
+        x = smear(self, embedded, previous)
+        # A row of 16 bytes for each layer: compiled code copies an argument whose address is a multiple of fewer.
+        lambdas = F.pad(torch.stack([self.resid_lambdas, self.x0_lambdas], dim=1), (0, 2)).unbind()
+        x0, x_mid = x.view_as(x), x  # x0 not the same object as x, which would make another kind of block
         for i, block in enumerate(self.transformer.h):
             value_embedding = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
-            inputs = x, x0, self.resid_lambdas[i], self.x0_lambdas[i], value_embedding, cos, sin, cache
+            mask = window_mask(block.attn.backend, T, block.attn.window, idx.device) if compiled else None
+            inputs = x, x0, lambdas[i], value_embedding, cos, sin, cache, mask
             keeps = not (self.recompute and torch.is_grad_enabled())
             x = block(*inputs) if keeps else checkpoint(block, *inputs, use_reentrant=False)
             if i == self.config.n_layer // 2:
                 x_mid = x
+        return finish(self, x, x_mid)
+
+    def smear(self, embedded: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
+        """Norm, and mix in the previous token's normed embedding; `previous` where it is not the one before in idx."""
+        x = norm(embedded)
+        previous = F.pad(x, (0, 0, 1, -1)) if previous is None else previous
+        gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
+        return x + self.smear_lambda.to(x.dtype) * gate * previous
+
+    def finish(self, x: torch.Tensor, x_mid: torch.Tensor) -> torch.Tensor:
+        """Backout and the last norm."""
         return norm(x - self.backout_lambda.to(x.dtype) * x_mid)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -240,12 +260,29 @@ class GPT(nn.Module):
             return losses.view(targets.shape)
         return total if loss_reduction == "sum" else total / (flat != IGNORED).sum()
 
-    def compile_for_training(self) -> None:
-        """torch.compile what repeats: a kind of block is compiled once, whatever the depth, and so is the loss."""
+    def compile_for_training(self, attention: str | None = None) -> None:
+        """torch.compile what repeats: a kind of block is compiled once, whatever the depth, and so is the loss.
+
+        attention: one of available_backends, by default the first. Raises ValueError for one that is not there.
+        """
+        available = available_backends(self.cos.device, self.compute_dtype)
+        if attention is not None and attention not in available:
+            raise ValueError(f"no attention back end {attention} here: there are {', '.join(available)}")
+        allow_kinds()
         for block in self.transformer.h:
-            # Kinds: with and without value embedding, by window, with and without gradients, and a last, smaller batch.
-            block.compile(dynamic=False, recompile_limit=32)
+            block.attn.backend = attention or available[0]
+            block.compile(**STATIC)
         self.compiled = True
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Within it nothing runs compiled: for inputs of many lengths, each of which would be compiled."""
+        compiled, self.compiled = self.compiled, False
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.compiled = compiled
 
     def convert_to_fp8(self) -> None:
         """The blocks' matmuls in float8 by torchao, forward and backward, on Hopper GPUs and later. Not yet run.
@@ -258,3 +295,9 @@ class GPT(nn.Module):
             return module.in_features % 16 == 0 and module.out_features % 16 == 0
 
         convert_to_float8_training(self.transformer.h, module_filter_fn=divides)
+
+
+@lru_cache(maxsize=1)
+def _compiled_ends():
+    """What comes before and after the blocks, compiled on GPUs, where each small kernel costs a launch."""
+    return compile_static(GPT.smear), compile_static(GPT.finish)

@@ -7,8 +7,11 @@ from functools import lru_cache
 
 import torch
 
+from nanochat_ray.model.compiling import compile_static
+
 LOGIT_SOFTCAP = 15.0
-CHUNK_LOGITS = 2**24  # logits held at once
+CHUNK_LOGITS = 2**24  # logits held at once on a CPU, whose caches they should fit
+GPU_CHUNK_LOGITS = 2**28  # on a GPU, where small chunks would read and write the head's gradient too often
 IGNORED = -1
 
 
@@ -52,7 +55,7 @@ def _chunks(hidden, weight, targets, compiled, grad_hidden=None, grad_weight=Non
     sum_exp, gradient_ = _compiled_passes() if compiled else (_sum_exp, _gradient_)
     weight = weight.to(hidden.dtype)
     losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    size = max(1, CHUNK_LOGITS // len(weight))
+    size = chunk_size(len(weight), hidden.is_cuda)
     for start in range(0, len(hidden), size):
         part = slice(start, start + size)
         x, learned = hidden[part], (targets[part] != IGNORED).unsqueeze(-1)
@@ -65,8 +68,21 @@ def _chunks(hidden, weight, targets, compiled, grad_hidden=None, grad_weight=Non
             gradient_(logits, learned / total)  # from here on: the gradient with respect to the logits
             logits.scatter_(-1, column, logits.gather(-1, column) - (_slope(of_target) * learned).to(logits.dtype))
             torch.mm(logits, weight, out=grad_hidden[part])
-            grad_weight += logits.T @ x
+            _add_product_(grad_weight, logits.T, x)
     return losses
+
+
+def chunk_size(vocab_size: int, on_gpu: bool) -> int:
+    """Tokens whose logits are held at once."""
+    return max(1, (GPU_CHUNK_LOGITS if on_gpu else CHUNK_LOGITS) // vocab_size)
+
+
+def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """total += a @ b. On a GPU the matmul itself adds in fp32, with no product in bf16 between. Not yet run there."""
+    if total.is_cuda and total.dtype != a.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
 
 
 # No maximum is subtracted before exp: capped logits are at most 15, so exp(capped − 15) neither overflows nor, summed
@@ -90,4 +106,4 @@ def _slope(logits: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def _compiled_passes():
-    return torch.compile(_sum_exp, dynamic=False), torch.compile(_gradient_, dynamic=False)
+    return compile_static(_sum_exp), compile_static(_gradient_)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from nanochat_ray.model.compiling import compile_static
 from nanochat_ray.model.gpt import GPT
 
 # Coefficients of five Polar Express steps (arXiv:2505.16932), safety factor 1.01.
@@ -115,11 +116,16 @@ class MuonAdamW(torch.optim.Optimizer):
         self.rank = dist.get_rank() if self.distributed else 0
         self.world_size = dist.get_world_size() if self.distributed else 1
         self.shards = [shard for group in self.param_groups for shard in self._shards(group)]
-        on_cuda = self.param_groups[0]["params"][0].is_cuda
-        # Compiled on GPUs, where scalars that change are tensors, or each new rate would be a new program. Not yet run.
-        self._adamw = torch.compile(adamw_update) if on_cuda else adamw_update
-        self._muon = torch.compile(muon_update) if on_cuda else muon_update
-        self._scalar = torch.tensor if on_cuda else float
+        self._adamw, self._muon, self._scalar = adamw_update, muon_update, float
+        if self.param_groups[0]["params"][0].is_cuda:
+            self.compile_updates()
+
+    def compile_updates(self, **options) -> None:
+        """Compile the updates for each shape, as on GPUs: scalars that change are then tensors, or each new rate would
+        be another program. options: of torch.compile. Not yet run."""
+        self._adamw = compile_static(adamw_update, **options)
+        self._muon = compile_static(muon_update, **options)
+        self._scalar = torch.tensor
 
     def _shards(self, group: dict) -> list["Shard"]:
         named = list(zip(group["param_names"], group["params"], strict=True))
@@ -129,6 +135,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:
+        """Update all parameters. Takes their gradients: each is None afterwards, which frees memory for the next."""
         # All reductions start at once; each shard is updated as its gradient arrives, while later ones still travel.
         for shard in self.shards:
             shard.start_reduce()
@@ -182,51 +189,71 @@ class Shard:
         self.chunk = self.length if self.replicated else math.ceil(self.length / world_size)
         self.start = 0 if self.replicated else rank * self.chunk
         self.stop = min(self.start + self.chunk, self.length)
+        self.sent: torch.Tensor | None = None  # kept while it travels
         self._state: dict[str, torch.Tensor] = {}
 
-    def _whole(self, tensors: list[torch.Tensor]) -> torch.Tensor:
-        """All of the shard's tensors along axis 0, padded so that every rank's chunk has the same size."""
-        whole = torch.stack(tensors) if self.stacked else tensors[0]
-        padding = 0 if self.replicated else self.chunk * self.world_size - self.length
-        return torch.cat([whole, whole.new_zeros(padding, *whole.shape[1:])]) if padding else whole
+    def _rows(self, tensors: list[torch.Tensor], start: int, stop: int) -> torch.Tensor:
+        """Rows of the shard's tensors along axis 0, with zeros for those past the end."""
+        end = min(stop, self.length)
+        if not self.stacked:
+            rows = tensors[0][start:end]
+        elif start < end:
+            rows = torch.stack(tensors[start:end])
+        else:
+            rows = tensors[0].new_empty(0, *tensors[0].shape)
+        padding = stop - start - len(rows)
+        return torch.cat([rows, rows.new_zeros(padding, *rows.shape[1:])]) if padding else rows
 
     def start_reduce(self) -> None:
         if missing := [name for name, p in self.params.items() if p.grad is None]:
             raise RuntimeError(f"no gradient for {missing[0]}: call backward before step")
-        self.grad = self._whole([p.grad for p in self.params.values()])
         self.work = None
         if self.world_size == 1:
             return
+        everything = self.length if self.replicated else self.chunk * self.world_size
+        self.grad = self._take_gradients(0, everything)
+        # gloo has no mean
+        self.averages = dist.get_backend() == "nccl"
+        op = dist.ReduceOp.AVG if self.averages else dist.ReduceOp.SUM
         if self.replicated:
-            self.work = dist.all_reduce(self.grad, async_op=True)
+            self.work = dist.all_reduce(self.grad, op, async_op=True)
         else:
-            sent, self.grad = self.grad.contiguous(), self.grad.new_empty(self.chunk, *self.grad.shape[1:])
-            self.work = dist.reduce_scatter_tensor(self.grad, sent, async_op=True)
+            self.sent, self.grad = self.grad.contiguous(), self.grad.new_empty(self.chunk, *self.grad.shape[1:])
+            self.work = dist.reduce_scatter_tensor(self.grad, self.sent, op, async_op=True)
+
+    def _take_gradients(self, start: int, stop: int) -> torch.Tensor:
+        gradients = self._rows([p.grad for p in self.params.values()], start, stop)
+        for p in self.params.values():
+            p.grad = None
+        return gradients
 
     def finish_reduce(self) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's rows of the parameters, to be updated in place, and their mean gradient."""
         if self.work is not None:
             self.work.wait()
-            self.grad = self.grad / self.world_size  # gloo has no mean
-        params = [p.detach() for p in self.params.values()]
-        if self.world_size == 1:
-            return (torch.stack(params) if self.stacked else params[0]), self.grad
-        whole = self._whole(params)
-        return whole[self.start : self.start + self.chunk], self.grad
+            self.sent = None
+            self.grad = self.grad if self.averages else self.grad / self.world_size
+        else:
+            self.grad = self._take_gradients(0, self.length)
+        return self._rows([p.detach() for p in self.params.values()], self.start, self.start + self.chunk), self.grad
 
     def start_gather(self, p: torch.Tensor) -> None:
         self.grad, self.work, self.gathered = None, None, p
-        if self.world_size > 1 and not self.replicated:
+        if self.world_size == 1:
+            self.finish_gather()  # at once, so that no two stacks are held
+        elif not self.replicated:
             self.gathered = p.new_empty(self.chunk * self.world_size, *p.shape[1:])
             self.work = dist.all_gather_into_tensor(self.gathered, p.contiguous(), async_op=True)
 
     def finish_gather(self) -> None:
+        if self.gathered is None:
+            return
         if self.work is not None:
             self.work.wait()
-        parts = self.gathered.unbind(0) if self.stacked else [self.gathered[: self.length]]
-        for p, new in zip(self.params.values(), parts, strict=False):  # padding has no parameter
-            if p.data_ptr() != new.data_ptr():
-                p.detach().copy_(new)
+        params = [p.detach() for p in self.params.values()]
+        parts = self.gathered.unbind(0)[: self.length] if self.stacked else [self.gathered[: self.length]]
+        if params[0].data_ptr() != parts[0].data_ptr():  # else updated in place
+            torch._foreach_copy_(params, list(parts))
         self.gathered = None
 
     def state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:

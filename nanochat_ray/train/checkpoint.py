@@ -50,7 +50,8 @@ def compute_dtype(dtype: torch.dtype | str | None, device: torch.device | str) -
 class Writer:
     """Writes a run's checkpoints, one at a time, while training goes on. Every rank has one, and writes its part.
 
-    start copies the state to host memory, and a thread writes the copy. finish ends what start began: when the parts
+    start copies the state to host memory, and a thread writes the copy; wait_for_copies comes before the state changes
+    again. finish ends what start began: when the parts
     of all ranks are on disk, rank 0 writes meta.json; when one could not be written, none is kept.
     """
 
@@ -58,6 +59,7 @@ class Writer:
         self.run_dir, self.tokenizer = run_dir, tokenizer
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self.copies = HostCopies()
         self.part: Future | None = None  # this rank's files of the checkpoint that start began
 
     def start(
@@ -72,15 +74,21 @@ class Writer:
         if optimizer is not None:
             state = optimizer.shard_state()
             first_rows = json.dumps({key: row for key, (row, _) in state.items()})
-            tensors = {key: _snapshot(value) for key, (_, value) in state.items()}
+            tensors = {key: value for key, (_, value) in state.items()}
             files[f"optimizer_{self.rank:05d}.safetensors"] = tensors, {"first_rows": first_rows}
         if self.rank == 0:
-            weights = {name: _snapshot(p) for name, p in model.named_parameters()}
-            files["model.safetensors"] = weights, {"format": "pt"}
-        self.part = self.thread.submit(self._write, self.folder, files, flush)
+            files["model.safetensors"] = dict(model.named_parameters()), {"format": "pt"}
+        copied, arrived = self.copies.take({name: tensors for name, (tensors, _) in files.items()})
+        files = {name: (copied[name], metadata) for name, (_, metadata) in files.items()}
+        self.part = self.thread.submit(self._write, self.folder, files, flush, arrived)
 
-    def _write(self, folder: str, files: dict, flush: Callable[[], None] | None) -> dict:
+    def wait_for_copies(self) -> None:
+        """Call it before what start copies is changed: a GPU does not go on before it has been copied."""
+        self.copies.hold()
+
+    def _write(self, folder: str, files: dict, flush: Callable[[], None] | None, arrived: Callable[[], None]) -> dict:
         """What meta.json says of this rank's files."""
+        arrived()
         if self.rank == 0 and storage.exists(storage.join(folder, "meta.json")):
             storage.remove(storage.join(folder, "meta.json"))  # of a damaged one: its other files are replaced now
         entries = {name: _write_tensors(storage.join(folder, name), *content) for name, content in files.items()}
@@ -146,19 +154,52 @@ def _gather(value) -> list:
     return values
 
 
-def _snapshot(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+class HostCopies:
+    """Copies of tensors in host memory, of what they hold when they are taken.
+
+    Those of a GPU travel on a stream of their own while it computes on, into page-locked buffers that are kept for the
+    next time. Not yet run on a GPU.
+    """
+
+    def __init__(self):
+        self.buffers: dict[tuple[str, str], torch.Tensor] = {}
+        self.stream: torch.cuda.Stream | None = None
+        self.event: torch.cuda.Event | None = None  # the newest copies have arrived
+
+    def take(self, files: dict[str, dict[str, torch.Tensor]]) -> tuple[dict, Callable[[], None]]:
+        """(copies, a function that waits until they have arrived). They are valid until the next call."""
+        named = {(file, name): t.detach() for file, tensors in files.items() for name, t in tensors.items()}
+        device = next((t.device for t in named.values() if t.is_cuda), None)
+        if device is None:
+            return {file: {name: named[file, name].clone() for name in files[file]} for file in files}, lambda: None
+        self.stream = self.stream or torch.cuda.Stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))  # for the step before, which changes them
+        with torch.cuda.stream(self.stream):
+            for key, tensor in named.items():
+                if key not in self.buffers:
+                    self.buffers[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+                self.buffers[key].copy_(tensor, non_blocking=True)
+            self.event = torch.cuda.Event(blocking=True)
+            self.event.record()
+        copies = {file: {name: self.buffers[file, name] for name in files[file]} for file in files}
+        return copies, self.event.synchronize
+
+    def hold(self) -> None:
+        """Let the work that is queued on the GPU from here on wait for the copies."""
+        if self.event is not None:
+            torch.cuda.current_stream(self.stream.device).wait_event(self.event)
+            self.event = None
 
 
 def _write_tensors(uri: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict:
-    """Write fp32 tensors as safetensors, whole or not at all; returns {size, sha256}.
+    """Write tensors in fp32 as safetensors, whole or not at all; returns {size, sha256}.
 
     Not by safetensors' own save_file, as this hashes what it writes without reading it again, and says which disk is
     full. The format: the header's length (8 bytes, little endian), the header as JSON, then the tensors' bytes.
     """
     header, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
+        begin, end = end, end + 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # so that the tensors are aligned
@@ -166,7 +207,7 @@ def _write_tensors(uri: str, tensors: dict[str, torch.Tensor], metadata: dict[st
     with storage.writing(uri) as f:
         for piece in (len(encoded).to_bytes(8, "little"), encoded, *tensors.values()):
             if isinstance(piece, torch.Tensor):
-                piece = piece.reshape(-1).view(torch.uint8).numpy().data
+                piece = piece.float().reshape(-1).view(torch.uint8).numpy().data  # one in fp32 at a time
             f.write(piece)
             sha256.update(piece)
     return {"size": size, "sha256": sha256.hexdigest()}
@@ -276,9 +317,10 @@ def load_model(
     """
     folder = resolve_checkpoint(folder)
     meta = read_meta(folder)
-    model = GPT(GPTConfig(**meta["model_config"]))
+    with torch.device(device):
+        model = GPT(GPTConfig(**meta["model_config"]))
     load_weights(model, folder)
-    model.to(device).set_compute_dtype(compute_dtype(dtype, device))
+    model.set_compute_dtype(compute_dtype(dtype, device))
     return model.eval(), Tokenizer.load(folder), meta
 
 

@@ -1,6 +1,8 @@
 """The driver's side of training: start the workers, show how far they are, and stop them cleanly."""
 
+import importlib.util
 import json
+import math
 import os
 import signal
 import subprocess
@@ -14,25 +16,26 @@ from dataclasses import asdict, dataclass, replace
 import ray
 import ray.train
 import ray.train.torch
+import torch
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import PreemptingState, ResizingState
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray import storage
+from nanochat_ray.model.gpt import GPTConfig
 from nanochat_ray.train import checkpoint, network
 from nanochat_ray.train.loop import Measurement, TrainConfig, train_loop_per_worker
+from nanochat_ray.train.plan import GPU_SHARE, MAX_TOKENS_PER_CPU, gpu_memory, rows_that_fit
 
 MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
 RESIZE_SECONDS = 60.0  # between looks at whether a returned node lets a run have more workers again
 SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
-WORKER_ENV = {
-    # glibc gives large blocks back to the kernel and gets them again, page by page, at every step: let it keep them.
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1",
-    # A GPU's blocks grow in place rather than leave gaps. Not yet run.
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+# glibc gives large blocks back to the kernel and gets them again, page by page, at every step: let it keep them.
+CPU_WORKER_ENV = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1"
 }
-MAX_TOKENS_PER_GPU = 2**15  # in one forward pass: fits depth 24 in 80 GB
-MAX_TOKENS_PER_CPU = 2**12  # the activations of more would not stay in the cache
+# A GPU's blocks of memory grow in place rather than leave gaps. Not yet run.
+GPU_WORKER_ENV = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 @ray.remote(num_cpus=0)
@@ -168,7 +171,8 @@ def train(
 
     Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. workers: at most, see
     scaling_config. Raises ValueError when there are more workers than rows in a step, when the loss diverged, when the
-    last checkpoint could not be written, or when workers fail again and again.
+    last checkpoint could not be written, when fp8 is asked for without torchao, or when workers fail again and again;
+    OSError when they can't be started, as when they don't reach each other.
 
     Signals are for this process. Ray ends its workers by SIGTERM itself: one that gets it dies as if it was killed.
     """
@@ -176,6 +180,8 @@ def train(
     if done and checkpoint.read_meta(done)["step"] == c.num_iterations:
         print(f"{c.stage}: nothing to do, {c.run_dir} is finished", flush=True)
         return _result(c)
+    if c.fp8 and importlib.util.find_spec("torchao") is None:
+        raise ValueError("fp8 needs torchao: pip install 'nanochat-ray[gpu]', or leave --fp8 out")
     scaling = scaling_config(workers, elastic=report is None)
     c = replace(c, device_batch_size=device_batch_size(c, scaling))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -195,6 +201,8 @@ def train(
         thread.start()
         show_progress(thread, monitor, c, report)
     if failure:
+        if isinstance(failure[0], ray.train.ControllerError) and not report:
+            raise OSError(f"workers could not be started: {str(failure[0]).strip().splitlines()[-1]}") from failure[0]
         raise failure[0]
     last = ray.get(monitor.read_outcome.remote())
     if last["error"]:
@@ -211,7 +219,7 @@ def run_config(run_dir: str, max_failures: int = 0, callbacks: Sequence = ()) ->
         failure_config=ray.train.FailureConfig(max_failures=max_failures),
         callbacks=list(callbacks),
         logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-        worker_runtime_env={"env_vars": WORKER_ENV},
+        worker_runtime_env={"env_vars": GPU_WORKER_ENV if ray.cluster_resources().get("GPU") else CPU_WORKER_ENV},
     )
 
 
@@ -222,7 +230,11 @@ def _result(c: TrainConfig) -> TrainResult:
 
 
 def device_batch_size(c: TrainConfig, scaling: ray.train.ScalingConfig) -> int:
-    """The most rows of one forward pass: those asked for, else as many as MAX_TOKENS allow."""
+    """The most rows of one forward pass: those asked for, else on GPUs as many as fit by the memory plan.
+
+    On CPUs it does not depend on the memory, of which there is more or less from one start to the next: a resumed run
+    should add up in the same order.
+    """
     T = c.model["sequence_len"]
     rows, left = divmod(c.total_batch_size, T)
     if left or rows < scaling.max_workers:
@@ -230,7 +242,41 @@ def device_batch_size(c: TrainConfig, scaling: ray.train.ScalingConfig) -> int:
             f"a batch of {c.total_batch_size} tokens is not whole rows of {T}, one at least for each of "
             f"{scaling.max_workers} workers"
         )
-    return c.device_batch_size or max(1, (MAX_TOKENS_PER_GPU if scaling.use_gpu else MAX_TOKENS_PER_CPU) // T)
+    if c.device_batch_size:
+        return c.device_batch_size
+    if not scaling.use_gpu:
+        return max(1, MAX_TOKENS_PER_CPU // T)
+    dtype = worker_dtype(c.dtype, scaling)
+    memory = GPU_SHARE * smallest_gpu()
+    most = rows // scaling.max_workers
+    return rows_that_fit(GPTConfig(**c.model), most, scaling.max_workers, False, dtype, memory, c.recompute)
+
+
+def worker_dtype(dtype: str | None, scaling: ray.train.ScalingConfig) -> torch.dtype:
+    """The compute dtype of workers, asked for on a driver that may have no GPU itself."""
+    return torch.bfloat16 if scaling.use_gpu and dtype is None else checkpoint.compute_dtype(dtype, "cpu")
+
+
+def smallest_gpu() -> float:
+    """Bytes of the cluster's smallest GPU: as its nodes say, else by its kind, else inf."""
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    sizes = []
+    for node in nodes:
+        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        kinds = [key.partition(":")[2] for key in node["Resources"] if key.startswith("accelerator_type:")]
+        try:
+            sizes.append(ray.get(_gpu_bytes.options(scheduling_strategy=here).remote(), timeout=60))
+        except (ray.exceptions.RayError, OSError, ValueError, subprocess.SubprocessError):
+            sizes += map(gpu_memory, kinds)
+    return min(sizes, default=math.inf)
+
+
+@ray.remote(num_cpus=0)
+def _gpu_bytes() -> int:
+    """Of this node's smallest GPU, by the driver's tool: a task that takes a GPU would wait until one is free."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    return min(int(line) for line in told.split()) * 2**20
 
 
 def _fit(trainer: ray.train.torch.TorchTrainer, failure: list[BaseException]) -> None:

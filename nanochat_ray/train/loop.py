@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from nanochat_ray import storage
-from nanochat_ray.data.loader import Loader, Rows, evaluation_batches
+from nanochat_ray.data.loader import DeviceLoader, Loader, Rows, evaluation_batches
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.kv_cache import cache_bytes
@@ -117,7 +117,7 @@ class Worker:
     tokenizer: Tokenizer
     model: GPT
     optimizer: MuonAdamW
-    loader: Loader
+    loader: DeviceLoader
     val_rows: Rows
     progress: Progress
     resumed: bool
@@ -133,6 +133,11 @@ class Worker:
             compiles = self.device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
         if compiles:
             self.model.compile_for_training()
+
+    @property
+    def attention(self) -> str:
+        """The back end that compiled blocks run."""
+        return self.model.transformer.h[0].attn.backend
 
 
 def train_loop_per_worker(config: dict) -> None:
@@ -156,6 +161,8 @@ def run(c: TrainConfig, monitor, measurement: Measurement | None) -> None:
     log = MetricsLog(c.run_dir, asdict(c), progress.step) if worker.rank == 0 else None
     if log and worker.resumed:
         monitor.say.remote(f"going on from step {progress.step}, workers: {worker.world_size}")
+    if log and worker.device.type == "cuda":
+        monitor.say.remote(f"attention by {worker.attention}, at most {c.device_batch_size} rows in a forward pass")
     error = None
     try:
         train(worker, monitor, log)
@@ -223,7 +230,8 @@ def start(c: TrainConfig) -> Worker:
     rank, world_size = context.get_world_rank(), context.get_world_size()
 
     torch.manual_seed(c.seed)  # the same weights on every rank
-    model = GPT(GPTConfig(**c.model)).to(device)
+    with device:  # a CPU would take long to fill a large model
+        model = GPT(GPTConfig(**c.model))
     model.init_weights()
     resume_from = checkpoint.latest_checkpoint(c.run_dir) if rank == 0 else None
     if rank == 0:
@@ -249,7 +257,7 @@ def start(c: TrainConfig) -> Worker:
         tokenizer=tokenizer,
         model=model,
         optimizer=optimizer,
-        loader=loader,
+        loader=DeviceLoader(loader, device),
         val_rows=Rows(storage.join(c.rows, "val")),
         progress=progress,
         resumed=resume_from is not None,
@@ -279,13 +287,15 @@ def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, str | None]:
     Ends a checkpoint, too, when this step finds that every rank has written its part.
     """
     c, progress = worker.config, worker.progress
-    synchronize(worker.device)
+    if worker.device.type == "cuda":
+        torch.cuda.current_stream(worker.device).synchronize()  # not for a checkpoint's copies, which have their own
+        torch.cuda.reset_peak_memory_stats(worker.device)  # evaluations and samples don't count in a step's peak
     began = time.perf_counter()
     answer = monitor.request.remote() if worker.rank == 0 else None
     set_rates(worker.optimizer, c, progress.step)
     loss_sum, count = forward_backward(worker)
+    worker.writer.wait_for_copies()  # the optimizer overwrites what a checkpoint may be copying still
     worker.optimizer.step()
-    worker.model.zero_grad(set_to_none=True)
     request = float(REQUESTS.index(ray.get(answer))) if answer else 0.0
     written = float(worker.writer.written())
     loss_sum, request, written = all_reduce(worker, [loss_sum.item(), request, written])
@@ -304,7 +314,7 @@ def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, str | None]:
         "train/dt": seconds,
         "train/tok_per_sec": c.total_batch_size / seconds,
         "train/mfu": c.flops_per_token * c.total_batch_size / seconds / peak,
-        "train/epoch": worker.loader.epoch(progress.position),
+        "train/epoch": worker.loader.loader.epoch(progress.position),
         "train/position": position,  # rows that all ranks consumed before this step
         "train/world_size": worker.world_size,
         "train/peak_memory_mb": peak_memory_mb(worker.device),
@@ -329,15 +339,13 @@ def forward_backward(worker: Worker) -> tuple[torch.Tensor, float]:
     """
     c = worker.config
     with torch.profiler.record_function("data"):
-        idx, targets = worker.loader.step(worker.progress.position)
+        idx, targets, learned = worker.loader.step(worker.progress.position)
     count = float(c.total_batch_size)
-    if worker.loader.rows.masks:
-        count = max(all_reduce(worker, [(targets >= 0).sum().item()])[0], 1.0)
+    if worker.loader.loader.rows.masks:
+        count = max(all_reduce(worker, [learned])[0], 1.0)
     loss_sum = torch.zeros((), device=worker.device)
     parts = math.ceil(len(idx) / c.device_batch_size)
-    micro_batches = zip(idx.tensor_split(parts), targets.tensor_split(parts), strict=True)
-    for x, y in micro_batches:
-        x, y = x.to(worker.device, non_blocking=True), y.to(worker.device, non_blocking=True)
+    for x, y in zip(idx.tensor_split(parts), targets.tensor_split(parts), strict=True):
         loss = worker.model(x, y, loss_reduction="sum")
         (loss * (worker.world_size / count)).backward()  # the optimizer takes the mean over ranks
         loss_sum += loss.detach()
@@ -364,15 +372,11 @@ def metrics_of(worker: Worker) -> dict:
     }
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def start_save(worker: Worker, log: MetricsLog | None) -> None:
     """Begin a checkpoint of where the run stands; it is written while training goes on."""
     c, progress = worker.config, worker.progress
-    if not all(p.sum().isfinite() for p in worker.model.parameters()):
+    sums = torch.stack([p.detach().sum().float() for p in worker.model.parameters()])
+    if not sums.isfinite().all():
         raise Diverged(f"weights are not finite after step {progress.step}: look at the data, or lower the rates")
     meta = {
         "stage": c.stage,
@@ -395,7 +399,7 @@ def finish_save(worker: Worker, monitor) -> str | None:
 
 def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
     """Log what the run's Measurement gives. It takes no training time: only train_step counts."""
-    with torch.compiler.set_stance("force_eager"):  # every prompt would be another shape to compile
+    with worker.model.uncompiled():  # every prompt would be another shape to compile
         measured = worker.measurement.measure(worker.model, worker.tokenizer)
     if log:
         log.log(metrics_of(worker) | measured)
@@ -404,21 +408,28 @@ def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
 
 
 def write_samples(worker: Worker, monitor) -> None:
-    """Greedy continuations into samples.md, the newest last."""
+    """Greedy continuations into samples.md, the newest last. Training goes on without them if that fails."""
+    try:
+        lines = [f"## step {worker.progress.step}", "", *sample(worker)]
+        uri = storage.join(worker.config.run_dir, "samples.md")
+        before = storage.read_text(uri) if storage.exists(uri) and worker.progress.step else ""
+        before = before.partition(lines[0] + "\n")[0]  # a resumed run writes these again
+        storage.write_bytes(uri, (before + "\n".join(lines) + "\n\n").encode())
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        monitor.say.remote(f"samples of step {worker.progress.step} are not written: {why}")
+
+
+def sample(worker: Worker) -> list[str]:
+    """A line for each of the run's prompts."""
     model, prompts, tokens = worker.model, worker.config.prompts, 24
     length = max(map(len, prompts)) + tokens  # training needs the rest of the memory
     room = cache_bytes(model.config, len(prompts), length, model.compute_dtype.itemsize)
     engine = Engine(model, worker.tokenizer, len(prompts), room)
-    with torch.compiler.set_stance("force_eager"):  # every prompt and every token would be another shape to compile
+    with model.uncompiled():  # every prompt and every token would be another shape to compile
         completions = engine.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0))
-    lines = [f"## step {worker.progress.step}", ""]
+    lines = []
     for prompt, completion in zip(prompts, completions, strict=True):
         text = worker.tokenizer.decode(prompt[1:]) + "**" + worker.tokenizer.decode(completion.tokens) + "**"
         lines.append("- " + " ".join(text.split()))
-    uri = storage.join(worker.config.run_dir, "samples.md")
-    before = storage.read_text(uri) if storage.exists(uri) and worker.progress.step else ""
-    before = before.partition(lines[0] + "\n")[0]  # a resumed run writes these again
-    try:
-        storage.write_bytes(uri, (before + "\n".join(lines) + "\n\n").encode())
-    except OSError as error:  # no reason to end a run
-        monitor.say.remote(f"samples of step {worker.progress.step} are not written: {error}")
+    return lines

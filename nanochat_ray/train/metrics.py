@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import resource
 import tempfile
 import threading
@@ -15,33 +16,36 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from nanochat_ray import storage
 from nanochat_ray.model.gpt import GPT
 
-# Dense bf16 FLOP/s of one device, from the vendors' data sheets; matched as a part of the device's name.
+# Dense FLOP/s of one device in bf16 and, where known, in fp32 without TF32, from the vendors' data sheets; by a word of
+# the device's name.
 PEAK_FLOPS = {
-    "B200": 2.25e15,
-    "GB200": 2.5e15,
-    "H200": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "4090": 165e12,
-    "5090": 209e12,
+    "GB200": (2.5e15, 80e12),
+    "B200": (2.25e15, 75e12),
+    "GH200": (989e12, 67e12),
+    "H200": (989e12, 67e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "L40S": (362e12, 91.6e12),
+    "L4": (121e12, 30.3e12),
+    "A10G": (70e12, math.nan),
+    "4090": (165e12, 82.6e12),
+    "5090": (209e12, 104.8e12),
 }
 
 
-def gpu_peak_flops(name: str) -> float:
-    """Peak bf16 FLOP/s of a GPU by (part of) its name. Raises ValueError for one that is not in the table."""
-    matches = [key for key in PEAK_FLOPS if key.lower() in name.lower()]
+def gpu_peak_flops(name: str, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Peak FLOP/s of a GPU by (words of) its name. Raises ValueError for one that is not in the table."""
+    matches = [key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name, re.IGNORECASE)]
     if not matches:
         raise ValueError(f"no peak FLOP/s known for GPU {name!r}: known are {', '.join(PEAK_FLOPS)}")
-    return PEAK_FLOPS[max(matches, key=len)]
+    return PEAK_FLOPS[max(matches, key=len)][dtype == torch.float32]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -51,7 +55,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """
     if device.type == "cuda":
         try:
-            return gpu_peak_flops(torch.cuda.get_device_name(device))
+            return gpu_peak_flops(torch.cuda.get_device_name(device), dtype)
         except ValueError:
             return math.nan
     a, b = torch.randn(2, 2048, 2048, dtype=dtype)
@@ -64,7 +68,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak device memory on CUDA, peak resident memory of this process on a CPU."""
+    """Peak device memory on CUDA since the step began, peak resident memory of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -80,7 +84,11 @@ def bits_per_byte(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor
     device = model.lm_head.weight.device
     length = torch.as_tensor(token_bytes, dtype=torch.float64, device=device)
     nats, count = torch.zeros(2, dtype=torch.float64, device=device)
+    rows = 0
     for idx, targets in batches:
+        rows = rows or len(idx)
+        missing = (0, 0, 0, max(rows - len(idx), 0))  # the last batch is filled up: its size would be compiled apart
+        idx, targets = F.pad(idx, missing), F.pad(targets, missing, value=-1)
         idx, targets = idx.to(device), targets.to(device)
         losses = model(idx, targets, loss_reduction="none").double()
         n_bytes = torch.where(targets >= 0, length[targets.clamp(min=0)], 0)

@@ -1,5 +1,6 @@
 """What a depth decides, before a GPU is rented: sizes, horizon, rates, memory, time and cost."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,13 +9,19 @@ from rich.table import Table
 
 from nanochat_ray.model.attention import BLOCK
 from nanochat_ray.model.gpt import GPTConfig
-from nanochat_ray.model.loss import CHUNK_LOGITS
-from nanochat_ray.model.scaling import RunPlan, plan_run
+from nanochat_ray.model.loss import chunk_size
+from nanochat_ray.model.scaling import RunPlan, param_counts, plan_run
 from nanochat_ray.train.checkpoint import compute_dtype
-from nanochat_ray.train.launch import MAX_TOKENS_PER_CPU, MAX_TOKENS_PER_GPU
 from nanochat_ray.train.metrics import gpu_peak_flops, peak_flops
 
+MAX_TOKENS_PER_GPU = 2**15  # in one forward pass: more would not make it more efficient
+MAX_TOKENS_PER_CPU = 2**12  # the activations of more would not stay in the cache
 PROCESS_BYTES = 900 * 2**20  # Python, torch, Ray and what compiling leaves behind
+CONTEXT_BYTES = 2**30  # of a GPU: CUDA context, cuBLAS's and cuDNN's workspaces, compiled kernels
+NCCL_BYTES = 2**30  # its buffers, where there are several workers
+# What CUDA can give of each GPU, in GiB: less than the name says, as vendors count in GB and keep some.
+GPU_GIB = {"B200": 178, "H200": 139, "H100": 79, "A100-80G": 79, "A100": 39, "L40S": 44, "L4": 22, "A10G": 22}
+GPU_SHARE = 0.9  # of that memory, which the plan may fill: it is right to some 10 %
 
 
 @dataclass
@@ -39,7 +46,7 @@ class PlanOptions:
     head_dim: int = 128
     window_pattern: str = "SSSL"
     device_batch_size: int | None = None
-    """Rows in one forward pass of a GPU; the default is what pretrain would take."""
+    """Rows in one forward pass of a worker; the default is what pretrain would take."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +68,16 @@ def run(options: PlanOptions) -> Prediction:
         target_flops=options.target_flops,
     )
     workers = max(1, options.gpus)
-    most = MAX_TOKENS_PER_GPU if options.gpus else MAX_TOKENS_PER_CPU
-    rows = options.device_batch_size or max(1, most // options.sequence_len)
-    rows = min(rows, max(1, plan.total_batch_size // (options.sequence_len * workers)))
     dtype = torch.bfloat16 if options.gpus and options.dtype is None else compute_dtype(options.dtype, "cpu")
-    peak = gpu_peak_flops(options.gpu) if options.gpus else peak_flops(torch.device("cpu"), dtype)
+    most = max(1, plan.total_batch_size // (options.sequence_len * workers))
+    memory = GPU_SHARE * gpu_memory(options.gpu) if options.gpus else math.inf
+    rows = min(most, options.device_batch_size or most)
+    if options.device_batch_size is None:
+        rows = rows_that_fit(plan.config, most, workers, not options.gpus, dtype, memory, recompute=False)
+    peak = gpu_peak_flops(options.gpu, dtype) if options.gpus else peak_flops(torch.device("cpu"), dtype)
     seconds = plan.total_flops / (workers * peak * options.mfu)
     prediction = Prediction(
-        memory=predict_memory(plan, workers, rows, not options.gpus, dtype),
+        memory=predict_memory(plan.config, workers, rows, not options.gpus, dtype),
         seconds=seconds,
         dollars=seconds / 3600 * options.gpus * options.dollars_per_gpu_hour,
     )
@@ -76,30 +85,57 @@ def run(options: PlanOptions) -> Prediction:
     return prediction
 
 
-def predict_memory(plan: RunPlan, world_size: int, rows: int, on_cpu: bool, dtype: torch.dtype) -> dict[str, float]:
+def predict_memory(
+    config: GPTConfig, world_size: int, rows: int, on_cpu: bool, dtype: torch.dtype, recompute: bool = False
+) -> dict[str, float]:
     """Peak bytes of a worker by part, with rows of T tokens in each forward pass; on a CPU of the whole process.
 
     Activations count what autograd keeps of a compiled block, and the gradients of one block, as numbers a channel:
     on a GPU about 20 are kept (residual, norms, q, k, v before and after rotation, attention's output, the MLP's two
-    hidden layers of 4 each). On a CPU also attention's weights, for the blocks of keys that a query's block sees, and
-    copies that its matmuls take, and a tenth more for gaps between blocks of memory.
+    hidden layers of 4 each), and the matrices in the compute dtype. On a CPU also attention's weights, for the blocks
+    of keys that a query's block sees, and copies that its matmuls take, and a tenth more for gaps between blocks of
+    memory. A GPU's optimizer uses the memory of the activations again: its copies count as far as they exceed those.
     """
-    counts, tokens, size = plan.param_counts, rows * plan.config.sequence_len, dtype.itemsize
-    embeddings = counts["wte"] + counts["value_embeds"]
+    counts, tokens, size = param_counts(config), rows * config.sequence_len, dtype.itemsize
+    embeddings, matrices = counts["wte"] + counts["value_embeds"], counts["transformer_matrices"]
     masters = counts["total"] - embeddings
-    adamw = counts["total"] - counts["transformer_matrices"]
-    chunk = min(CHUNK_LOGITS, tokens * plan.config.vocab_size)
-    stack = 4 * plan.depth * plan.n_embd**2  # the largest that Muon updates at once, the MLPs' matrices
-    kept = [20 + on_cpu * (6 + 1.3 * seen / plan.head_dim) for seen in visible_keys(plan.config)]
-    return {
+    chunk = min(chunk_size(config.vocab_size, not on_cpu), tokens) * config.vocab_size
+    stack = 4 * config.n_layer * config.n_embd**2  # the largest that Muon updates at once, the MLPs' matrices
+    kept = [20 + on_cpu * (6 + 1.3 * seen / config.head_dim) for seen in visible_keys(config)]
+    channels = (len(kept) + max(kept) if recompute else sum(kept)) + 50
+    parts = {
         "weights": 4 * masters + size * embeddings,
         "gradients": 4 * masters + size * embeddings,
-        "optimizer shard": (4 * counts["transformer_matrices"] + 8 * adamw) / world_size,
+        "optimizer shard": (4 * matrices + 8 * (counts["total"] - matrices)) / world_size,
         "optimizer's copies": 32 * stack / world_size,
-        "activations": (1.1 if on_cpu else 1) * size * plan.n_embd * tokens * (sum(kept) + 50),
+        "activations": (1.1 if on_cpu else 1) * size * config.n_embd * tokens * channels,
         "logits": size * chunk + (size + 4) * counts["lm_head"],  # of a chunk, with the head's gradient beside it
-        "process": PROCESS_BYTES if on_cpu else 0,
+        "process": PROCESS_BYTES,
     }
+    if not on_cpu:
+        parts["activations"] += size * matrices * (size < 4)
+        if world_size > 1:  # the reduced gradients of this rank's shards
+            parts["optimizer's copies"] += (4 * masters + size * embeddings) / world_size
+        reused = parts["activations"] + parts["logits"]
+        parts["optimizer's copies"] = max(0, parts["optimizer's copies"] - reused)
+        parts["process"] = CONTEXT_BYTES + NCCL_BYTES * (world_size > 1)
+    return parts
+
+
+def gpu_memory(kind: str) -> float:
+    """Bytes of a GPU by its kind, as Ray or the options name it; inf for one that is not in the table."""
+    kind = kind.upper()
+    return GPU_GIB.get(kind, GPU_GIB.get(kind.partition("-")[0], math.inf)) * 2**30
+
+
+def rows_that_fit(
+    config: GPTConfig, rows: int, world_size: int, on_cpu: bool, dtype: torch.dtype, memory: float, recompute: bool
+) -> int:
+    """Rows of a forward pass: at most `rows` and MAX_TOKENS, halved until the memory plan fits; one at least."""
+    rows = max(1, min(rows, (MAX_TOKENS_PER_CPU if on_cpu else MAX_TOKENS_PER_GPU) // config.sequence_len))
+    while rows > 1 and sum(predict_memory(config, world_size, rows, on_cpu, dtype, recompute).values()) > memory:
+        rows //= 2
+    return rows
 
 
 def visible_keys(config: GPTConfig) -> list[float]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanochat_ray.data.loader import Loader, Rows, evaluation_batches, write_rows
+from nanochat_ray.data.loader import DeviceLoader, Loader, Rows, evaluation_batches, write_rows
 
 T, FILES = 6, (7, 0, 11, 5)
 N = sum(FILES)
@@ -121,3 +121,24 @@ def test_what_is_wrong_is_named(folder, tmp_path):
         f.truncate(100)
     with pytest.raises(ValueError, match=r"rows_00002\.arrow is not a file of rows"):
         Rows(str(folder))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_read_ahead_are_those_of_the_loader(folder, masked):
+    """As on a GPU: a thread reads the next step into one of two buffers. The position may jump."""
+    if masked:
+        for i, tokens in enumerate(Rows(str(folder)).tokens):
+            write_rows(folder / f"rows_{i:05d}.arrow", np.array(tokens), tokens % 3 > 0)
+    loader = Loader(Rows(str(folder)), 4, 1, 2)
+    ahead, plain = (DeviceLoader(loader, torch.device("cpu"), ahead) for ahead in (True, False))
+    buffers = set()
+    for position in (0, 4, 8, 12, 16, 4, 8):
+        idx, targets, learned = ahead.step(position)
+        assert ahead.next[0] == position + 4  # is being read already
+        buffers |= {buffer.data_ptr() for buffer in ahead.buffers}
+        expected = plain.step(position)
+        assert idx.dtype == targets.dtype == torch.int64
+        assert torch.equal(idx, expected[0]) and torch.equal(targets, expected[1])
+        assert learned == expected[2] == ((targets >= 0).sum() if masked else targets.numel())
+    ahead.next[1].result()
+    assert len(ahead.buffers) == 2 and ahead.buffers[0].dtype == torch.int32

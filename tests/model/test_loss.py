@@ -47,3 +47,15 @@ def test_softcap_is_fifteen_tanh_of_a_fifteenth():
     x = torch.linspace(-200, 200, 4001)
     torch.testing.assert_close(loss.softcap(x), 15 * torch.tanh(x / 15), atol=4e-6, rtol=0)
     assert loss.softcap(x.bfloat16()).dtype == torch.float32
+
+
+def test_chunks_of_a_micro_batch_on_a_gpu_are_few():
+    """Each reads and writes the fp32 gradient of the head: a chunk of a CPU's size would make it 64 times."""
+    tokens = vocab_size = 32768
+    assert tokens // loss.chunk_size(vocab_size, on_gpu=True) == 4
+    assert tokens // loss.chunk_size(vocab_size, on_gpu=False) == 64
+
+
+def test_the_heads_gradient_is_summed_by_an_overload_that_exists():
+    arguments = {a.name for a in torch.ops.aten.addmm.dtype_out._schema.arguments}
+    assert {"self", "mat1", "mat2", "out_dtype", "out"} <= arguments

@@ -1,8 +1,11 @@
+import copy
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.compiling import MOST_KINDS
+from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import build_optimizer, orthogonalize
 
 
@@ -75,3 +78,65 @@ def test_orthogonalize_makes_singular_values_about_one(shape):
     torch.manual_seed(0)
     singular_values = torch.linalg.svdvals(orthogonalize(torch.randn(shape), torch.float32))
     assert 0.85 < singular_values.min() and singular_values.max() < 1.15
+
+
+def train_step(model, optimizer, step):
+    """With rates that change, as they do at every step."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * (step + 1) / 6
+        if group["kind"] == "muon":
+            group["momentum"], group["weight_decay"] = 0.85 + 0.02 * step, 0.2 * (1 - step / 6)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+def test_compiled_updates_make_no_new_graphs_after_the_first_step():
+    """As on a GPU, by a compiler that runs the graphs as they are."""
+    graphs = []
+
+    def keep(graph_module, _):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(128, 512, 2, 2, 2, 64, "SL"))
+    model.init_weights()
+    model.set_compute_dtype(torch.bfloat16)
+    plain, compiled = copy.deepcopy(model), model
+    optimizer = build(compiled)
+    optimizer.compile_updates(backend=keep)
+    torch.manual_seed(1)
+    train_step(compiled, optimizer, 0)
+    first = len(graphs)
+    for step in range(1, 4):
+        train_step(compiled, optimizer, step)
+    assert 8 < first < MOST_KINDS and len(graphs) == first
+    for graph in graphs:  # shapes are constants
+        assert not [
+            n for n in graph.graph.nodes if n.op == "placeholder" and "Sym" in type(n.meta["example_value"]).__name__
+        ]
+    optimizer = build(plain)
+    torch.manual_seed(1)
+    for step in range(4):
+        train_step(plain, optimizer, step)
+    for (name, p), q in zip(compiled.named_parameters(), plain.parameters(), strict=True):
+        assert (p.float() - q.float()).abs().max() < 0.02, name  # scalars are rounded to fp32, tables to bf16
+    torch._dynamo.reset()
+
+
+def test_gradients_are_given_up_as_they_are_used(reference_model):
+    """So that a GPU never holds the stacks of all groups beside the gradients that they were made of."""
+    optimizer, held = build(reference_model), []
+    update = optimizer._muon
+
+    def spy(p, grad, *state, **options):
+        held.append(sum(q.grad is not None for q in reference_model.transformer.h.parameters()))
+        update(p, grad, *state, **options)
+
+    optimizer._muon = spy
+    reference_gradients(reference_model, 0)
+    optimizer.step()
+    assert held == sorted(held, reverse=True) and held[0] > held[-1] == 0
+    assert all(p.grad is None for p in reference_model.parameters())

@@ -2,6 +2,7 @@ import json
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -137,3 +138,68 @@ def test_files_that_an_unfinished_save_left_are_not_read(trained, tmp_path):
     before = {key: value.clone() for key, (_, value) in optimizer.shard_state().items()}
     checkpoint.load_optimizer(optimizer, folder)
     assert all(torch.equal(before[key], value) for key, (_, value) in optimizer.shard_state().items())
+
+
+class OnGpu(torch.Tensor):
+    """A CPU's tensor that says it is a GPU's."""
+
+    is_cuda = property(lambda self: True)
+
+
+@pytest.fixture
+def gpu_calls(monkeypatch):
+    """The calls of streams and events, in order, without a GPU."""
+    calls = []
+
+    class Stream:
+        def __init__(self, device):
+            self.device = device
+
+        def wait_stream(self, other):
+            calls.append("copies wait for the step before")
+
+        def wait_event(self, event):
+            calls.append("training waits for the copies")
+
+    class Event:
+        def __init__(self, blocking):
+            assert blocking  # the thread that writes sleeps meanwhile
+
+        def record(self):
+            calls.append("copied")
+
+        def synchronize(self):
+            calls.append("writing begins")
+
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, dtype, pin_memory: empty(*shape, dtype=dtype))
+    for name, fake in {"Stream": Stream, "Event": Event, "current_stream": Stream, "stream": nullcontext}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return calls
+
+
+def test_copies_from_a_gpu_are_waited_for_by_who_writes_and_by_the_optimizer(gpu_calls):
+    table = torch.randn(4, 8).bfloat16().as_subclass(OnGpu)
+    step = torch.zeros(1)  # what AdamW counts is on the CPU
+    copies = checkpoint.HostCopies()
+    files, arrived = copies.take({"a": {"table": table, "step": step}})
+    arrived()
+    copies.hold()
+    copies.hold()  # only the first update after a save has to wait
+    assert gpu_calls == [
+        "copies wait for the step before", "copied", "writing begins", "training waits for the copies"
+    ]  # fmt: skip
+    assert torch.equal(files["a"]["table"], table) and files["a"]["table"].dtype == torch.bfloat16
+    addresses = [t.data_ptr() for t in files["a"].values()]
+    table.mul_(2)
+    again, _ = copies.take({"a": {"table": table, "step": step + 1}})
+    assert [t.data_ptr() for t in again["a"].values()] == addresses  # page-locking is slow: once is enough
+    assert torch.equal(again["a"]["table"], table) and again["a"]["step"] == 1
+
+
+def test_tables_in_bf16_are_written_in_fp32(tmp_path):
+    table, matrix = torch.randn(4, 8).bfloat16(), torch.randn(8, 4).T
+    checkpoint._write_tensors(str(tmp_path / "x.safetensors"), {"table": table, "matrix": matrix}, {"format": "pt"})
+    written = load_file(tmp_path / "x.safetensors")
+    assert written["table"].dtype == torch.float32
+    assert torch.equal(written["table"], table.float()) and torch.equal(written["matrix"], matrix)

@@ -1,6 +1,10 @@
-import pytest
+import math
 
-from nanochat_ray.train.plan import PlanOptions, run
+import pytest
+import torch
+
+from nanochat_ray.model.scaling import plan_run
+from nanochat_ray.train.plan import PlanOptions, gpu_memory, predict_memory, rows_that_fit, run
 
 
 def test_the_time_of_a_known_run_is_predicted(capsys):
@@ -33,3 +37,42 @@ def test_a_plan_for_this_machines_cpus(capsys):
     wider = run(PlanOptions(gpus=0, device_batch_size=32, dtype="bfloat16", **shape | {"vocab_size": 65536}))
     assert wider.memory["activations"] == full.memory["activations"]
     assert wider.memory["logits"] - full.memory["logits"] < 0.5e9
+
+
+def memory_of(depth, workers=1, rows=16, on_cpu=False, dtype=torch.bfloat16, **more):
+    return predict_memory(plan_run(depth).config, workers, rows, on_cpu, dtype, **more)
+
+
+def test_on_a_gpu_the_optimizer_uses_the_memory_of_the_activations_again():
+    assert memory_of(24)["optimizer's copies"] == 0
+    few = memory_of(24, rows=1)
+    copies = 32 * 4 * 24 * 1536**2
+    assert few["optimizer's copies"] == copies - few["activations"] - few["logits"] > 0
+    assert memory_of(24, on_cpu=True)["optimizer's copies"] == copies
+
+
+def test_a_gpus_plan_counts_its_context_and_the_matrices_that_blocks_save_in_bf16():
+    assert memory_of(12)["process"] == 2**30 and memory_of(12, workers=2)["process"] == 2**31
+    saved = memory_of(12)["activations"] - memory_of(12, dtype=torch.float32)["activations"] / 2
+    assert saved == 2 * plan_run(12).param_counts["transformer_matrices"]
+    assert memory_of(12, recompute=True)["activations"] < 0.5 * memory_of(12)["activations"]
+
+
+def test_rows_are_halved_until_they_fit():
+    """Depth 24 is known to fit an 80 GB card with 16 rows, and depth 26 not to."""
+    config = {depth: plan_run(depth).config for depth in (12, 24, 26)}
+
+    def fit(depth, gib, rows=999, **more):
+        options = {"on_cpu": False, "dtype": torch.bfloat16, "recompute": False} | more
+        return rows_that_fit(config[depth], rows, 1, memory=gib * 2**30, **options)
+
+    assert fit(24, 0.9 * 79) == 16 and fit(26, 0.9 * 79) == 8
+    assert fit(26, 0.9 * 79, recompute=True) == fit(26, math.inf) == 16
+    assert fit(26, 1) == 1 and fit(12, math.inf, rows=3) == 3
+    assert fit(12, math.inf, on_cpu=True) == 2
+
+
+def test_a_gpu_has_less_memory_than_its_name_says():
+    assert gpu_memory("H100") == 79 * 2**30 and gpu_memory("h200") == 139 * 2**30
+    assert gpu_memory("A100-80G") == 79 * 2**30 and gpu_memory("A100-40G") == gpu_memory("A100") == 39 * 2**30
+    assert gpu_memory("Abacus") == math.inf

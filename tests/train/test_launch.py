@@ -1,0 +1,61 @@
+"""What the driver decides before workers start."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import ray
+
+from nanochat_ray.model.scaling import plan_run
+from nanochat_ray.train import launch
+from nanochat_ray.train.launch import device_batch_size, run_config, train
+
+
+def config_of(depth, **changes):
+    plan = plan_run(depth)
+    defaults = {"run_dir": "", "fp8": False, "dtype": None, "recompute": False, "device_batch_size": None}
+    return SimpleNamespace(
+        **defaults | {"model": vars(plan.config), "total_batch_size": plan.total_batch_size} | changes
+    )
+
+
+@pytest.mark.parametrize(
+    ("depth", "gib", "rows"), [(12, 79, 16), (24, 79, 16), (26, 79, 8), (26, 139, 16), (12, 22, 16)]
+)
+def test_on_gpus_the_device_batch_is_what_fits(depth, gib, rows, monkeypatch):
+    monkeypatch.setattr(launch, "smallest_gpu", lambda: gib * 2**30)
+    scaling = ray.train.ScalingConfig(num_workers=1, use_gpu=True)
+    assert device_batch_size(config_of(depth), scaling) == rows
+    assert device_batch_size(config_of(depth, device_batch_size=3), scaling) == 3
+
+
+def test_the_device_batch_of_cpus_does_not_follow_their_memory():
+    assert device_batch_size(config_of(24), ray.train.ScalingConfig(num_workers=1)) == 2
+
+
+def test_fp8_without_torchao_ends_on_one_line_before_anything_starts(monkeypatch):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(launch.checkpoint, "latest_checkpoint", lambda run_dir: None)
+    with pytest.raises(ValueError, match=r"fp8 needs torchao: pip install 'nanochat-ray\[gpu\]'") as raised:
+        train(config_of(12, fp8=True), None)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("gpus", [0, 4])
+def test_malloc_is_tuned_for_cpu_workers_alone(gpus, monkeypatch, tmp_path):
+    monkeypatch.setattr(launch.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    names = set(run_config(str(tmp_path)).worker_runtime_env["env_vars"])
+    assert names == ({"PYTORCH_CUDA_ALLOC_CONF"} if gpus else {"GLIBC_TUNABLES"})
+
+
+def test_a_gpus_memory_is_asked_of_its_node_or_known_by_its_kind(ray_session, monkeypatch):
+    """This machine has no nvidia-smi, or none that finds a GPU."""
+    (node,) = (node for node in ray.nodes() if node["Alive"])
+    gpus = {"GPU": 2.0, "accelerator_type:H200": 1.0}
+    monkeypatch.setattr(launch.ray, "nodes", lambda: [node | {"Resources": gpus}])
+    assert launch.smallest_gpu() == 139 * 2**30
+    told = ray.remote(num_cpus=0)(lambda: 5 * 2**30)
+    monkeypatch.setattr(launch, "_gpu_bytes", told)
+    assert launch.smallest_gpu() == 5 * 2**30
+    monkeypatch.setattr(launch.ray, "nodes", lambda: [node])
+    assert launch.smallest_gpu() == math.inf

@@ -103,20 +103,25 @@ CHECKS = (
 )
 
 
+def function_of(check: Check) -> Callable[..., None]:
+    """Imported when the check runs, as Ray and the service take seconds to import."""
+    module, function = check.function.split(".")
+    return getattr(importlib.import_module(f"benchmarks.{module}"), function)
+
+
 def main() -> None:
     name, file, *flags = sys.argv[1:]
     tiny = "--tiny" in flags
     if tiny:
         torch.compiler.set_stance("force_eager")  # compiling takes longer than all that it would speed up
     check = next(check for check in CHECKS if check.name == name)
-    module, function = check.function.split(".")
 
     def report(**figures) -> None:
         print(figures, flush=True)
         with open(file, "a") as f:
             f.write(json.dumps(figures) + "\n")
 
-    getattr(importlib.import_module(f"benchmarks.{module}"), function)(report, tiny, **check.arguments)
+    function_of(check)(report, tiny, **check.arguments)
 
 
 if __name__ == "__main__":

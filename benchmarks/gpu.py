@@ -31,7 +31,7 @@ from rich.table import Table
 from benchmarks.gpu_checks import CHECKS, Check
 from nanochat_ray.cli import one_line_errors
 
-TINY_LIMIT = 120  # seconds of a check with --tiny
+TINY_LIMIT = 240  # seconds of a check with --tiny
 GRACE = 2  # a check may take this many times its usual seconds
 
 

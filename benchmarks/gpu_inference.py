@@ -1,6 +1,9 @@
 """Decoding and prefill of the engine alone: share of memory bandwidth, MFU, and transformers' generate beside it."""
 
+import math
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 
 import torch
@@ -8,6 +11,7 @@ import torch
 from benchmarks.gpu_checks import Report
 from benchmarks.gpu_training import DTYPE, copy_bandwidth, device_of, free_memory, now, plan_of
 from nanochat_ray.inference.engine import Engine
+from nanochat_ray.inference.kv_cache import cache_bytes
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.scaling import RunPlan
@@ -40,19 +44,39 @@ def decode(report: Report, tiny: bool, depth: int) -> None:
     transformers = transformers_speed(plan, device, batches, new)
     report(transformers=transformers)
     free_memory()
-    engine = Engine(build(plan.config, device), None, max(batches))
-    report(without_graphs={batch: decode_speed(engine, batch, new) for batch in batches})
+    kv_bytes = cache_bytes(plan.config, max(batches), 2 * (PROMPT + new), DTYPE.itemsize)
+    engine = Engine(build(plan.config, device), None, max(batches), kv_bytes)
+    with no_graphs(device):
+        report(without_graphs=decode_speeds(engine, batches, new))
     began = now(device)
     engine.compile()
     report(compile_seconds=now(device) - began)
-    for batch in batches:
-        decode_speed(engine, batch, 4)  # whatever happens once for this batch size happens here
-    speed = {batch: decode_speed(engine, batch, new) for batch in batches}
+    speed = decode_speeds(engine, batches, new)
     weights = DTYPE.itemsize * (plan.param_counts["transformer_matrices"] + plan.param_counts["lm_head"])
     report(with_graphs=speed, ms_per_token=1e3 / speed[1], bandwidth_share=weights * speed[1] / bandwidth)
     ratios = {batch: speed[batch] / transformers[batch] for batch in transformers}
     if ratios:
         report(over_transformers=ratios, least_over_transformers=min(ratios.values()))
+
+
+@contextmanager
+def no_graphs(device: torch.device) -> Iterator[None]:
+    """Within it an engine on a GPU captures no graph of its own accord."""
+    if device.type == "cpu":
+        yield
+        return
+    from nanochat_ray.inference import gpu_runner
+
+    before, gpu_runner.EAGER_STEPS = gpu_runner.EAGER_STEPS, math.inf
+    yield
+    gpu_runner.EAGER_STEPS = before
+
+
+def decode_speeds(engine: Engine, batches: tuple[int, ...], new: int) -> dict[int, float]:
+    """Tokens a second by batch size. The first few of each size, which compile kernels, are not counted."""
+    for batch in batches:
+        decode_speed(engine, batch, 4)
+    return {batch: decode_speed(engine, batch, new) for batch in batches}
 
 
 def decode_speed(engine: Engine, batch: int, new: int) -> float:

@@ -1,5 +1,6 @@
 """Training without Ray, and what the machine can do at most: speed, memory, attention back ends, fp8."""
 
+import gc
 import time
 
 import torch
@@ -167,22 +168,20 @@ def train(report: Report, tiny: bool, depth: int, rows: int, compare_attention: 
 
 def free_memory() -> None:
     torch._dynamo.reset()
+    gc.collect()
     torch.cuda.empty_cache()
 
 
 def memory(plan: RunPlan, rows: int, device: torch.device) -> dict[str, float]:
     """Peak bytes of tensors beside the plan's, less what the plan counts for the process itself."""
-    if device.type == "cpu":
-        return {}
-    predicted = predict_memory(plan, 1, rows, False, DTYPE)
-    tensors = sum(predicted.values()) - predicted.get("process", 0)
-    peak = torch.cuda.max_memory_allocated()
-    return {
-        "peak_gib": peak / 2**30,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-        "plan_gib": tensors / 2**30,
-        "memory_over_plan": peak / tensors,
-    }
+    predicted = predict_memory(plan.config, 1, rows, False, DTYPE)
+    tensors = sum(predicted.values()) - predicted["process"]
+    figures = {"plan_gib": tensors / 2**30}
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+        figures |= {"peak_gib": peak / 2**30, "reserved_gib": torch.cuda.max_memory_reserved() / 2**30}
+        figures["memory_over_plan"] = peak / tensors
+    return figures
 
 
 def fp8(report: Report, tiny: bool, depth: int, rows: int, steps: int) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -15,18 +16,22 @@ GREEDY = SamplingParams(max_tokens=40, temperature=0)
 LENGTHS = (1, 31, 32, 33, 100, 250)  # of prompts: up to several pages of 32 tokens and beyond the window of 128
 
 
-@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.gpu)], ids=["eager", "graphs"])
-def make_engine(request, device):
-    """Engines as they start, and as compile leaves them; compiling for a CPU has tests of its own."""
+@pytest.fixture(params=["eager", *(pytest.param(p, marks=pytest.mark.gpu) for p in ("graphs", "graphs midway"))])
+def make_engine(request, device, monkeypatch):
+    """Engines without CUDA graphs, with all of them captured first, and with each captured at its size's third step."""
+    if device.type == "cpu" and request.param != "eager":
+        pytest.skip("a CPU has no CUDA graphs")
+    if device.type == "cuda":
+        monkeypatch.setattr(
+            "nanochat_ray.inference.gpu_runner.EAGER_STEPS", 3 if request.param == "graphs midway" else math.inf
+        )
 
     def make(model, *arguments, **options) -> Engine:
         engine = Engine(model, *arguments, **options)
-        if request.param:
+        if request.param == "graphs":
             engine.compile()
         return engine
 
-    if request.param and device.type == "cpu":
-        pytest.skip("a CPU has no CUDA graphs")
     return make
 
 

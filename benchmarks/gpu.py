@@ -32,6 +32,7 @@ from benchmarks.gpu_checks import CHECKS, Check
 from nanochat_ray.cli import one_line_errors
 
 TINY_LIMIT = 240  # seconds of a check with --tiny
+TINY_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # tiny matmuls gain nothing from more threads
 GRACE = 2  # a check may take this many times its usual seconds
 
 
@@ -86,7 +87,7 @@ def measure(check: Check, limit: float, options: Options) -> dict:
     with tempfile.TemporaryDirectory() as folder, open(log, "w") as out:
         figures = Path(folder) / "figures.jsonl"
         command = [sys.executable, "-m", "benchmarks.gpu_checks", check.name, str(figures)]
-        environment = os.environ | ({"CUDA_VISIBLE_DEVICES": ""} if options.tiny else {})
+        environment = os.environ | (TINY_ENVIRONMENT if options.tiny else {})
         command += ["--tiny"] if options.tiny else []
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
         try:

@@ -52,7 +52,7 @@ def test_results(file: Path) -> dict:
 def speedrun(report: Report, tiny: bool) -> None:
     """The main job on docstrings. A training worker is killed when half of the steps are made."""
     with tempfile.TemporaryDirectory() as home:
-        options = ["--preset", "cpu", "--source", "pydocs", "--run", "check", "--minutes", "0.05" if tiny else "1"]
+        options = ["--preset", "cpu", "--source", "pydocs", "--run", "check", "--minutes", "0.1" if tiny else "1"]
         options += ["--depth", "1"] if tiny else []
         environment = os.environ | {"NANOCHAT_RAY_HOME": home, "WANDB_MODE": "disabled"}
         run_dir, began = Path(home) / "runs" / "check", time.perf_counter()

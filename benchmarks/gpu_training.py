@@ -156,8 +156,11 @@ def train(report: Report, tiny: bool, depth: int, rows: int, compare_attention: 
         rows //= 2
         free_memory()
     report(rows=rows, **figures, **memory(plan, rows, device))
-    backends = {}
-    for name in available_backends(device) if compare_attention else ():
+    if not compare_attention:
+        return
+    default, *others = available_backends(device, DTYPE)
+    backends = {default: figures}
+    for name in others:
         free_memory()
         try:
             backends[name] = measure_speed(Trainer(plan, device, rows, attention=name), steps=1)

@@ -45,6 +45,8 @@ class Options:
     seq: int = 2048
     dtype: str | None = None
     clients: int = 32
+    max_batch_size: int = 32
+    """Answers that the service generates at once."""
     prompt: int = 64
     """Tokens of each prompt."""
     new: int = 128
@@ -80,6 +82,7 @@ class Service:
         command = [sys.executable, "-m", "nanochat_ray.cli", "serve", "--checkpoint", checkpoint, "--port", str(port)]
         command += [] if options.compile else ["--no-compile"]
         command += ["--dtype", options.dtype] if options.dtype else []
+        command += ["--max-batch-size", str(options.max_batch_size)]
         self.process = subprocess.Popen(command, env=os.environ | {"NANOCHAT_RAY_HOME": home})
         while self.metric("compiled") < options.compile:
             if self.process.poll() is not None:
@@ -113,10 +116,14 @@ class Service:
             command += [f"--{name.replace('_', '-')}", str(value)]
         return command
 
-    def load(self, **load) -> dict:
-        """What serving.load_test measures. Raises OSError when an answer failed."""
+    def measure(self, **load) -> dict:
+        """What serving.load_test measures."""
         out = subprocess.run(self.command(**load), stdout=subprocess.PIPE, check=True, text=True).stdout
-        result = json.loads(out.splitlines()[-1])
+        return json.loads(out.splitlines()[-1])
+
+    def load(self, **load) -> dict:
+        """The same. Raises OSError when an answer failed."""
+        result = self.measure(**load)
         if result["failed"]:
             raise OSError(f"{result['failed']} requests failed: {result['errors']}")
         return result

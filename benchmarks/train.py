@@ -87,9 +87,14 @@ def write_inputs(folder: Path, options: Options, plan: RunPlan) -> tuple[str, st
         (folder / "rows" / split).mkdir(parents=True)
         rows = random.integers(options.vocab, size=(n, options.seq + 1)).astype(np.uint32)
         write_rows(folder / "rows" / split / "rows_00000.arrow", rows)
-    tokens = {bytes([i]) if i < 256 else b"%x" % i: i for i in range(options.vocab - len(SPECIAL_TOKENS))}
-    Tokenizer(tokens).save(str(folder / "tokenizer"))
+    tokenizer_of_size(options.vocab).save(str(folder / "tokenizer"))
     return str(folder / "rows"), str(folder / "tokenizer")
+
+
+def tokenizer_of_size(vocab_size: int) -> Tokenizer:
+    """All bytes, then made-up tokens."""
+    tokens = (bytes([i]) if i < 256 else b"%x" % i for i in range(vocab_size - len(SPECIAL_TOKENS)))
+    return Tokenizer({token: rank for rank, token in enumerate(tokens)})
 
 
 def run(options: Options) -> dict:

@@ -18,6 +18,19 @@ def pytest_collection_modifyitems(items):
     """Files with the most slow tests first, so that two processes have enough to share at the end."""
     slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path])
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="torch sees no CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    """A test that takes it runs on a CPU, and again on a GPU. Matmuls in fp32 don't use TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield torch.device(request.param)
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The GPU's forwards, in Triton's interpreter on CPU tensors: fp32 alone, as its bf16 matmuls are wrong."""
+"""The GPU's forwards, on a GPU or in Triton's interpreter: in fp32, as the interpreter's bf16 matmuls are wrong."""
 
 import pytest
 import torch
@@ -10,31 +10,29 @@ from nanochat_ray.inference.model_runner import ModelRunner
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT, GPTConfig
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, tests/gpu run the kernels themselves")
-
 
 @pytest.fixture(autouse=True)
-def gpu_runner(monkeypatch):
+def gpu_runner(monkeypatch, kernel_device):
     """Engines run the GPU's forwards."""
-    pytest.importorskip("triton")
     from nanochat_ray.inference.gpu_runner import GPURunner
 
     monkeypatch.setattr(engine_module, "runner_of", lambda model: GPURunner)
 
 
-@pytest.fixture(scope="module")
-def small():
+@pytest.fixture
+def small(kernel_device):
     """Random weights, grouped heads, windows of 128 and 160, value embeddings. Small: one program takes a ms here."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(160, 300, n_layer=2, n_head=2, n_kv_head=1, n_embd=48, window_pattern="SL"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.4)
-    return model
+    return model.to(kernel_device)
 
 
-def test_greedy_equals_nanochats(reference):
+def test_greedy_equals_nanochats(reference, kernel_device):
     model, cases = reference
+    model.to(kernel_device)
     prompts = [case["prompt"] for case in cases[:3]]
     completions = Engine(model, None, 3, chunk=30).generate(prompts, SamplingParams(max_tokens=5, temperature=0))
     assert [c.tokens for c in completions] == [case["greedy"][:5] for case in cases[:3]]
@@ -48,12 +46,15 @@ def test_logits_are_those_of_a_full_forward(small, random_prompts):
         while engine.busy:
             engine.step()
         with torch.no_grad():
-            logits = small(torch.tensor([prompt + sequence.tokens]))[0, len(prompt) - 1 : -1]
+            logits = small(torch.tensor([prompt + sequence.tokens], device=small.cos.device))[
+                0, len(prompt) - 1 : -1
+            ].cpu()
         assert sequence.tokens == logits.argmax(-1).tolist()
         own = [logprob for logprob, _ in sequence.logprobs]
         torch.testing.assert_close(torch.tensor(own), logits.log_softmax(-1).amax(-1), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_answers_are_the_cpus_whoever_comes_and_goes(small, random_prompts, monkeypatch):
     """With so few pages that sequences are preempted."""
     kinds = [{"temperature": 0}, {"top_k": 7}, {"top_p": 0.6}, {"top_k": 40, "top_p": 0.8}, {"min_p": 0.1}]
@@ -70,6 +71,7 @@ def test_answers_are_the_cpus_whoever_comes_and_goes(small, random_prompts, monk
         engine.step()
     assert engine.manager.used_pages == 0
     assert engine.scheduler.preemptions > 0
+    small.to("cpu")
     monkeypatch.setattr(engine_module, "runner_of", lambda model: ModelRunner)
     for sequence, (prompt, params) in zip(sequences, asked, strict=True):
         [expected] = Engine(small, None, 1).generate([prompt], params)

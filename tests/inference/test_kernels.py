@@ -1,4 +1,4 @@
-"""The GPU engine's kernels: in Triton's interpreter on CPU tensors, and compiled for Hopper. Engines on them are in
+"""The GPU engine's kernels: on a GPU or in Triton's interpreter, and compiled for Hopper. Engines on them are in
 test_gpu_runner.py."""
 
 import json
@@ -45,34 +45,33 @@ def drawn_by_kernel(raw: torch.Tensor, V: int, params: list[SamplingParams], key
 
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("V", [300, 5000])  # a block, and several of them
-def test_drawing_is_that_of_sample(V, ties):
+def test_drawing_is_that_of_sample(kernel_device, V, ties):
     torch.manual_seed(0)
     for trial in range(4):
         raw = torch.randn(len(PARAMS), V + 20) * 3
-        raw = raw.round() if ties else raw
+        raw = (raw.round() if ties else raw).to(kernel_device)
         keys = np.array([[trial, 0, row] for row in range(len(PARAMS))], dtype=np.uint64)
         logits, drawn = drawn_by_kernel(raw, V, PARAMS, keys)
         expected = softcap(raw[:, :V])
         torch.testing.assert_close(logits, expected)
-        assert drawn == sample(expected, Controls(PARAMS, V), keys).tolist()
+        assert drawn == sample(expected, Controls(PARAMS, V, kernel_device), keys).tolist()
 
 
-def test_a_token_without_a_weight_is_never_drawn():
+def test_a_token_without_a_weight_is_never_drawn(kernel_device):
     """The last chance below 1 reaches the end of the running sum, where rounding decides."""
-    raw = torch.full((1, 300), -40.0)
+    raw = torch.full((1, 300), -40.0, device=kernel_device)
     raw[0, 7], raw[0, 100] = 3.0, 3.0
-    columns = [torch.tensor([x]) for x in (1.0, 1 - 2**-24, 1.0, 0.0)]
-    drawn = torch.full((1,), -1, dtype=torch.int32)
-    temperature, chance, top_p, min_p = columns
-    top_k = torch.tensor([2], dtype=torch.int32)
-    kernels.sample(raw, 290, temperature, chance, top_k, top_p, min_p, torch.empty(1, 290), drawn)
+    drawn, top_k = (torch.tensor([x], dtype=torch.int32, device=kernel_device) for x in (-1, 2))
+    temperature, chance, top_p, min_p = (torch.tensor([x], device=kernel_device) for x in (1.0, 1 - 2**-24, 1.0, 0.0))
+    logits = torch.empty(1, 290, device=kernel_device)
+    kernels.sample(raw, 290, temperature, chance, top_k, top_p, min_p, logits, drawn)
     assert drawn.tolist() == [100]
 
 
-def test_mixing_norms_and_squares_are_the_models():
+def test_mixing_norms_and_squares_are_the_models(kernel_device):
     torch.manual_seed(0)
-    x, y, x0 = torch.randn(3, 3, 48)
-    weights = torch.tensor([1.1, 0.2])
+    x, y, x0 = torch.randn(3, 3, 48).to(kernel_device)
+    weights = torch.tensor([1.1, 0.2], device=kernel_device)
     for added, mixed in ((None, None), (y, None), (None, x0), (y, x0)):
         expected = x if added is None else x + added
         expected = expected if mixed is None else 1.1 * expected + 0.2 * mixed
@@ -80,7 +79,7 @@ def test_mixing_norms_and_squares_are_the_models():
         u = kernels.mix_norm(inside, added, mixed, weights)
         torch.testing.assert_close(inside, expected)
         torch.testing.assert_close(u, F.rms_norm(expected, (48,)))
-    hidden = torch.randn(2, 5000)
+    hidden = torch.randn(2, 5000).to(kernel_device)
     torch.testing.assert_close(kernels.relu_square(hidden.clone()), hidden.relu().square())
 
 

@@ -13,7 +13,7 @@ def reference_gradients(model, step):
     """The gradient of the i-th parameter by the formula that came with the reference numbers."""
     for i, p in enumerate(model.parameters()):
         k = torch.arange(p.numel(), dtype=torch.float64)
-        p.grad = (0.01 * torch.sin(0.6180339887498949 * k**2 + 0.1 * i + step)).float().view(p.shape)
+        p.grad = (0.01 * torch.sin(0.6180339887498949 * k**2 + 0.1 * i + step)).float().view(p.shape).to(p.device)
 
 
 def reference_step(model, optimizer, step):
@@ -40,9 +40,10 @@ def assert_equals_reference(model, expected, prefix):
         assert (error > 1e-5).sum() <= allowed, (name, error.max())
 
 
-def test_steps_one_and_six_equal_nanochats(golden, reference_model):
-    expected = load_file(golden / "optim.safetensors")
-    optimizer = build(reference_model)
+def test_steps_one_and_six_equal_nanochats(golden, reference_model, device):
+    """On a GPU the updates are compiled."""
+    expected = load_file(golden / "optim.safetensors", device=str(device))
+    optimizer = build(reference_model.to(device))
     for step in range(6):
         reference_step(reference_model, optimizer, step)
         if step in (0, 5):

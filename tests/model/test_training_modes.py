@@ -58,7 +58,8 @@ def test_reductions_agree_and_all_have_gradients(model, batch):
 
 
 @pytest.mark.slow
-def test_compiled_training_gives_the_same_gradients(model, batch):
+def test_compiled_training_gives_the_same_gradients(model, batch, device):
+    model, batch = model.to(device), [x.to(device) for x in batch]
     eager = gradients(model, *batch)
     model.compile_for_training()
     assert_same(gradients(model, *batch), eager)

@@ -20,17 +20,29 @@ from nanochat_ray.train.metrics import bits_per_byte
 @pytest.fixture
 def trained(golden):
     """A tiny model, its optimizer after a step, and a tokenizer."""
-    tokenizer = Tokenizer.load(str(golden / "nanochat_d2"))
+    return train_a_step(Tokenizer.load(str(golden / "nanochat_d2")), "cpu")
+
+
+def train_a_step(tokenizer, device):
     model = GPT(GPTConfig(32, tokenizer.vocab_size, 2, 2, 2, 64, "SL"))
     torch.manual_seed(0)
     model.init_weights()
-    optimizer = build_optimizer(
+    optimizer = build(model.to(device))
+    step(model, optimizer)
+    return model, optimizer, tokenizer
+
+
+def build(model):
+    return build_optimizer(
         model, unembedding_lr=0.01, embedding_lr=0.1, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.1
     )
-    idx = torch.randint(tokenizer.vocab_size, (2, 32))
+
+
+def step(model, optimizer):
+    idx = torch.arange(64, device=model.cos.device).view(2, 32) ** 2 % model.config.vocab_size
     model(idx, idx.roll(-1, 1)).backward()
     optimizer.step()
-    return model, optimizer, tokenizer
+    optimizer.zero_grad()
 
 
 def save(run_dir, step, trained, bpb=None):
@@ -47,13 +59,27 @@ def test_what_is_saved_is_loaded(trained, tmp_path, root):
     assert tokenizer.encode("naïve café") == trained[2].encode("naïve café")
     for name, p in trained[0].named_parameters():
         assert torch.equal(p, model.get_parameter(name)), name
-    optimizer = build_optimizer(
-        model, unembedding_lr=0.01, embedding_lr=0.1, matrix_lr=0.02, scalar_lr=0.1, weight_decay=0.1
-    )
+    optimizer = build(model)
     checkpoint.load_optimizer(optimizer, folder)
     mine, theirs = optimizer.shard_state(), trained[1].shard_state()
     assert mine.keys() == theirs.keys()
     assert all(torch.equal(mine[key][1], theirs[key][1]) for key in mine)
+
+
+def test_a_resumed_run_makes_the_same_step(golden, tmp_path, device):
+    """In fp32, but for the order in which a GPU adds up the gradients of a table's rows."""
+    trained = train_a_step(Tokenizer.load(str(golden / "nanochat_d2")), device)
+    folder = save(tmp_path, 1, trained)
+    model, _, _ = checkpoint.load_model(folder, device, torch.float32)
+    optimizer = build(model)
+    checkpoint.load_optimizer(optimizer, folder)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    step(model, optimizer)
+    step(*trained[:2])
+    for name, p in trained[0].named_parameters():
+        assert p.device.type == model.get_parameter(name).device.type == device.type
+        assert not torch.equal(p, before[name]), name
+        torch.testing.assert_close(model.get_parameter(name), p, atol=1e-6, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "no meta", "torn meta"])
@@ -89,12 +115,12 @@ def test_no_checkpoint_is_one_clear_line(tmp_path):
 
 
 @pytest.fixture
-def imported(shared, tmp_path):
+def imported(shared, tmp_path, device):
     source = shared / "golden" / "nanochat_d2" / "nanochat"
     folder = str(tmp_path / "imported")
     command = [sys.executable, "-m", "nanochat_ray.cli", "import", str(source / "base_checkpoints" / "d2"), folder]
     subprocess.run([*command, "--tokenizer", str(source / "tokenizer")], check=True, capture_output=True)
-    return checkpoint.load_model(folder, "cpu", torch.float32)
+    return checkpoint.load_model(folder, device, torch.float32)
 
 
 def test_a_nanochat_checkpoint_gives_its_bits_per_byte_and_text(imported, shared):

@@ -40,7 +40,7 @@ def seconds_per_call(call, device: torch.device, calls: int = 20) -> float:
 
 def copy_bandwidth(device: torch.device, size: int) -> float:
     """Bytes a second that a copy of `size` bytes reads and writes."""
-    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    source = torch.randint(256, (size,), dtype=torch.uint8, device=device)  # zeros may copy faster than data does
     target = torch.empty_like(source)
     return 2 * size / seconds_per_call(lambda: target.copy_(source), device)
 

@@ -1,5 +1,6 @@
 """Attention over the cache's pages on CPUs: an operator in C++, beside this file."""
 
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -11,7 +12,9 @@ def build_paged_attention() -> None:
     """Compile the operator as torch.compile does its kernels, which takes 10 s, or find it in their cache."""
     from torch._inductor.codecache import CppCodeCache  # a second of imports that only compiling needs
 
-    CppCodeCache.load(SOURCE.read_text(), needs_vec_isa=True)
+    # Torch 2.11 always compiles for the CPU's vector instructions and has no such argument.
+    vectors = {"needs_vec_isa": True} if "needs_vec_isa" in signature(CppCodeCache.load_async).parameters else {}
+    CppCodeCache.load(SOURCE.read_text(), **vectors)
 
 
 def paged_attention(q, keys, values, table, last, at, window: int) -> torch.Tensor:

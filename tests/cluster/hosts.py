@@ -16,8 +16,12 @@ from contextlib import suppress
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
+REPOSITORY = Path(__file__).resolve().parents[2]
+# What is below /tmp would be hidden by the host's own: the code and its environment are bound there again.
 SETUP = """
+n=0; for folder in {kept}; do n=$((n+1)); mkdir -p {root}/kept$n; mount --bind $folder {root}/kept$n; done
 mount --bind {root}/tmp /tmp
+n=0; for folder in {kept}; do n=$((n+1)); mkdir -p $folder; mount --bind {root}/kept$n $folder; done
 mount -t tmpfs -o size=2g none /dev/shm
 mount -t proc proc /proc
 mount --bind {root}/hosts /etc/hosts
@@ -47,7 +51,8 @@ class Host:
             run("ip", "-n", self.namespace, "link", "set", device, "up")
         run("ip", "-n", self.namespace, "route", "add", "default", "via", "10.78.0.254")
         unshare = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--propagation", "private"]
-        setup = SETUP.format(root=self.root, name=self.name)
+        kept = [str(path) for path in (REPOSITORY, Path(sys.prefix)) if path.is_relative_to("/tmp")]
+        setup = SETUP.format(root=self.root, name=self.name, kept=" ".join(kept))
         self.process = subprocess.Popen(["ip", "netns", "exec", self.namespace, *unshare, "sh", "-ec", setup])
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         deadline = time.monotonic() + 10

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -10,10 +11,20 @@ from hosts import Cluster
 
 from nanochat_ray.train.metrics import read_metrics
 
+
+def can_make_hosts() -> bool:
+    """Whether this process may make namespaces: root of a container may not."""
+    if sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"):
+        return False
+    return (
+        subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], capture_output=True).returncode == 0
+    )
+
+
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.skipif(
-        sys.platform != "linux" or os.geteuid() != 0 or not shutil.which("ip"), reason="needs root and ip"
+        not can_make_hosts(), reason="hosts need Linux, root with the right to namespaces, and iproute2"
     ),
 ]
 TINY = ["--depth=2", "--head-dim=32", "--total-batch-size=512", "--num-iterations=20", "--eval-every=5"]

@@ -22,6 +22,7 @@ from nanochat_ray.train.checkpoint import load_model
 # are rarer; the page shows their words at an even pace.
 FLUSH, FLUSH_PER_STREAM, MOST_FLUSH = 0.05, 1 / 100, 1 / 3
 GPU_MEMORY_SHARE = 0.85  # of what is free, for keys and values; the rest is for activations and CUDA graphs
+GPU_SWITCH_SECONDS = 0.0001  # a GPU step's many launches each give up Python's lock and wait for it again
 SWITCH_SECONDS = 0.001  # that Python lets the engine's thread keep others from running, instead of 5 ms
 
 
@@ -104,8 +105,8 @@ def load_engine(checkpoint: str, options: dict) -> Engine:
 class EngineServer:
     def __init__(self, checkpoint: str, options: dict, engines: int):
         """engines: of all models, which share the CPUs."""
-        sys.setswitchinterval(SWITCH_SECONDS)
         on_gpu = torch.cuda.is_available()
+        sys.setswitchinterval(GPU_SWITCH_SECONDS if on_gpu else SWITCH_SECONDS)
         torch.set_num_threads(1 if on_gpu else max(1, os.cpu_count() // engines))  # Ray's own default is one
         # In a thread that ends, and OpenMP's with it: with more of those than CPUs, all sleep between kernels, and
         # decoding takes twice as long.

@@ -6,6 +6,7 @@ interpreter.
 """
 
 from collections import Counter
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -98,7 +99,7 @@ class GPURunner:
         self.sizes, self.uses = graph_sizes(max_rows), Counter()
         self.graphs: dict[int, Graph] = {}
         if self.device.type == "cuda":
-            self.pool, self.capture_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+            self.pool, self.capture_stream = torch.cuda.graph_pool_handle(), _capture_stream(self.device)
 
     def _layer(self, model: GPT, i: int) -> Layer:
         block: Block = model.transformer.h[i]
@@ -268,6 +269,12 @@ class GPURunner:
             self._decode(inputs, size)
         self.drawn.copy_(drawn)
         self.graphs[size] = Graph(graph, inputs)
+
+
+@lru_cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all engines of a process: cuBLAS keeps a workspace of 32 MiB for each stream, for good."""
+    return torch.cuda.Stream(device)
 
 
 def graph_sizes(most: int) -> list[int]:

@@ -324,8 +324,10 @@ def sample_kernel(
         total = tl.full([], 0.0, tl.float32)
         for start in range(0, V, BLOCK):
             weight, bits = _weights(logits, start, largest, temperature, V, BLOCK)
-            weight, passed_k = _keep(weight, bits, least_k, room_k, passed_k)
-            weight, passed_p = _keep(weight, bits, least_p, room_p, passed_p)
+            if k < V:
+                weight, passed_k = _keep(weight, bits, least_k, room_k, passed_k)
+            if p < 1:
+                weight, passed_p = _keep(weight, bits, least_p, room_p, passed_p)
             weight = tl.where(weight >= tl.load(min_ps + n), weight, 0.0)
             if find == 1:
                 i = start + tl.arange(0, BLOCK)

@@ -33,6 +33,7 @@ from nanochat_ray.cli import one_line_errors
 
 TINY_LIMIT = 240  # seconds of a check with --tiny
 TINY_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # tiny matmuls gain nothing from more threads
+GPU_ENVIRONMENT = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}  # as launch.py gives it to workers
 GRACE = 2  # a check may take this many times its usual seconds
 
 
@@ -87,7 +88,7 @@ def measure(check: Check, limit: float, options: Options) -> dict:
     with tempfile.TemporaryDirectory() as folder, open(log, "w") as out:
         figures = Path(folder) / "figures.jsonl"
         command = [sys.executable, "-m", "benchmarks.gpu_checks", check.name, str(figures)]
-        environment = os.environ | (TINY_ENVIRONMENT if options.tiny else {})
+        environment = os.environ | (TINY_ENVIRONMENT if options.tiny else GPU_ENVIRONMENT)
         command += ["--tiny"] if options.tiny else []
         process = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
         try:

@@ -10,7 +10,6 @@ import ray
 import ray.train.torch
 
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
-INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 
 
 def interface_of(address: str) -> str | None:
@@ -33,8 +32,8 @@ def choose_interface() -> None:
     reaches it.
     """
     if name := interface_of(ray.util.get_node_ip_address()):
-        for variable in INTERFACE_VARIABLES:
-            os.environ.setdefault(variable, name)
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # just this one: NCCL takes a plain name as a prefix
 
 
 class TorchBackend(ray.train.torch.TorchConfig().backend_cls):

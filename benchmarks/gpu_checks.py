@@ -33,7 +33,7 @@ class Check:
     name: str
     what: str
     function: str  # module.function of this package, called as function(report, tiny, **arguments)
-    seconds: int  # that it takes on an H100, about
+    seconds: int  # usual time on an H100, estimated
     targets: tuple[Target, ...] = ()
     arguments: dict = field(default_factory=dict)
 

@@ -73,7 +73,7 @@ class Engine:
         self.stop = {self.special["assistant_end"], tokenizer.bos_id} if tokenizer else set()
         self.rows: list[Sequence] = []  # whose tables the runner has, row by row
         self.controls, self.seen = None, None
-        self.changed: set[Sequence] = set()  # whose tables the runner has to hear of
+        self.changed: set[Sequence] = set()  # their tables changed since the runner was told
         self.in_flight: Launched | None = None  # on a GPU, the step before the one that is launched next
         self.decode_seconds: dict[int, float] = {}  # of a decoding step, by its rows
         self.token_seconds = 0.0  # that each token of a prompt makes a step longer

@@ -166,7 +166,7 @@ def train(report: Report, tiny: bool, depth: int, rows: int, compare_attention: 
         free_memory()
         try:
             backends[name] = measure_speed(Trainer(plan, device, rows, attention=name), steps=1)
-        except Exception as error:  # one that does not run must not hide the others
+        except Exception as error:  # a back end that fails must not hide the others
             backends[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
         report(attention=backends)
 

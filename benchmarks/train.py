@@ -190,7 +190,7 @@ def shares(profiler: torch.profiler.profile, on_gpu: bool) -> dict[str, float]:
         if event.device_type == DeviceType.CPU:
             totals[part_of(event)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
         elif not event.is_user_annotation:
-            kernels += event.self_device_time_total  # which the operator that launched it has as its own, too
+            kernels += event.self_device_time_total  # the operator that launched it counts this time as its own, too
     totals["other"] += max(0.0, kernels - sum(totals.values()))  # kernels that no operator launched
     whole = sum(totals.values()) or 1
     return {part: totals[part] / whole for part in PARTS}

@@ -137,7 +137,7 @@ class Engine:
         launched = self._launch()
         moved = self._collect(self.in_flight) if self.in_flight else []
         self.in_flight = launched
-        if launched and not (self.runner.runs_ahead and not any(s.needs_logits for s in launched.sequences)):
+        if launched and (not self.runner.runs_ahead or any(s.needs_logits for s in launched.sequences)):
             moved += self._collect(launched)
             self.in_flight = None
         return moved

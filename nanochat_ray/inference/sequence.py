@@ -38,7 +38,7 @@ class Sequence:
     code_start: int | None = None  # where in ids the code after python_start begins
     table: BlockTable | None = None  # while it has a place in the cache
     cached_tokens: int = 0  # of the prompt, found in the cache
-    in_flight: int = 0  # tokens that a launched step draws, and that the host does not know yet: 0 or 1
+    in_flight: int = 0  # tokens drawn by launched steps that the host does not know yet; at most 1 between steps
     slot: int = 0  # its place in the step that was launched last
     finish_reason: str | None = None
 

@@ -50,9 +50,9 @@ def compute_dtype(dtype: torch.dtype | str | None, device: torch.device | str) -
 class Writer:
     """Writes a run's checkpoints, one at a time, while training goes on. Every rank has one, and writes its part.
 
-    start copies the state to host memory, and a thread writes the copy; wait_for_copies comes before the state changes
-    again. finish ends what start began: when the parts
-    of all ranks are on disk, rank 0 writes meta.json; when one could not be written, none is kept.
+    start copies the state to host memory, and a thread writes the copy. Call wait_for_copies before the state changes
+    again. finish ends what start began: when the parts of all ranks are on disk, rank 0 writes meta.json; when one
+    could not be written, none is kept.
     """
 
     def __init__(self, run_dir: str, tokenizer: Tokenizer):

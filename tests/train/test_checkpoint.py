@@ -206,7 +206,7 @@ def gpu_calls(monkeypatch):
 
 def test_copies_from_a_gpu_are_waited_for_by_who_writes_and_by_the_optimizer(gpu_calls):
     table = torch.randn(4, 8).bfloat16().as_subclass(OnGpu)
-    step = torch.zeros(1)  # what AdamW counts is on the CPU
+    step = torch.zeros(1)  # AdamW keeps its step count on the CPU
     copies = checkpoint.HostCopies()
     files, arrived = copies.take({"a": {"table": table, "step": step}})
     arrived()

@@ -1,0 +1,25 @@
+import socket
+import sys
+
+import pytest
+
+from nanochat_ray.train import network
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems ask for an interface's address in another way")
+def test_an_interface_is_found_by_its_address(monkeypatch):
+    assert network.interface_of("127.0.0.1") == "lo"
+    assert network.interface_of("192.0.2.1") is None  # an address that documentation alone uses
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "none-such")])
+    assert network.interface_of("127.0.0.1") is None
+
+
+def test_workers_keep_an_interface_that_the_user_set(monkeypatch):
+    monkeypatch.setattr(network.ray.util, "get_node_ip_address", lambda: "10.0.0.7")
+    monkeypatch.setattr(network, "interface_of", {"10.0.0.7": "eth1"}.get)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "")  # so that it is removed again after the test
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    network.choose_interface()
+    assert network.os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
+    assert network.os.environ["NCCL_SOCKET_IFNAME"] == "=eth1"

@@ -70,24 +70,38 @@ def test_a_killed_driver_a_sigterm_and_a_damaged_checkpoint(uninterrupted, tiny,
             return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
 
     first = start("first")
-    wait_until(lambda: losses(run_dir) and checkpoint.latest_checkpoint(str(run_dir)), first)
+    wait_until(lambda: losses(run_dir), first)
     assert first.poll() is None, (tmp_path / "first").read_text()
     workers = train_workers(psutil.Process(first.pid))
+    wait_until(lambda: checkpoint.latest_checkpoint(str(run_dir)), first)
     first.kill()
     first.wait()
+    psutil.wait_procs(workers, timeout=30)  # they may finish a checkpoint before Ray ends them
+    resumed_at = checkpoint.read_meta(checkpoint.latest_checkpoint(str(run_dir)))["step"]
+    metrics = run_dir / "metrics.jsonl"
+    old_metrics = metrics.stat().st_ino  # the next start replaces the file
 
     second = start("second")
     try:
-        wait_until(lambda: "going on from step" in (tmp_path / "second").read_text(), second)
-        resumed_at = int(re.search(r"going on from step (\d+)", (tmp_path / "second").read_text())[1])
-        wait_until(lambda: max(losses(run_dir)) >= resumed_at + 2, second)
+        wait_until(
+            lambda: metrics.stat().st_ino != old_metrics and max(losses(run_dir), default=0) >= resumed_at + 2, second
+        )
+        # The steps are short: hold the worker until its driver has the signal, or the run may end before.
+        held = train_workers(psutil.Process(second.pid))
+        for worker in held:
+            worker.suspend()
         second.send_signal(signal.SIGTERM)
+        wait_until(lambda: "stopping after this step" in (tmp_path / "second").read_text(), second)
+        time.sleep(0.5)  # for the request, which the driver sends right after that line
+        for worker in held:
+            worker.resume()
         second.wait(timeout=60)
     finally:
         second.kill()
     said = (tmp_path / "second").read_text()
     assert second.returncode == 130, said
-    assert "stopping after this step" in said
+    assert f"going on from step {resumed_at}" in said
+    assert held and "stopping after this step" in said
     assert workers and not psutil.wait_procs(workers, timeout=0)[1]  # none of the first driver's was left to write
     newest = Path(checkpoint.latest_checkpoint(str(run_dir)))
     stopped_at = checkpoint.read_meta(str(newest))["step"]

@@ -7,7 +7,6 @@ python -m experiments.report FOLDER [FOLDER …] --out report.html
 
 import json
 import math
-import posixpath
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -53,7 +52,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        return posixpath.basename(self.uri.rstrip("/")) or self.uri
+        return storage.name(self.uri) or self.uri
 
 
 def read_run(uri: str) -> Run:

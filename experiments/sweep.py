@@ -292,7 +292,7 @@ def write_result(run_dir: str, more: dict) -> None:
     speeds = {key: median(line[key] for line in steps) for key in ("train/tok_per_sec", "train/mfu")}
     tokens = plan["num_iterations"] * plan["total_batch_size"]
     row = {
-        "run": os.path.basename(run_dir),
+        "run": storage.name(run_dir),
         "depth": plan["depth"],
         "model_dim": plan["n_embd"],
         **{f"params_{name}": plan["param_counts"][name] for name in COUNTS},
@@ -332,6 +332,7 @@ def run_trials(folder: str, trials: list[dict], trainable: Callable = train_tria
         os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
         os.environ |= {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}  # a run that failed has no loss to report
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
+        filesystem, path = storage.filesystem(folder)
         tune.Tuner(
             tune.with_resources(trainable, tune.PlacementGroupFactory([HEAD])),
             param_space={"trial": tune.grid_search(unfinished)},
@@ -340,7 +341,9 @@ def run_trials(folder: str, trials: list[dict], trainable: Callable = train_tria
                 scheduler=scheduler,
                 trial_dirname_creator=lambda t: f"{t.config['trial']['name']}-{t.trial_id}",
             ),
-            run_config=tune.RunConfig(name="tune", storage_path=folder, verbose=0, callbacks=[progress]),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=path, storage_filesystem=filesystem, verbose=0, callbacks=[progress]
+            ),
         ).fit()
     rows = write_results(folder, trials)
     if progress.errors:

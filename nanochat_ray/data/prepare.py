@@ -60,7 +60,7 @@ class Job:
 
     @property
     def counts_uri(self) -> str:
-        return self.uri.removesuffix(".arrow") + ".json"
+        return storage.join(storage.parent(self.uri), storage.name(self.uri).removesuffix(".arrow") + ".json")
 
 
 def find_source(options: PrepareOptions) -> sources.Source:
@@ -241,7 +241,7 @@ def _collect(jobs: list[Job], row_len: int, name: str) -> dict:
     """{split: summed counts and rows per file}. Raises ValueError when a split has no rows."""
     splits = {}
     for split in ("train", "val"):
-        counts = {Path(job.uri).name: storage.read_json(job.counts_uri) for job in jobs if job.split == split}
+        counts = {storage.name(job.uri): storage.read_json(job.counts_uri) for job in jobs if job.split == split}
         total = {key: sum(c[key] for c in counts.values()) for key in next(iter(counts.values()))}
         if not total["rows"]:
             raise ValueError(

@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -63,34 +62,26 @@ def resolve(source: str, *, text_column: str | None = None, shards: int = 8) -> 
 
 def folder(uri: str, text_column: str | None = None) -> Source:
     """The parquet, jsonl, json-lines and txt files (also .gz, .zst, not parquet) of a folder, sorted, or one file."""
-    uri = storage.absolute(uri).rstrip("/")
-    fs, path = fsspec.core.url_to_fs(uri)
-    fs.invalidate_cache()
-    if not fs.exists(path):
+    uri = storage.absolute(uri)
+    if not storage.exists(uri):
         raise FileNotFoundError(f"{uri} does not exist: name pydocs, climbmix, or a folder or file that does")
-    if fs.isdir(path):
-        infos = {storage.join(uri, posixpath.basename(i["name"])): i for i in fs.ls(path, detail=True)}
-    else:
-        infos = {uri: fs.info(path)}
-    uris = sorted(u for u in infos if infos[u]["type"] != "directory" and FILE_NAME.fullmatch(posixpath.basename(u)))
+    is_folder = storage.is_folder(uri)
+    names = filter(FILE_NAME.fullmatch, storage.files(uri) if is_folder else [storage.name(uri)])
+    uris = [storage.join(uri, name) for name in names] if is_folder else [uri for _ in names]
     if not uris:
         raise FileNotFoundError(f"{uri} holds no .parquet, .jsonl, .json or .txt file (the last three also .gz, .zst)")
     with ThreadPoolExecutor(16) as pool:  # on an object store each look takes a round trip
-        shards = list(pool.map(lambda u: _inspect(u, infos[u]["size"], text_column), uris))
+        versions = list(pool.map(storage.version, uris))
+        shards = list(pool.map(lambda uri, version: _inspect(uri, version[0], text_column), uris, versions))
     train, val = shards[:-1], shards[-1:]
     if not train:
         train, val = [replace(shards[0], part="train")], [replace(shards[0], part="val")]
         if next(read_documents(train[0]), None) is None:
             raise ValueError(f"{uris[0]} has one document: at least two are needed, one of them for validation")
-    base = posixpath.basename(uri) if uri not in infos else FILE_NAME.fullmatch(posixpath.basename(uri))["stem"]
+    base = storage.name(uri) if is_folder else FILE_NAME.fullmatch(storage.name(uri))["stem"]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip(".-") or "source"
-    contents = [(posixpath.basename(s.uri), s.text_column, *_version(infos[s.uri])) for s in shards]
+    contents = [(storage.name(s.uri), s.text_column, *v) for s, v in zip(shards, versions, strict=True)]
     return Source(name, tuple(train), tuple(val), storage.fingerprint(contents))
-
-
-def _version(info: dict) -> tuple:
-    """Size, and an object store's tag of the content or else the time of writing."""
-    return info["size"], next((info[key] for key in ("ETag", "etag", "mtime", "created") if info.get(key)), None)
 
 
 def _inspect(uri: str, size: int, text_column: str | None) -> Shard:
@@ -98,7 +89,7 @@ def _inspect(uri: str, size: int, text_column: str | None) -> Shard:
     if size == 0:
         raise ValueError(f"{uri} is empty: remove or replace it")
     if _kind(uri) == "parquet":
-        with _naming(uri), fsspec.open(uri, "rb") as f:
+        with _naming(uri), storage.reading(uri) as f:
             file = pq.ParquetFile(f)
             columns = {field.name: _is_string(field.type) for field in file.schema_arrow}
             documents = file.metadata.num_rows
@@ -144,7 +135,7 @@ def read_documents(shard: Shard) -> Iterator[str]:
 def _documents(shard: Shard) -> Iterator[str]:
     with _naming(shard.uri):
         if _kind(shard.uri) == "parquet":
-            with fsspec.open(shard.uri, "rb") as f:
+            with storage.reading(shard.uri) as f:
                 file = pq.ParquetFile(f, pre_buffer=False)  # buffering would hold the whole file
                 for batch in file.iter_batches(256, columns=[shard.text_column]):
                     yield from (text or "" for text in batch.column(0).to_pylist())
@@ -196,9 +187,11 @@ def _lines(uri: str) -> Iterator[str]:
 @contextmanager
 def _open(uri: str) -> Iterator[io.BufferedReader]:
     """The file's bytes, decompressed. Arrow's streams notice a cut file and read on after the first member."""
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(posixpath.splitext(uri)[1].lower())
-    with fsspec.open(uri, "rb") as f:
-        yield io.BufferedReader(pa.CompressedInputStream(f, codec), 1 << 20) if codec else f
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(posixpath.splitext(storage.name(uri))[1].lower())
+    with storage.reading(uri) as f:
+        # Each read of an object store is a request: few large ones.
+        raw = io.BufferedReader(f, 8 << 20) if storage.is_remote(uri) else f
+        yield io.BufferedReader(pa.CompressedInputStream(raw, codec), 1 << 20) if codec else raw
 
 
 @contextmanager
@@ -211,7 +204,7 @@ def _naming(uri: str):
 
 
 def _kind(uri: str) -> str:
-    match = FILE_NAME.fullmatch(posixpath.basename(uri))
+    match = FILE_NAME.fullmatch(storage.name(uri))
     return (match["parquet"] or match["lines"]).lower()
 
 

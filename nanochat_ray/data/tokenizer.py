@@ -9,7 +9,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 
-import fsspec
 import numpy as np
 import rustbpe
 import tiktoken
@@ -73,8 +72,7 @@ class Tokenizer:
         for needed in (path, meta_path):
             if not storage.exists(needed):
                 raise FileNotFoundError(f"no tokenizer in {folder}: {needed} is missing")
-        with fsspec.open(path, "rb") as f:
-            content = f.read()
+        content = storage.read_bytes(path)
         try:
             meta = storage.read_json(meta_path)
             pattern, special_tokens = meta["pattern"], meta["special_tokens"]

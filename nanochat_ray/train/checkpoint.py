@@ -304,8 +304,8 @@ def resolve_checkpoint(folder: str) -> str:
 
 def run_name(folder: str) -> str:
     """The run of a checkpoint folder …/runs/<name>/checkpoints/step_000123, or the folder's own name."""
-    parts = folder.rstrip("/").split("/")
-    return parts[-3] if len(parts) > 2 and parts[-2] == "checkpoints" else parts[-1]
+    above = storage.parent(folder)
+    return storage.name(storage.parent(above) if storage.name(above) == "checkpoints" else folder)
 
 
 def load_model(

@@ -213,9 +213,11 @@ def train(
 
 
 def run_config(run_dir: str, max_failures: int = 0, callbacks: Sequence = ()) -> ray.train.RunConfig:
+    filesystem, path = storage.filesystem(run_dir)
     return ray.train.RunConfig(
         name="ray",
-        storage_path=run_dir,
+        storage_path=path,
+        storage_filesystem=filesystem,
         failure_config=ray.train.FailureConfig(max_failures=max_failures),
         callbacks=list(callbacks),
         logging_config=ray.train.LoggingConfig(log_level="WARNING"),

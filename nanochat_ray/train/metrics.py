@@ -11,7 +11,6 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -180,11 +179,11 @@ def _start_wandb(run_dir: str, config: dict):
     id_uri = storage.join(run_dir, "wandb_id")  # the same when the run resumes: one curve, not two
     if not storage.exists(id_uri):
         storage.write_bytes(id_uri, uuid.uuid4().hex.encode())
-    parent = Path(run_dir).parent.name
+    parent = storage.name(storage.parent(run_dir))
     local = tempfile.mkdtemp(prefix="wandb-") if storage.is_remote(run_dir) else run_dir
     return wandb.init(
         project="nanochat-ray",
-        name=Path(run_dir).name,
+        name=storage.name(run_dir),
         group=None if parent == "runs" else parent,  # the runs of a sweep are in a folder of its own
         id=storage.read_text(id_uri),
         resume="allow",

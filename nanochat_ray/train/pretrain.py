@@ -148,4 +148,4 @@ def newest_rows() -> str:
     ]
     if not manifests:
         raise FileNotFoundError(f"no rows in {root}: run `nanochat-ray prepare` first, or give --rows")
-    return max(manifests, key=storage.modified).removesuffix("/manifest.json")
+    return storage.parent(max(manifests, key=storage.modified))

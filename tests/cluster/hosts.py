@@ -1,10 +1,11 @@
 """Hosts of the tests' own on this machine: namespaces for network, mounts, processes and hostname. Needs root.
 
-Host i has the address 10.78.0.i, a hostname that /etc/hosts maps to 127.0.1.1 as Debian and Ubuntu do, and its own
-/tmp, /dev/shm and HOME. Everything else is shared with this machine: the code and its environment, and `shared`, a
-folder that all hosts see.
+Host i has the address 10.N.0.i, where N is a number that no other run of these tests has, a hostname that /etc/hosts
+maps to 127.0.1.1 as Debian and Ubuntu do, and its own /tmp, /dev/shm and HOME. Everything else is shared with this
+machine: the code and its environment, and `shared`, a folder that all hosts see.
 """
 
+import fcntl
 import os
 import shutil
 import signal
@@ -34,10 +35,36 @@ def run(*command: str, check: bool = True) -> None:
     subprocess.run(command, check=check, capture_output=True)
 
 
+class Network:
+    """A bridge that hosts are joined to. This machine has the address `gateway` in it."""
+
+    def __init__(self):
+        for self.number in range(78, 98):
+            self.lock = os.open(f"/run/lock/nanochat-ray-hosts-{self.number}", os.O_CREAT | os.O_WRONLY)
+            with suppress(BlockingIOError):
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # free again when this process ends
+                break
+            os.close(self.lock)
+        else:
+            raise RuntimeError("20 runs of these tests are under way")
+        self.bridge, self.gateway = f"nrbridge{self.number}", self.address(254)
+
+    def address(self, number: int) -> str:
+        return f"10.{self.number}.0.{number}"
+
+    def start(self) -> None:
+        run("ip", "link", "add", self.bridge, "type", "bridge")
+        run("ip", "addr", "add", f"{self.gateway}/24", "dev", self.bridge)
+        run("ip", "link", "set", self.bridge, "up")
+
+    def stop(self) -> None:
+        run("ip", "link", "del", self.bridge, check=False)
+
+
 class Host:
-    def __init__(self, number: int, root: Path):
-        self.address, self.name, self.root = f"10.78.0.{number}", f"nrhost{number}", root
-        self.namespace, self.link = f"nr{number}", f"nrv{number}"
+    def __init__(self, network: "Network", number: int, root: Path):
+        self.network, self.address, self.name = network, network.address(number), f"nrhost{number}"
+        self.root, self.namespace, self.link = root, f"nr{network.number}-{number}", f"nrv{network.number}-{number}"
 
     def start(self) -> None:
         for folder in ("tmp", "home"):
@@ -45,11 +72,11 @@ class Host:
         (self.root / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n")
         run("ip", "netns", "add", self.namespace)
         run("ip", "link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.namespace)
-        run("ip", "link", "set", self.link, "master", "nrbridge", "up")
+        run("ip", "link", "set", self.link, "master", self.network.bridge, "up")
         run("ip", "-n", self.namespace, "addr", "add", f"{self.address}/24", "dev", "eth0")
         for device in ("eth0", "lo"):
             run("ip", "-n", self.namespace, "link", "set", device, "up")
-        run("ip", "-n", self.namespace, "route", "add", "default", "via", "10.78.0.254")
+        run("ip", "-n", self.namespace, "route", "add", "default", "via", self.network.gateway)
         unshare = ["unshare", "--mount", "--pid", "--uts", "--fork", "--kill-child", "--propagation", "private"]
         kept = [str(path) for path in (REPOSITORY, Path(sys.prefix)) if path.is_relative_to("/tmp")]
         setup = SETUP.format(root=self.root, name=self.name, kept=" ".join(kept))
@@ -121,15 +148,14 @@ class Cluster:
         self.root = Path(tempfile.mkdtemp(prefix="nanochat-ray-hosts-", dir="/var/tmp"))
         self.shared = self.root / "shared"
         self.shared.mkdir()
-        self.hosts = [Host(number, self.root / str(number)) for number in range(1, hosts + 1)]
+        self.network = Network()
+        self.hosts = [Host(self.network, number, self.root / str(number)) for number in range(1, hosts + 1)]
         self.env = {"RAY_AUTH_MODE": "token", "WANDB_MODE": "disabled", "NANOCHAT_RAY_HOME": str(self.shared / "home")}
 
     def __enter__(self) -> "Cluster":
         try:
             self._remove_network()  # of a run that was killed
-            run("ip", "link", "add", "nrbridge", "type", "bridge")
-            run("ip", "addr", "add", "10.78.0.254/24", "dev", "nrbridge")
-            run("ip", "link", "set", "nrbridge", "up")
+            self.network.start()
             for host in self.hosts:
                 host.start()
             self.head = self.hosts[0]
@@ -159,4 +185,4 @@ class Cluster:
         for host in self.hosts:
             run("ip", "netns", "del", host.namespace, check=False)
             run("ip", "link", "del", host.link, check=False)
-        run("ip", "link", "del", "nrbridge", check=False)
+        self.network.stop()

@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-import fsspec
 import pyarrow.parquet as pq
 
 from nanochat_ray import storage
@@ -65,7 +64,7 @@ def _docstrings(shards: list[str]) -> Iterator[tuple[str, str]]:
     """Names and docstrings in order, a name's first docstring only."""
     seen = set()
     for uri in shards:
-        with fsspec.open(str(uri), "rb") as f:
+        with storage.reading(uri) as f:
             file = pq.ParquetFile(f)
             if missing := {"name", "text"} - set(file.schema_arrow.names):
                 raise ValueError(

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import train
+from nanochat_ray import storage
 from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.train import checkpoint, launch, loop
 from nanochat_ray.train.metrics import MetricsLog
@@ -45,7 +46,7 @@ class Options:
     compile: bool | None = False
     """torch.compile, whose start takes a minute."""
     folder: str | None = None
-    """Where the checkpoints go; the default is a temporary folder."""
+    """Where the checkpoints go for the time of the benchmark, a path or a URI; the default is a temporary folder."""
     json: bool = False
     """End with one line of JSON."""
 
@@ -55,10 +56,11 @@ def run(options: Options) -> dict:
     model = train.Options(depth=options.depth, seq=options.seq, vocab=options.vocab, device_batch=options.device_batch)
     model.workers, model.steps = options.workers, 2 * options.pairs * options.save_every
     plan = train.plan_of(model)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         rows, tokenizer = train.write_inputs(Path(folder), model, plan)
+        run_dir = storage.join(storage.absolute(options.folder or folder), f"benchmark-{os.getpid()}")
         config = loop.TrainConfig(
-            run_dir=str(Path(folder) / "run"),
+            run_dir=run_dir,
             stage="pretrain",
             rows=rows,
             tokenizer=tokenizer,
@@ -89,7 +91,10 @@ def run(options: Options) -> dict:
             scaling_config=launch.scaling_config(options.workers),
             run_config=launch.run_config(config.run_dir),
         )
-        trainer.fit()
+        try:
+            trainer.fit()
+        finally:
+            storage.remove(run_dir)
         measured = ray.get(monitor.read_outcome.remote())
     without, with_one = (statistics.median(measured[kind]) for kind in ("without", "with"))
     return {

@@ -122,10 +122,10 @@ class Handler(BaseHTTPRequestHandler):
 class Proxy(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, upstream: int):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, upstream: int, host: str = "127.0.0.1"):
+        super().__init__((host, 0), Handler)
         self.upstream, self.faults = upstream, Faults()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.url = f"http://{host}:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request, client_address) -> None:

@@ -14,11 +14,12 @@ import pytest
 import s3
 import torch
 
-from nanochat_ray import storage
+from nanochat_ray import object_store, storage
 from nanochat_ray.data.loader import Rows, write_rows
 from nanochat_ray.data.sources import read_documents, resolve
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.gpt import GPT, GPTConfig
+from nanochat_ray.node_cache import localize
 from nanochat_ray.train import checkpoint
 
 BUCKET = "bucket"
@@ -52,11 +53,11 @@ def store(proxy, monkeypatch, tmp_path):
 @pytest.fixture
 def few_attempts(monkeypatch):
     """Give up early, as these tests are about how."""
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
-    monkeypatch.setattr(storage, "SILENCE_SECONDS", 1.0)
-    storage._s3.cache_clear()
+    monkeypatch.setattr(object_store, "ATTEMPTS", 2)
+    monkeypatch.setattr(object_store, "SILENCE_SECONDS", 1.0)
+    object_store._s3.cache_clear()
     yield
-    storage._s3.cache_clear()
+    object_store._s3.cache_clear()
 
 
 def environment(proxy) -> dict[str, str]:
@@ -101,7 +102,7 @@ def test_files_and_folders(store, proxy):
     assert abs(storage.modified(large).timestamp() - time.time()) < 60
     storage.remove(storage.join(home, "runs", "a b", "meta.json"))
     assert not storage.exists(storage.join(home, "runs", "a b"))
-    for function in (storage.remove, storage.size, storage.modified, storage.read_bytes, storage.localize):
+    for function in (storage.remove, storage.size, storage.modified, storage.read_bytes, localize):
         with pytest.raises(FileNotFoundError, match="s3://bucket/home/none does not exist"):
             function(storage.join(home, "none"))
     storage.remove(home)
@@ -114,7 +115,7 @@ def test_the_query_names_the_endpoint(store, proxy, monkeypatch):
     uri = storage.join(f"s3://{BUCKET}/home{query}", "x.json")
     storage.write_json(uri, 1)
     assert keys(store) == ["home/x.json"] and storage.read_json(uri) == 1
-    assert storage.localize(uri).read_text() == "1\n"
+    assert localize(uri).read_text() == "1\n"
 
 
 def test_ray_is_given_the_same_place(store, proxy):
@@ -150,7 +151,7 @@ def test_an_upload_cut_short_is_not_seen(store, proxy, few_attempts):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        storage._upload(half(), uri)
+        object_store.upload(half(), uri)
     time.sleep(0.5)
     assert storage.read_bytes(uri) == b"before"
 
@@ -171,7 +172,7 @@ def test_faults_are_survived(store, proxy, fault):
     start = time.monotonic()
     write(uri)
     assert storage.read_bytes(uri) == CONTENT
-    assert storage.localize(uri).read_bytes() == CONTENT
+    assert localize(uri).read_bytes() == CONTENT
     number = 4 if proxy.faults.latency else 20
     for i in range(number):
         storage.write_json(storage.join(uri + "-small", f"{i:02d}.json"), i)
@@ -216,7 +217,7 @@ def test_no_bucket_and_no_endpoint(store, proxy, few_attempts, monkeypatch):
 
 
 def test_a_call_never_waits_longer_than_its_bound(store, proxy, monkeypatch):
-    monkeypatch.setattr(storage, "CALL_SECONDS", 1.0)
+    monkeypatch.setattr(object_store, "CALL_SECONDS", 1.0)
     proxy.faults.latency = 4.0
     start = time.monotonic()
     with pytest.raises(ConnectionError, match="no answer in 1 s"):
@@ -229,23 +230,23 @@ def test_the_cache_of_a_node_is_bounded(store, proxy, monkeypatch):
     uris = [f"s3://{BUCKET}/file{i}" for i in range(4)]
     for uri in uris:
         storage.write_bytes(uri, uri.encode() * (PART // len(uri)))
-    copies = [storage.localize(uri) for uri in uris[:2]]
+    copies = [localize(uri) for uri in uris[:2]]
     for age, copy in ((3000, copies[0]), (2000, copies[1])):
         os.utime(copy, (time.time() - age,) * 2)
     mapped = pa.memory_map(str(copies[0]))
-    copies.append(storage.localize(uris[2]))
+    copies.append(localize(uris[2]))
     assert [copy.exists() for copy in copies] == [True, False, True]  # the oldest is mapped
-    copies.append(storage.localize(uris[3]))
+    copies.append(localize(uris[3]))
     assert [copy.exists() for copy in copies] == [True, False, True, True]  # one may be about to be opened
     mapped.close()
     os.utime(copies[3], (time.time() - 1000,) * 2)
-    assert storage.localize(uris[1]) == copies[1]
+    assert localize(uris[1]) == copies[1]
     assert [copy.exists() for copy in copies] == [False, True, True, False]
     proxy.faults.reset()
-    storage.localize(uris[1])
+    localize(uris[1])
     assert proxy.faults.requests == {"HEAD": 1}  # a look whether the file has changed
     storage.write_bytes(uris[1], b"new")
-    assert storage.localize(uris[1]).read_bytes() == b"new"
+    assert localize(uris[1]).read_bytes() == b"new"
 
 
 def test_sources_and_rows(store, proxy, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from nanochat_ray import storage
+from nanochat_ray.node_cache import localize
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +78,7 @@ class Rows:
 
 def _map_columns(uri: str) -> dict[str, np.ndarray]:
     try:
-        with pa.memory_map(str(storage.localize(uri))) as source:  # arrays keep the mapping, not the file descriptor
+        with pa.memory_map(str(localize(uri))) as source:  # arrays keep the mapping, not the file descriptor
             batch = pa.ipc.open_file(source).get_batch(0)
         return {
             name: column.flatten().to_numpy().reshape(-1, column.type.list_size)

@@ -17,6 +17,7 @@ import yaml
 
 from nanochat_ray import storage
 from nanochat_ray.data import download
+from nanochat_ray.node_cache import localize
 
 URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
 SHUFFLE_SEED = 1337
@@ -60,7 +61,7 @@ def fetch() -> str:
             raise
         raise FileNotFoundError(f"{URL} can't be had: give the folder of a bundle with --bundle") from None
     try:
-        _unpack(storage.localize(archive), folder)
+        _unpack(localize(archive), folder)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         storage.remove(archive)
         raise ValueError(f"{archive} was damaged ({error}) and is deleted: run again to download it") from None

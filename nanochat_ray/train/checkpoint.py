@@ -27,6 +27,7 @@ from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import MuonAdamW
+from nanochat_ray.node_cache import localize
 
 
 def compute_dtype(dtype: torch.dtype | str | None, device: torch.device | str) -> torch.dtype:
@@ -95,7 +96,7 @@ class Writer:
         if self.rank == 0:
             self.tokenizer.save(folder)
             for name in ("tokenizer.tiktoken", "tokenizer.json"):
-                file = storage.localize(storage.join(folder, name))
+                file = localize(storage.join(folder, name))
                 entries[name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
         if flush:
             flush()
@@ -263,7 +264,7 @@ def verify(folder: str) -> dict:
         uri = storage.join(folder, name)
         if not storage.exists(uri):
             raise ValueError(f"{uri} is missing")
-        file = storage.localize(uri)
+        file = localize(uri)
         if file.stat().st_size != entry["size"] or _sha256(file) != entry["sha256"]:
             raise ValueError(f"{uri} is damaged: its size or sha256 is not the one in meta.json")
     return meta
@@ -329,7 +330,7 @@ def load_weights(model: GPT, folder: str) -> None:
     if not storage.exists(uri):
         raise FileNotFoundError(f"{uri} is missing")
     try:
-        model.load_state_dict(load_file(storage.localize(uri)))
+        model.load_state_dict(load_file(localize(uri)))
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{uri} does not hold this model's weights: {str(error).splitlines()[0]}") from None
 
@@ -343,7 +344,7 @@ def load_optimizer(optimizer: MuonAdamW, folder: str) -> None:
     parts = defaultdict(list)  # "parameter|state" -> [(first row, file)]
     for name in read_meta(folder)["files"]:  # not of the folder: an unfinished save may have left more
         if name.startswith("optimizer_"):
-            file = safe_open(storage.localize(storage.join(folder, name)), "pt")
+            file = safe_open(localize(storage.join(folder, name)), "pt")
             for key, row in json.loads(file.metadata()["first_rows"]).items():
                 parts[key].append((row, file))
 
@@ -367,7 +368,7 @@ def import_nanochat(source: str, out: str, tokenizer: str, step: int | None = No
         found = ", ".join(map(str, sorted(steps))) or "none"
         raise FileNotFoundError(f"no model_{step or 0:06d}.pt in {source} (steps found: {found})")
     step = max(steps) if step is None else step
-    model_file = storage.localize(storage.join(source, f"model_{step:06d}.pt"))
+    model_file = localize(storage.join(source, f"model_{step:06d}.pt"))
     theirs = storage.read_json(storage.join(source, f"meta_{step:06d}.json"))
     try:
         state = torch.load(model_file, map_location="cpu", weights_only=True)
@@ -392,7 +393,7 @@ def _nanochat_tokenizer(folder: str) -> Tokenizer:
     if not storage.exists(uri):
         return Tokenizer.load(folder)
     try:
-        state = _EncodingUnpickler(io.BytesIO(storage.localize(uri).read_bytes())).load().state
+        state = _EncodingUnpickler(io.BytesIO(localize(uri).read_bytes())).load().state
         return Tokenizer(state["mergeable_ranks"], state["pat_str"], state["special_tokens"])
     except (pickle.UnpicklingError, EOFError, AttributeError, KeyError) as error:
         raise ValueError(f"{uri} is not a nanochat tokenizer: {error}") from None

@@ -96,6 +96,21 @@ def plan(args: list[str]) -> None:
     run(parse("plan", PlanOptions, args))
 
 
+def doctor(args: list[str]) -> None:
+    """whether a cluster's hosts are fit to train: versions, GPUs, disks, storage, network
+
+    Checks every host of the cluster, and prints a line for each finding: ok, warning or FAIL, what was found, and the
+    remedy. Exits with 1 if anything fails. Takes seconds, and a Ray that trains at the time is not disturbed much.
+    """
+    from nanochat_ray.doctor import DoctorOptions, run
+
+    options = parse("doctor", DoctorOptions, args)
+    if options.address:
+        os.environ["RAY_ADDRESS"] = options.address
+    connect()
+    sys.exit(0 if run(options) else 1)
+
+
 def chat(args: list[str]) -> None:
     """talk to a checkpoint"""
     from nanochat_ray.inference.chat import ChatOptions
@@ -189,6 +204,7 @@ STAGES = {
     "chat": chat,
     "serve": serve,
     "plan": plan,
+    "doctor": doctor,
     "leaderboard": leaderboard,
     "import": import_,
 }
@@ -199,19 +215,30 @@ def parse(stage: str, options: type, args: list[str]):
 
 
 def start_ray() -> None:
-    """The cluster that RAY_ADDRESS names, as in a job; else a local Ray of this process."""
+    """connect, and see that all hosts run the same versions. Raises ValueError naming the hosts that don't."""
+    from nanochat_ray import versions
+
+    connect()
+    versions.check()
+
+
+def connect() -> None:
+    """To the cluster that RAY_ADDRESS names, as in a job; else to a local Ray of this process."""
     import ray
     import ray.data
 
     # Without an address Ray would look for a cluster that someone has started, or left, on this machine.
     address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    except RuntimeError as error:  # the cluster has another version of Ray or Python
+        raise ValueError(f"no connection to Ray at {address}: {' '.join(str(error).split())}") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the stages print progress of their own, in less
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def usage() -> str:
-    lines = [f"  {name:<11} {stage.__doc__}" for name, stage in STAGES.items()]
+    lines = [f"  {name:<11} {stage.__doc__.splitlines()[0]}" for name, stage in STAGES.items()]
     return "\n".join(["usage: nanochat-ray STAGE [options]   (STAGE --help lists them)", "", *lines])
 
 

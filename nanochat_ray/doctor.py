@@ -339,7 +339,11 @@ def check_home(probes: dict, home: str) -> Iterator[tuple[str, Finding]]:
         text = f"{home} is written and read by every host" if len(probes) > 1 else f"{home} is written and read"
         yield "", Finding("ok", "home", text)
     elif written:
-        groups = "; ".join(f"{listed(of)} see what {listed(list(by)) or 'no host'} wrote" for by, of in seen.items())
+        verbs = {1: "reads"}
+        groups = "; ".join(
+            f"{listed(of)} {verbs.get(len(of), 'read')} files of {listed(list(by)) or 'no host'}"
+            for by, of in seen.items()
+        )
         remedy = "let NANOCHAT_RAY_HOME be a bucket or a folder that all hosts mount"
         yield "", Finding("FAIL", "home", f"{home} is not shared: {groups}".replace("{", "{{"), remedy=remedy)
 

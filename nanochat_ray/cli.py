@@ -1,8 +1,10 @@
 """nanochat-ray: every stage as a command. `nanochat-ray STAGE --help` lists a stage's options."""
 
+import inspect
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -99,8 +101,9 @@ def plan(args: list[str]) -> None:
 def doctor(args: list[str]) -> None:
     """whether a cluster's hosts are fit to train: versions, GPUs, disks, storage, network
 
-    Checks every host of the cluster, and prints a line for each finding: ok, warning or FAIL, what was found, and the
-    remedy. Exits with 1 if anything fails. Takes seconds, and a Ray that trains at the time is not disturbed much.
+    Every host of the cluster is checked. There is a line for each finding: ok, warning or FAIL, what was found, and
+    the remedy. Exit code 1 means that something fails. For some seconds it sends 64 MB between neighbouring hosts and
+    writes small files to NANOCHAT_RAY_HOME; otherwise it takes nothing from what runs there.
     """
     from nanochat_ray.doctor import DoctorOptions, run
 
@@ -211,7 +214,7 @@ STAGES = {
 
 
 def parse(stage: str, options: type, args: list[str]):
-    return tyro.cli(options, args=args, prog=f"nanochat-ray {stage}", description=STAGES[stage].__doc__)
+    return tyro.cli(options, args=args, prog=f"nanochat-ray {stage}", description=inspect.getdoc(STAGES[stage]))
 
 
 def start_ray() -> None:
@@ -229,6 +232,12 @@ def connect() -> None:
 
     # Without an address Ray would look for a cluster that someone has started, or left, on this machine.
     address = os.environ.get("RAY_ADDRESS", "local")
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "://" not in address:  # Ray itself would try for minutes, and not say so
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(f"nothing answers at {address} ({error}): is it the head's address?") from error
     try:
         ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     except RuntimeError as error:  # the cluster has another version of Ray or Python

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import ray
 
 from nanochat_ray import storage
-from nanochat_ray.versions import PATIENCE_SECONDS, REMEDY, differences, hosts, installed, listed, pinned
+from nanochat_ray.versions import PATIENCE_SECONDS, REMEDY, THIS_PROCESS, differences, hosts, installed, listed, pinned
 
 CONNECT_SECONDS = 3.0
 SEND_SECONDS, SEND_BYTES = 2.0, 64 * 2**20  # of a transfer, whichever is reached first
@@ -42,8 +42,7 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as in version
 @dataclass
 class DoctorOptions:
     address: str | None = None
-    """The cluster's head, HOST:6379, or auto for the Ray that runs on this machine. The default is RAY_ADDRESS; without
-    it a Ray of its own is started on this machine."""
+    """The cluster's head, HOST:6379, or auto for one on this machine. By default RAY_ADDRESS, else a Ray of its own."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +223,8 @@ def diagnose() -> Iterator[tuple[str, Finding]]:
     )
     facts = {host: fact for host, fact in facts.items() if not isinstance(fact, Exception)}
     probes = {host: probes[host] for host in facts}
-    yield from (("", finding) for finding in check_versions({host: fact["versions"] for host, fact in facts.items()}))
+    versions = {THIS_PROCESS: installed()} | {host: fact["versions"] for host, fact in facts.items()}
+    yield from (("", finding) for finding in check_versions(versions))
     for host, fact in facts.items():
         yield from ((host, finding) for finding in check_host(fact, nodes[host]["Resources"], len(nodes)))
     yield from check_clocks(probes)
@@ -249,7 +249,7 @@ def ask(probes: dict, method: str, arguments: dict | None = None) -> dict:
 def check_versions(versions: dict[str, dict[str, str]]) -> list[Finding]:
     if differing := differences(versions):
         return [Finding("FAIL", "versions", line, remedy=REMEDY) for line in differing]
-    same = ", ".join(f"{name} {value}" for name, value in next(iter(versions.values()), {}).items())
+    same = ", ".join(f"{name} {value}" for name, value in versions[THIS_PROCESS].items())
     return [Finding("ok", "versions", same)]
 
 

@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 PACKAGES = ("nanochat_ray", "serving", "experiments")
 PATIENCE_SECONDS = 60.0  # for a host to answer
+THIS_PROCESS = "this process"
 REMEDY = "install the same on every host, or send the code along with `ray job submit --working-dir .`"
 
 # Send this module's functions as code: a host may have another version of the module, or none.
@@ -24,7 +25,7 @@ def installed() -> dict[str, str]:
     versions = {"Python": platform.python_version()}
     for name in ("ray", "torch"):
         try:
-            versions[name] = version(name)
+            versions[name] = version(name).partition("+")[0]  # a head without GPUs may have torch's build for CPUs
         except PackageNotFoundError:
             versions[name] = "missing"
     digest, missing = hashlib.sha256(), True
@@ -70,7 +71,7 @@ def listed(names: list[str], most: int = 5) -> str:
 
 
 def check() -> None:
-    """Raises ValueError, naming the hosts, when they don't all run the same versions. One tiny task a host.
+    """Raises ValueError, naming the hosts, when they and this process don't run the same versions. A tiny task a host.
 
     A host that does not answer is left to Ray, which will not run tasks there either.
     """
@@ -79,7 +80,7 @@ def check() -> None:
         return
     task = ray.remote(max_retries=0)(installed)
     refs = {task.options(**pinned(node)).remote(): host for host, node in nodes.items()}
-    found = {}
+    found = {THIS_PROCESS: installed()}
     for ref in ray.wait(list(refs), num_returns=len(refs), timeout=PATIENCE_SECONDS)[0]:
         try:
             found[refs[ref]] = ray.get(ref)

@@ -94,7 +94,7 @@ def another_version(cluster, tmp_path_factory):
 def test_another_version_is_named(cluster, another_version):
     status, lines = doctor(cluster)
     (line,) = [line for line in of(lines, "versions") if "nrhost3" in line]
-    assert status == 1 and line.startswith("FAIL") and "nrhost1, nrhost2; " in line
+    assert status == 1 and line.startswith("FAIL") and "nrhost1, nrhost2, this process; " in line
     source = cluster.shared / "text.jsonl"
     source.write_text('{"text": "some text"}\n' * 40)
     with pytest.raises(RuntimeError) as refused:

@@ -49,9 +49,11 @@ def measure(options: Options, folder: Path) -> dict:
     prepare.unfinished(jobs)
     lap("plan")
     counts = dict.fromkeys(("rows", "tokens", "cropped_tokens", "dropped_tokens", "documents", "bytes"), 1)
+    for split in ("train", "val"):
+        Path(rows_uri, split).mkdir()
     for job in jobs:
-        storage.write_json(job.counts_uri, counts)
-    lap("(write counts)")
+        Path(job.counts_uri).write_text(json.dumps(counts))
+    start = time.monotonic()
     splits = prepare._collect(jobs, 65, source.name)
     lap("collect")
     storage.write_json(storage.join(rows_uri, "manifest.json"), splits)

@@ -164,7 +164,7 @@ def unfinished(jobs: list[Job]) -> list[Job]:
 
 
 def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int) -> None:
-    """One Ray task a shard, or a few. Only counts come back: tokens go from the task to the file, past the object store."""
+    """One Ray task a shard or a few. Counts come back: tokens go from the task to the file, past the object store."""
     cpus = ray.cluster_resources()["CPU"]
     constants = {"tokenizer": tokenizer, "row_len": row_len, "cpus": cpus}
     start, tokens = time.monotonic(), 0

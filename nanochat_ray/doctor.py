@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -29,6 +29,7 @@ SLOW_NETWORK = 1e9  # bits/s; also a link with less than half of the median is s
 OPEN_FILES = 8192
 FULL_DISK = 0.95  # share, above which Ray takes no more objects
 GIB = 2**30
+NO_GPUS = {"names": [], "usable": 0, "peers": True, "error": ""}
 GPU_PROGRAM = """
 import torch
 n = torch.cuda.device_count()
@@ -50,8 +51,8 @@ class Finding:
     level: str  # "ok", "warning" or "FAIL"
     check: str
     text: str  # with a {} for each of the values
-    values: tuple[float, ...] = ()  # hosts that differ in these alone share a line
     remedy: str = ""
+    values: tuple[float, ...] = ()  # hosts that differ in these alone share a line
 
 
 class Probe:
@@ -166,9 +167,9 @@ def gpus() -> dict:
     try:
         told = subprocess.run(query, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return {"names": [], "error": "" if isinstance(error, FileNotFoundError) else str(error)}
+        return NO_GPUS | {"error": "" if isinstance(error, FileNotFoundError) else str(error)}
     if told.returncode:
-        return {"names": [], "error": (told.stdout + told.stderr).strip().partition("\n")[0]}
+        return NO_GPUS | {"error": (told.stdout + told.stderr).strip().partition("\n")[0]}
     lines = [[part.strip() for part in line.split(",")] for line in told.stdout.strip().splitlines()]
     env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}  # Ray hides them
     try:
@@ -190,8 +191,7 @@ def run(options: DoctorOptions) -> bool:
     found: dict[Finding, list[tuple[str, tuple]]] = defaultdict(list)  # hosts and values by finding without values
     failed = False
     for host, finding in diagnose():
-        key = Finding(finding.level, finding.check, finding.text, remedy=finding.remedy)
-        found[key].append((host, finding.values))
+        found[replace(finding, values=())].append((host, finding.values))
         failed |= finding.level == "FAIL"
     num_hosts = len(hosts())
 
@@ -201,7 +201,7 @@ def run(options: DoctorOptions) -> bool:
     for finding, where in found.items():
         columns = [(min(column), max(column)) for column in zip(*(values for _, values in where), strict=True)]
         spans = (number(low) if low == high else f"{number(low)} to {number(high)}" for low, high in columns)
-        text = finding.text.format(*spans)
+        text = finding.text.format(*spans) if columns else finding.text
         names = [host for host, _ in where if host]
         if names and num_hosts > 1:
             text += f" on all {num_hosts} hosts" if len(names) == num_hosts else f" on {listed(names)}"
@@ -216,11 +216,9 @@ def diagnose() -> Iterator[tuple[str, Finding]]:
     actor = ray.remote(Probe)
     probes = {host: actor.options(**pinned(n)).remote(n["NodeManagerAddress"], home) for host, n in nodes.items()}
     facts = ask(probes, "facts")
-    yield from (
-        (host, Finding("FAIL", "host", f"no answer ({error})", remedy="restart Ray there, or remove the host"))
-        for host, error in facts.items()
-        if isinstance(error, Exception)
-    )
+    for host, error in facts.items():
+        if isinstance(error, Exception):
+            yield host, Finding("FAIL", "host", f"no answer ({error})", "restart Ray there, or remove the host")
     facts = {host: fact for host, fact in facts.items() if not isinstance(fact, Exception)}
     probes = {host: probes[host] for host in facts}
     versions = {THIS_PROCESS: installed()} | {host: fact["versions"] for host, fact in facts.items()}
@@ -248,57 +246,53 @@ def ask(probes: dict, method: str, arguments: dict | None = None) -> dict:
 
 def check_versions(versions: dict[str, dict[str, str]]) -> list[Finding]:
     if differing := differences(versions):
-        return [Finding("FAIL", "versions", line, remedy=REMEDY) for line in differing]
+        return [Finding("FAIL", "versions", line, REMEDY) for line in differing]
     same = ", ".join(f"{name} {value}" for name, value in versions[THIS_PROCESS].items())
     return [Finding("ok", "versions", same)]
 
 
 def check_host(facts: dict, resources: dict, num_hosts: int) -> Iterator[Finding]:
     yield from check_gpus(facts["gpus"], int(resources.get("GPU", 0)))
-    yield Finding("ok", "memory", "{} GiB, {} CPUs", (round(facts["memory"] / GIB), resources.get("CPU", 0)))
-    store, wanted = resources.get("object_store_memory", 0) / GIB, 0.3 * facts["memory"] / GIB
+    memory, store = facts["memory"] / GIB, resources.get("object_store_memory", 0) / GIB
+    yield Finding("ok", "memory", "{} GiB, {} CPUs", values=(round(memory), resources.get("CPU", 0)))
     if facts["shm"] is not None:
         shm = facts["shm"] / GIB
-        short = shm < max(store, min(wanted, 8))
-        yield Finding(
-            "warning" if short else "ok", "/dev/shm", "{} GiB, and Ray's object store has {} GiB",
-            (round(shm, 1), round(store, 1)),
-            "give it a third of the memory (docker run --shm-size), else Ray uses the disk or little memory" * short,
-        )  # fmt: skip
+        short = shm < max(store, min(0.3 * memory, 8))
+        remedy = (
+            "give it a third of the memory (docker run --shm-size), else Ray uses the disk or little memory" * short
+        )
+        text, values = "{} GiB, and Ray's object store has {} GiB", (round(shm, 1), round(store, 1))
+        yield Finding("warning" if short else "ok", "/dev/shm", text, remedy, values)
     for folder, (total, free) in facts["disks"].items():
         level = "FAIL" if free < (1 - FULL_DISK) * total else "warning" if free < 20 * GIB else "ok"
         remedy = "free some, or let `ray start --temp-dir` and TMPDIR name a larger disk" * (level != "ok")
         folder = "Ray's folder" if "session_" in folder else f"the cache's disk ({folder})"
-        yield Finding(level, "disk", f"{{}} GiB free for {folder}", (round(free / GIB),), remedy)
+        yield Finding(level, "disk", f"{{}} GiB free for {folder}", remedy, (round(free / GIB),))
     few = 0 < facts["open files"] < OPEN_FILES
     remedy = f"`ulimit -n {8 * OPEN_FILES}` before `ray start`" * few
-    yield Finding("warning" if few else "ok", "open files", "at most {}", (facts["open files"],), remedy)
+    yield Finding("warning" if few else "ok", "open files", "at most {}", remedy, (facts["open files"],))
     if facts["own address"].startswith("127.") and num_hosts > 1:
         text = f"the host's name means {facts['own address']} there, which no other host reaches; harmless, as training"
         yield Finding("ok", "hostname", f"{text} uses the interface of Ray's address, but other programs may not,")
 
 
 def check_gpus(gpus: dict, known_to_ray: int) -> Iterator[Finding]:
-    names = gpus["names"]
-    if not names:
-        failed = bool(gpus["error"]) or known_to_ray > 0
-        text = f"nvidia-smi: {gpus['error'] or 'not found'}" if failed else "none"
-        yield Finding("FAIL" if failed else "ok", "GPUs", text, remedy="install or restart NVIDIA's driver" * failed)
-        return
-    kinds = ", ".join(f"{names.count(name)} × {name}" for name in sorted(set(names)))
-    if gpus["usable"] < len(names):
-        text = f"{kinds}; torch can use {gpus['usable']} ({gpus['error']})"
-        yield Finding(
-            "FAIL", "GPUs", text, remedy="install a torch for this driver's CUDA, and end what holds the GPUs"
-        )
+    names, level, remedy = gpus["names"], "FAIL", ""
+    text = ", ".join(f"{names.count(name)} × {name}" for name in sorted(set(names)))
+    if not names and (gpus["error"] or known_to_ray):
+        text, remedy = f"nvidia-smi: {gpus['error'] or 'not found'}", "install or restart NVIDIA's driver"
+    elif gpus["usable"] < len(names):
+        text += f"; torch can use {gpus['usable']} ({gpus['error']})"
+        remedy = "install a torch for this driver's CUDA, and end what holds the GPUs"
     elif known_to_ray < len(names):
-        text = f"{kinds}; Ray knows of {known_to_ray}"
-        yield Finding("warning", "GPUs", text, remedy="restart Ray without --num-gpus and CUDA_VISIBLE_DEVICES")
+        level, text = "warning", f"{text}; Ray knows of {known_to_ray}"
+        remedy = "restart Ray without --num-gpus and CUDA_VISIBLE_DEVICES"
     elif not gpus["peers"]:
+        level, text = "warning", f"{text}; not every pair has peer access"
         remedy = "NCCL goes through the host's memory; look at `nvidia-smi topo -m` and at the IOMMU's settings"
-        yield Finding("warning", "GPUs", f"{kinds}; not every pair has peer access", remedy=remedy)
     else:
-        yield Finding("ok", "GPUs", kinds)
+        level = "ok"
+    yield Finding(level, "GPUs", text or "none", remedy)
 
 
 def check_clocks(probes: dict) -> Iterator[tuple[str, Finding]]:
@@ -317,7 +311,7 @@ def check_clocks(probes: dict) -> Iterator[tuple[str, Finding]]:
         for host, seconds in zip(probes, pool.map(offset, probes.values()), strict=True):
             level = "FAIL" if seconds > 300 else "warning" if seconds > 1 else "ok"
             remedy = "synchronize it (chrony); buckets refuse requests that are minutes off" * (level != "ok")
-            yield host, Finding(level, "clock", "{} s from this one", (round(seconds, 3),), remedy)
+            yield host, Finding(level, "clock", "{} s from this one", remedy, (round(seconds, 3),))
 
 
 def check_home(probes: dict, home: str) -> Iterator[tuple[str, Finding]]:
@@ -329,23 +323,18 @@ def check_home(probes: dict, home: str) -> Iterator[tuple[str, Finding]]:
         if errors[host]:
             text = f"{home} can't be written: {errors[host]}"
             remedy = "check NANOCHAT_RAY_HOME, its permissions and, of a bucket, the credentials there"
-            yield host, Finding("FAIL", "home", text, remedy=remedy)
+            yield host, Finding("FAIL", "home", text, remedy)
     read = ask(probes, "read_files", {host: [written] for host in probes})
     seen = defaultdict(list)  # hosts by the hosts whose files they see
     for host, names in read.items():
         seen[frozenset(files[name] for name in names) if isinstance(names, set) else frozenset()].append(host)
     ask(probes, "remove_files")
-    if written and set(seen) == {frozenset(files[name] for name in written)}:
-        text = f"{home} is written and read by every host" if len(probes) > 1 else f"{home} is written and read"
-        yield "", Finding("ok", "home", text)
-    elif written:
-        verbs = {1: "reads"}
-        groups = "; ".join(
-            f"{listed(of)} {verbs.get(len(of), 'read')} files of {listed(list(by)) or 'no host'}"
-            for by, of in seen.items()
-        )
+    if set(seen) != {frozenset(files[name] for name in written)}:
+        groups = "; ".join(f"{listed(of)} can read files of {listed(list(by)) or 'no host'}" for by, of in seen.items())
         remedy = "let NANOCHAT_RAY_HOME be a bucket or a folder that all hosts mount"
-        yield "", Finding("FAIL", "home", f"{home} is not shared: {groups}".replace("{", "{{"), remedy=remedy)
+        yield "", Finding("FAIL", "home", f"{home} is not shared: {groups}", remedy)
+    elif len(written) == len(probes):
+        yield "", Finding("ok", "home", f"{home} is written and read" + " by every host" * (len(probes) > 1))
 
 
 def check_token() -> Finding:
@@ -353,10 +342,8 @@ def check_token() -> Finding:
 
     if is_token_auth_enabled():
         return Finding("ok", "token", "Ray asks for one")
-    return Finding(
-        "warning", "token", "whoever reaches Ray's ports can run code on the hosts",
-        remedy="start Ray with RAY_AUTH_MODE=token on every host; `ray get-auth-token --generate` makes one",
-    )  # fmt: skip
+    remedy = "start Ray with RAY_AUTH_MODE=token on every host; `ray get-auth-token --generate` makes one"
+    return Finding("warning", "token", "whoever reaches Ray's ports can run code on the hosts", remedy)
 
 
 def check_network(probes: dict, addresses: dict[str, str]) -> Iterator[tuple[str, Finding]]:
@@ -364,16 +351,14 @@ def check_network(probes: dict, addresses: dict[str, str]) -> Iterator[tuple[str
     ports = ask(probes, "listen")
     places = {host: (addresses[host], port) for host, port in ports.items() if isinstance(port, int)}
     others = {host: [[place for other, place in places.items() if other != host]] for host in probes}
-    closed = {host: missed for host, missed in ask(probes, "unreachable", others).items() if missed}
+    closed = {host: error for host, error in ports.items() if host not in places}
+    closed |= {host: missed for host, missed in ask(probes, "unreachable", others).items() if missed}
     hosts_of = {place: host for host, place in places.items()}
     for host, missed in closed.items():
-        what = listed([hosts_of[place] for place in missed]) if isinstance(missed, list) else str(missed)
-        text = f"no connection to ports of {what}"
-        yield (
-            host,
-            Finding("FAIL", "ports", text, remedy="open all TCP ports between the hosts, as NCCL chooses freely"),
-        )
-    if closed or len(places) < len(probes):
+        what = listed([hosts_of[place] for place in missed]) if isinstance(missed, list) else f"others ({missed})"
+        remedy = "open all TCP ports between the hosts, as NCCL chooses freely"
+        yield host, Finding("FAIL", "ports", f"no connection to ports of {what}", remedy)
+    if closed:
         return
     yield "", Finding("ok", "ports", f"each of {len(places)} hosts connects to all others")
     ring = list(places)
@@ -385,13 +370,13 @@ def check_network(probes: dict, addresses: dict[str, str]) -> Iterator[tuple[str
         link = f"{host} -> {following[host]}"
         if host not in rates:
             remedy = "look for packet loss or a wrong MTU between them"
-            yield "", Finding("FAIL", "network", f"{link}: broken off ({measured[host]})", remedy=remedy)
+            yield "", Finding("FAIL", "network", f"{link}: broken off ({measured[host]})", remedy)
             continue
         rate, trip = rates[host]
         if rate < max(SLOW_NETWORK, median / 2):
             text = f"{link}: {rate / 1e6:,.0f} Mbit/s, round trip {1e3 * trip:.2f} ms"
             remedy = "a step waits for the slowest link: see what it costs by `nanochat-ray plan --nodes --network`"
-            yield "", Finding("warning", "network", text, remedy=remedy)
+            yield "", Finding("warning", "network", text, remedy)
         else:
             values = (round(rate / 1e9, 1), round(1e3 * trip, 2))
-            yield host, Finding("ok", "network", "{} Gbit/s in one stream to the next, round trip {} ms", values)
+            yield host, Finding("ok", "network", "{} Gbit/s in one stream to the next, round trip {} ms", "", values)

@@ -43,8 +43,8 @@ H100 = "NVIDIA H100, 81559 MiB, driver 580.1"
         ({"names": [H100] * 8, "usable": 0, "peers": True, "error": "driver too old"}, 8, "FAIL", "driver too old"),
         ({"names": [H100] * 8, "usable": 8, "peers": True, "error": ""}, 0, "warning", "Ray knows of 0"),
         ({"names": [H100] * 2, "usable": 2, "peers": False, "error": ""}, 2, "warning", "peer access"),
-        ({"names": [], "error": ""}, 8, "FAIL", "not found"),
-        ({"names": [], "error": ""}, 0, "ok", "none"),
+        ({"names": [], "usable": 0, "error": ""}, 8, "FAIL", "not found"),
+        ({"names": [], "usable": 0, "peers": True, "error": ""}, 0, "ok", "none"),
     ],
 )
 def test_gpus(gpus, known, level, named):
@@ -62,4 +62,4 @@ def test_nvidia_smi_and_torch_are_asked(tmp_path, monkeypatch):
     found = doctor.gpus()
     assert found["names"] == [H100] and found["peers"]
     tool.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'; exit 9\n")
-    assert doctor.gpus() == {"names": [], "error": "NVIDIA-SMI has failed"}
+    assert doctor.gpus() == doctor.NO_GPUS | {"error": "NVIDIA-SMI has failed"}

@@ -50,7 +50,7 @@ def test_a_home_that_is_not_shared(cluster):
     (line,) = of(lines, "home")
     assert status == 1 and line.startswith("FAIL")
     for host in ("nrhost1", "nrhost2", "nrhost3"):
-        assert f"{host} reads files of {host}" in line
+        assert f"{host} can read files of {host}" in line
     assert "NANOCHAT_RAY_HOME" in line
 
 

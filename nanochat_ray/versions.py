@@ -42,6 +42,7 @@ def installed() -> dict[str, str]:
 def hosts() -> dict[str, dict]:
     """Ray's nodes by a name that a person knows: the hostname, with the address where several have the same."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes.sort(key=lambda node: (node["NodeManagerHostname"], node["NodeManagerAddress"]))
     names = [node["NodeManagerHostname"] for node in nodes]
     unique = len(set(names)) == len(names)
     return {n if unique else f"{n} ({node['NodeManagerAddress']})": node for n, node in zip(names, nodes, strict=True)}

@@ -1,8 +1,10 @@
 """nanochat-ray: every stage as a command. `nanochat-ray STAGE --help` lists a stage's options."""
 
+import inspect
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -94,6 +96,22 @@ def plan(args: list[str]) -> None:
     from nanochat_ray.train.plan import PlanOptions, run
 
     run(parse("plan", PlanOptions, args))
+
+
+def doctor(args: list[str]) -> None:
+    """whether a cluster's hosts are fit to train: versions, GPUs, disks, storage, network
+
+    Every host of the cluster is checked. There is a line for each finding: ok, warning or FAIL, what was found, and
+    the remedy. Exit code 1 means that something fails. For some seconds it sends 64 MB between neighbouring hosts and
+    writes small files to NANOCHAT_RAY_HOME; otherwise it takes nothing from what runs there.
+    """
+    from nanochat_ray.doctor import DoctorOptions, run
+
+    options = parse("doctor", DoctorOptions, args)
+    if options.address:
+        os.environ["RAY_ADDRESS"] = options.address
+    connect()
+    sys.exit(0 if run(options) else 1)
 
 
 def chat(args: list[str]) -> None:
@@ -189,29 +207,47 @@ STAGES = {
     "chat": chat,
     "serve": serve,
     "plan": plan,
+    "doctor": doctor,
     "leaderboard": leaderboard,
     "import": import_,
 }
 
 
 def parse(stage: str, options: type, args: list[str]):
-    return tyro.cli(options, args=args, prog=f"nanochat-ray {stage}", description=STAGES[stage].__doc__)
+    return tyro.cli(options, args=args, prog=f"nanochat-ray {stage}", description=inspect.getdoc(STAGES[stage]))
 
 
 def start_ray() -> None:
-    """The cluster that RAY_ADDRESS names, as in a job; else a local Ray of this process."""
+    """connect, and see that all hosts run the same versions. Raises ValueError naming the hosts that don't."""
+    from nanochat_ray import versions
+
+    connect()
+    versions.check()
+
+
+def connect() -> None:
+    """To the cluster that RAY_ADDRESS names, as in a job; else to a local Ray of this process."""
     import ray
     import ray.data
 
     # Without an address Ray would look for a cluster that someone has started, or left, on this machine.
     address = os.environ.get("RAY_ADDRESS", "local")
-    ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "://" not in address:  # Ray itself would try for minutes, and not say so
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+        except OSError as error:
+            raise ConnectionError(f"nothing answers at {address} ({error}): is it the head's address?") from error
+    try:
+        ray.init(address, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+    except RuntimeError as error:  # the cluster has another version of Ray or Python
+        raise ValueError(f"no connection to Ray at {address}: {' '.join(str(error).split())}") from error
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # the stages print progress of their own, in less
     ray.data.DataContext.get_current().enable_progress_bars = False
 
 
 def usage() -> str:
-    lines = [f"  {name:<11} {stage.__doc__}" for name, stage in STAGES.items()]
+    lines = [f"  {name:<11} {stage.__doc__.splitlines()[0]}" for name, stage in STAGES.items()]
     return "\n".join(["usage: nanochat-ray STAGE [options]   (STAGE --help lists them)", "", *lines])
 
 

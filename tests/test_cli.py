@@ -14,7 +14,7 @@ def nanochat_ray(*args):
 def test_help_names_every_stage_and_option():
     shown = nanochat_ray("--help")
     assert shown.returncode == 0
-    for stage in ("prepare", "pretrain", "sft", "eval", "chat", "plan", "leaderboard", "import"):
+    for stage in ("prepare", "pretrain", "sft", "eval", "chat", "plan", "doctor", "leaderboard", "import"):
         assert f"\n  {stage} " in shown.stdout
     options = nanochat_ray("pretrain", "--help").stdout
     assert "--depth" in options

@@ -7,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from nanochat_ray.data.packing import pack_documents
 from nanochat_ray.data.tokenizer import Tokenizer, compression, train
 
 CHUNK_CHARS = 200_000  # encoded by one thread at a time: long beside a switch of threads, short beside a shard
+MAX_TASKS = 2_000  # of a job, or 8 a CPU
+MAX_LINES = 1_000  # of progress
 COMPRESSION_SAMPLE = 1_000  # validation documents
 
 
@@ -91,9 +93,8 @@ def run(options: PrepareOptions, source: sources.Source | None = None) -> Prepar
         print(f"prepare: nothing to do, {rows_uri} is complete", flush=True)
         return Prepared(rows_uri, tokenizer_uri, storage.read_json(manifest_uri))
     _report_compression(tokenizer, source)
-    unfinished = [job for job in jobs if not storage.exists(job.counts_uri)]
-    if unfinished:
-        _run_jobs(unfinished, len(jobs), tokenizer, options.sequence_len + 1)
+    if left := unfinished(jobs):
+        _run_jobs(left, len(jobs), tokenizer, options.sequence_len + 1)
     manifest = {**inputs, "tokenizer": tokenizer_uri, "splits": _collect(jobs, options.sequence_len + 1, source.name)}
     storage.write_json(manifest_uri, manifest)
     for split, total in manifest["splits"].items():
@@ -153,27 +154,40 @@ def _begin(rows_uri: str, source: sources.Source, inputs: dict) -> list[Job]:
     ]
 
 
+def unfinished(jobs: list[Job]) -> list[Job]:
+    """Those without counts. One listing of a folder, as each look at an object store takes a round trip."""
+    finished = {job.split: set() for job in jobs}
+    for split in finished:
+        folder = storage.parent(next(job.uri for job in jobs if job.split == split))
+        finished[split].update(storage.listdir(folder))
+    return [job for job in jobs if storage.name(job.counts_uri) not in finished[job.split]]
+
+
 def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int) -> None:
-    """One Ray task a shard. Only counts come back: tokens go from the task to the file, past the object store."""
+    """One Ray task a shard or a few. Counts come back: tokens go from the task to the file, past the object store."""
     cpus = ray.cluster_resources()["CPU"]
-    constants = {"jobs": jobs, "tokenizer": tokenizer, "row_len": row_len, "cpus": cpus}
+    constants = {"tokenizer": tokenizer, "row_len": row_len, "cpus": cpus}
     start, tokens = time.monotonic(), 0
-    indices = ray.data.from_items(list(range(len(jobs))), override_num_blocks=len(jobs))
-    results = indices.map(_run_job, fn_kwargs=constants, num_cpus=1).iter_rows()
+    # A task a shard, but of very many shards a task has several: each task costs the driver some milliseconds.
+    items = [{"job": asdict(job), "left": len(jobs) - index} for index, job in enumerate(jobs)]
+    blocks = ray.data.from_items(items, override_num_blocks=min(len(jobs), max(MAX_TASKS, int(8 * cpus))))
+    results = blocks.map(_run_job, fn_kwargs=constants, num_cpus=1).iter_rows()
     for done, result in enumerate(results, num_all - len(jobs) + 1):
         if result["error"]:
             raise ValueError(result["error"])
         tokens += result["tokens"]
         speed = tokens / (time.monotonic() - start)
-        print(f"prepare: {done}/{num_all} shards, {tokens:,} tokens, {speed:,.0f} tokens/s", flush=True)
+        if done % math.ceil(num_all / MAX_LINES) == 0 or done == num_all:
+            print(f"prepare: {done}/{num_all} shards, {tokens:,} tokens, {speed:,.0f} tokens/s", flush=True)
 
 
-def _run_job(row: dict, *, jobs: list[Job], cpus: float, **constants) -> dict:
+def _run_job(row: dict, *, cpus: float, **constants) -> dict:
     """What is wrong with a file is returned, not raised: Ray would wrap one clear line in pages of its own trace."""
     # The last shards share the cores that have no shard of their own; twice as many threads, as some end early.
-    num_threads = math.ceil(2 * cpus / (len(jobs) - row["item"]))
+    num_threads = math.ceil(2 * cpus / row["left"])
+    job = Job(**row["job"] | {"shard": sources.Shard(**row["job"]["shard"])})
     try:
-        counts = write_shard(jobs[row["item"]], num_threads=num_threads, **constants)
+        counts = write_shard(job, num_threads=num_threads, **constants)
     except ValueError as error:
         return {"tokens": 0, "error": str(error)}
     return {"tokens": counts["tokens"] + counts["cropped_tokens"] + counts["dropped_tokens"], "error": ""}
@@ -241,7 +255,10 @@ def _collect(jobs: list[Job], row_len: int, name: str) -> dict:
     """{split: summed counts and rows per file}. Raises ValueError when a split has no rows."""
     splits = {}
     for split in ("train", "val"):
-        counts = {storage.name(job.uri): storage.read_json(job.counts_uri) for job in jobs if job.split == split}
+        ours = [job for job in jobs if job.split == split]
+        with ThreadPoolExecutor(32) as pool:
+            read = pool.map(storage.read_json, [job.counts_uri for job in ours])
+            counts = {storage.name(job.uri): counts for job, counts in zip(ours, read, strict=True)}
         total = {key: sum(c[key] for c in counts.values()) for key in next(iter(counts.values()))}
         if not total["rows"]:
             raise ValueError(

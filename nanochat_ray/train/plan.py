@@ -8,9 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_ray.model.attention import BLOCK
-from nanochat_ray.model.gpt import GPTConfig
+from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.loss import chunk_size
-from nanochat_ray.model.scaling import RunPlan, param_counts, plan_run
+from nanochat_ray.model.optim import Shard, build_optimizer
+from nanochat_ray.model.scaling import BASE_LRS, RunPlan, param_counts, plan_run
 from nanochat_ray.train.checkpoint import compute_dtype
 from nanochat_ray.train.metrics import gpu_peak_flops, peak_flops
 
@@ -28,14 +29,20 @@ GPU_SHARE = 0.9  # of that memory, which the plan may fill: it is right to some 
 class PlanOptions:
     depth: int = 24
     """The dial: layers of the Transformer."""
+    nodes: int = 1
+    """How many nodes train; several show what 1, 2, 4, … of them would do."""
     gpus: int = 8
-    """How many GPUs train; 0 for one worker on this machine's CPUs."""
+    """GPUs of each node; 0 for one worker on its CPUs."""
     gpu: str = "H100"
     """Their kind, for the peak FLOP/s: H100, H200, B200, A100, L40S, L4, A10G, 4090, …"""
     dtype: str | None = None
     """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
     mfu: float = 0.5
-    """Share of the peak that training reaches."""
+    """Share of the peak that training reaches on one node."""
+    network: float = 100
+    """Gbit/s that each node sends, and receives at the same time; `nanochat-ray doctor` measures it."""
+    latency: float = 30
+    """Microseconds of a message from one node to the next."""
     dollars_per_gpu_hour: float = 3.0
     target_param_data_ratio: float = 12
     """Training tokens per scaling parameter."""
@@ -54,6 +61,22 @@ class Prediction:
     memory: dict[str, float]  # bytes per worker, by part
     seconds: float
     dollars: float
+    steps: dict[int, "Step"]  # by the number of nodes
+
+
+@dataclass(frozen=True)
+class OptimizerWork:
+    """What the optimizer of one worker does in a step."""
+
+    sent: int  # bytes that it sends to the next worker of the ring, and receives from the one before
+    collectives: int
+    flops: int  # of Muon's matmuls
+
+
+@dataclass(frozen=True)
+class Step:
+    seconds: float
+    waiting: float  # seconds of them in which the network alone is busy
 
 
 def run(options: PlanOptions) -> Prediction:
@@ -67,22 +90,76 @@ def run(options: PlanOptions) -> Prediction:
         window_pattern=options.window_pattern,
         target_flops=options.target_flops,
     )
-    workers = max(1, options.gpus)
+    if options.nodes < 1 or options.network <= 0:
+        raise ValueError(f"{options.nodes} nodes on {options.network} Gbit/s: give at least one, and a network")
+    workers = options.nodes * max(1, options.gpus)
     dtype = torch.bfloat16 if options.gpus and options.dtype is None else compute_dtype(options.dtype, "cpu")
-    most = max(1, plan.total_batch_size // (options.sequence_len * workers))
+    most = plan.total_batch_size // (options.sequence_len * workers)
+    if options.nodes > 1 and not most:
+        raise ValueError(
+            f"{workers} workers for {plan.total_batch_size // options.sequence_len} rows a step: take fewer"
+        )
+    most = max(1, most)
     memory = GPU_SHARE * gpu_memory(options.gpu) if options.gpus else math.inf
     rows = min(most, options.device_batch_size or most)
     if options.device_batch_size is None:
         rows = rows_that_fit(plan.config, most, workers, not options.gpus, dtype, memory, recompute=False)
     peak = gpu_peak_flops(options.gpu, dtype) if options.gpus else peak_flops(torch.device("cpu"), dtype)
-    seconds = plan.total_flops / (workers * peak * options.mfu)
+    steps = {}
+    for nodes in sorted({2**i for i in range(options.nodes.bit_length())} | {options.nodes}):
+        work = optimizer_work(plan.config, nodes * max(1, options.gpus), dtype, gloo=not options.gpus)
+        compute = plan.flops_per_token * plan.total_batch_size / (nodes * max(1, options.gpus) * peak * options.mfu)
+        update = work.flops / (peak * options.mfu)
+        steps[nodes] = predict_step(work, nodes, compute, update, 1e9 * options.network, 1e-6 * options.latency)
+    seconds = plan.num_iterations * steps[options.nodes].seconds
     prediction = Prediction(
         memory=predict_memory(plan.config, workers, rows, not options.gpus, dtype),
         seconds=seconds,
-        dollars=seconds / 3600 * options.gpus * options.dollars_per_gpu_hour,
+        dollars=seconds / 3600 * options.nodes * options.gpus * options.dollars_per_gpu_hour,
+        steps=steps,
     )
     _print(plan, options, rows, prediction)
+    if options.nodes > 1:
+        _print_nodes(plan, options, prediction)
     return prediction
+
+
+def optimizer_work(config: GPTConfig, workers: int, dtype: torch.dtype, gloo: bool = False) -> OptimizerWork:
+    """From the optimizer's own shards, padding included. gloo: its reduce-scatter is an all-reduce of everything.
+
+    On a ring of n workers each sends (n-1)/n of a tensor's bytes in a reduce-scatter or an all-gather, and twice that
+    in an all-reduce. Muon's five steps on r × c matrices, r the smaller, are 5 · (4 r² c + 2 r³) FLOPs.
+    """
+    with torch.device("meta"):
+        model = GPT(config)
+    optimizer = build_optimizer(model.set_compute_dtype(dtype), **BASE_LRS, weight_decay=0.0)
+    volume, collectives, flops = 0, 0, 0
+    for whole in optimizer.shards:
+        shard = Shard(whole.group, whole.params, 0, workers)
+        first = next(iter(shard.params.values()))
+        rows = shard.length if shard.replicated else shard.chunk * workers
+        passes = 2 if shard.replicated or not gloo else 3
+        volume += passes * rows * first.numel() // (1 if shard.stacked else first.size(0)) * first.itemsize
+        collectives += passes
+        if shard.stacked:
+            r, c = sorted(first.shape)
+            flops += shard.chunk * 5 * (4 * r * r * c + 2 * r**3)
+    return OptimizerWork(volume * (workers - 1) // workers, collectives, flops)
+
+
+def predict_step(
+    work: OptimizerWork, nodes: int, compute: float, update: float, network: float, latency: float
+) -> Step:
+    """A step of `compute` seconds on each worker, `update` of them the optimizer's. network: bits/s of each node.
+
+    Forward and backward come first, and nothing travels meanwhile. Then gradients and weights travel around a ring of
+    all workers, which enters and leaves each node once, and each shard is updated while others are on their way. The
+    slowest node's network decides. Each collective waits for one message after the other between the nodes. Within a
+    node, and for a worker with few rows, nothing is counted.
+    """
+    travel = 8 * work.sent / network + work.collectives * (nodes - 1) * latency
+    waiting = max(0.0, travel - update) if nodes > 1 else 0.0
+    return Step(compute + waiting, waiting)
 
 
 def predict_memory(
@@ -163,15 +240,49 @@ def _print(plan: RunPlan, options: PlanOptions, rows: int, prediction: Predictio
     total = sum(prediction.memory.values())
     memory = {name: f"{size / 2**20:,.0f} MiB" for name, size in [*prediction.memory.items(), ("total", total)]}
     hours = prediction.seconds / 3600
-    outlook = {"time": f"{prediction.seconds:,.0f} s ({hours:.2f} h) at {options.mfu:.0%} MFU"}
+    waiting = f", {options.network:g} Gbit/s" if options.nodes > 1 else ""
+    outlook = {"time": f"{prediction.seconds:,.0f} s ({hours:.2f} h) at {options.mfu:.0%} MFU{waiting}"}
     if options.gpus:
         outlook["cost"] = f"${prediction.dollars:,.0f} at ${options.dollars_per_gpu_hour:g} a GPU hour"
     for title, values in {
         f"depth {plan.depth}": sizes,
         f"memory per worker, {rows} rows a forward pass": memory,
-        f"{options.gpus} × {options.gpu}" if options.gpus else "this machine's CPUs": outlook,
+        f"{options.nodes * options.gpus} × {options.gpu}" if options.gpus else "this machine's CPUs": outlook,
     }.items():
         table = Table(title=title, show_header=False, title_justify="left", min_width=60)
         for name, value in values.items():
             table.add_row(name, value)
         console.print(table)
+
+
+def _print_nodes(plan: RunPlan, options: PlanOptions, prediction: Prediction) -> None:
+    console = Console(highlight=False)
+    title = f"{plan.total_batch_size:,} tokens a step over {options.network:g} Gbit/s"
+    columns = ("nodes", "step", "waiting for the network", "tokens/s", "efficiency", "hours")
+    table = Table(*columns, title=title, title_justify="left", min_width=60)
+    one, previous, enough = prediction.steps[1].seconds, 1, None
+    for nodes, step in prediction.steps.items():
+        speedup = one / step.seconds
+        table.add_row(
+            f"{nodes}",
+            f"{step.seconds:.3f} s",
+            f"{step.waiting / step.seconds:.0%}",
+            f"{plan.total_batch_size / step.seconds:,.0f}",
+            f"{speedup / nodes:.0%}",
+            f"{plan.num_iterations * step.seconds / 3600:,.2f}",
+        )
+        before = one / prediction.steps[previous].seconds
+        if enough is None and nodes > 1 and speedup < before * (1 + 0.5 * (nodes - previous) / previous):
+            enough = previous
+        previous = nodes
+    console.print(table)
+    if enough:
+        many = f"{enough} nodes" if enough > 1 else "one node"
+        console.print(f"more than {many} hardly pay: over half of what they add is spent waiting")
+    counts = plan.param_counts
+    size = 4 * counts["total"] + (8 * counts["total"] - 4 * counts["transformer_matrices"])
+    first = size - (size - 4 * counts["total"]) * (1 - 1 / options.nodes)
+    console.print(
+        f"checkpoints of {size / 1e9:,.2f} GB each leave the first node in {8e-9 * first / options.network:,.1f} s at "
+        f"best, while training goes on; rows are {plan.total_batch_size * 2 / 1e6:,.1f} MB a step"
+    )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanochat_ray.model.scaling import plan_run
-from nanochat_ray.train.plan import PlanOptions, gpu_memory, predict_memory, rows_that_fit, run
+from nanochat_ray.train.plan import PlanOptions, gpu_memory, optimizer_work, predict_memory, rows_that_fit, run
 
 
 def test_the_time_of_a_known_run_is_predicted(capsys):
@@ -76,3 +76,22 @@ def test_a_gpu_has_less_memory_than_its_name_says():
     assert gpu_memory("H100") == 79 * 2**30 and gpu_memory("h200") == 139 * 2**30
     assert gpu_memory("A100-80G") == 79 * 2**30 and gpu_memory("A100-40G") == gpu_memory("A100") == 39 * 2**30
     assert gpu_memory("Abacus") == math.inf
+
+
+def test_nodes_wait_for_the_network(capsys):
+    fast = run(PlanOptions(depth=12, nodes=4, gpus=8, network=3200)).steps
+    slow = run(PlanOptions(depth=12, nodes=4, gpus=8, network=10)).steps
+    assert list(fast) == list(slow) == [1, 2, 4]
+    assert fast[1] == slow[1] and slow[4].seconds > 10 * fast[4].seconds
+    assert "more than one node hardly pay" in capsys.readouterr().out
+
+
+def test_what_a_worker_sends_follows_from_the_shards():
+    """On 2 ranks nothing of depth 2 is padded: half of all weights there, and half of all gradients."""
+    config = plan_run(2, head_dim=64, vocab_size=512, sequence_len=64).config
+    counts = plan_run(2, head_dim=64, vocab_size=512, sequence_len=64).param_counts
+    work = optimizer_work(config, 2, torch.float32)
+    assert work.sent == pytest.approx(4 * counts["total"], rel=0.01)
+    assert optimizer_work(config, 2, torch.float32, gloo=True).sent == pytest.approx(1.5 * work.sent, rel=0.01)
+    assert optimizer_work(config, 1, torch.float32).sent == 0
+    assert optimizer_work(config, 64, torch.float32).sent > 2 * work.sent  # shards of nothing but padding

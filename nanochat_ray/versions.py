@@ -1,0 +1,91 @@
+"""Which versions the hosts of a cluster run. They must be the same on all of them."""
+
+import hashlib
+import importlib.util
+import platform
+import sys
+from collections import defaultdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+PACKAGES = ("nanochat_ray", "serving", "experiments")
+PATIENCE_SECONDS = 60.0  # for a host to answer
+THIS_PROCESS = "this process"
+REMEDY = "install the same on every host, or send the code along with `ray job submit --working-dir .`"
+
+# Send this module's functions as code: a host may have another version of the module, or none.
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+
+def installed() -> dict[str, str]:
+    """Versions on this host. That of nanochat_ray is a hash of its code, as a checkout has no other."""
+    versions = {"Python": platform.python_version()}
+    for name in ("ray", "torch"):
+        try:
+            versions[name] = version(name).partition("+")[0]  # a head without GPUs may have torch's build for CPUs
+        except PackageNotFoundError:
+            versions[name] = "missing"
+    digest, missing = hashlib.sha256(), True
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or []:
+            for file in sorted(Path(folder).rglob("*.*")):
+                if file.suffix in (".py", ".cpp"):
+                    digest.update(f"{package}/{file.relative_to(folder)}\0".encode() + file.read_bytes())
+                    missing = False
+    return versions | {"nanochat_ray": "missing" if missing else digest.hexdigest()[:8]}
+
+
+def hosts() -> dict[str, dict]:
+    """Ray's nodes by a name that a person knows: the hostname, with the address where several have the same."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes.sort(key=lambda node: (node["NodeManagerHostname"], node["NodeManagerAddress"]))
+    names = [node["NodeManagerHostname"] for node in nodes]
+    unique = len(set(names)) == len(names)
+    return {n if unique else f"{n} ({node['NodeManagerAddress']})": node for n, node in zip(names, nodes, strict=True)}
+
+
+def pinned(node: dict) -> dict:
+    """Options of a task or actor that runs on this node and takes nothing from others."""
+    return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
+
+
+def differences(versions: dict[str, dict[str, str]]) -> list[str]:
+    """What differs, from the versions by host: "torch: 2.13.0 on a, b; 2.12.1 on c", the most common first."""
+    lines = []
+    for what in ("Python", "ray", "torch", "nanochat_ray"):
+        found = defaultdict(list)
+        for host, of_host in versions.items():
+            found[of_host[what]].append(host)
+        if len(found) > 1:
+            groups = sorted(found.items(), key=lambda group: -len(group[1]))
+            lines.append(f"{what}: " + "; ".join(f"{value} on {listed(names)}" for value, names in groups))
+    return lines
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    names = sorted(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def check() -> None:
+    """Raises ValueError, naming the hosts, when they and this process don't run the same versions. A tiny task a host.
+
+    A host that does not answer is left to Ray, which will not run tasks there either.
+    """
+    nodes = hosts()
+    if len(nodes) < 2:
+        return
+    task = ray.remote(max_retries=0)(installed)
+    refs = {task.options(**pinned(node)).remote(): host for host, node in nodes.items()}
+    found = {THIS_PROCESS: installed()}
+    for ref in ray.wait(list(refs), num_returns=len(refs), timeout=PATIENCE_SECONDS)[0]:
+        try:
+            found[refs[ref]] = ray.get(ref)
+        except ray.exceptions.RayError:
+            continue
+    if differing := differences(found):
+        raise ValueError(f"the hosts run different versions; {'; '.join(differing)}: {REMEDY}")

@@ -36,7 +36,7 @@ from nanochat_ray.train.loop import Measurement, TrainConfig, train_loop_per_wor
 from nanochat_ray.train.plan import GPU_SHARE, MAX_TOKENS_PER_CPU, gpu_memory, rows_that_fit
 
 MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
-RESIZE_SECONDS = 60.0  # between looks at whether a returned node lets a run have more workers again
+RESIZE_SECONDS = 30.0  # between looks at whether a returned node lets a run have more workers again
 SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
 LOST_HOST_SECONDS = 80.0  # in which Ray finds, with its own settings, that a host is lost
 # Ray Train asks again for the hosts of a run every 20 seconds. Those of a run that was killed are free after so long.
@@ -264,13 +264,13 @@ def train(
     )
     failure: list[BaseException] = []
     # fit() blocks: it has a thread of its own, and this one shows progress and takes signals.
-    thread = threading.Thread(target=_fit, args=[trainer, failure], daemon=True)
+    thread = threading.Thread(target=_fit, args=[trainer, monitor, failure, report is None], daemon=True)
     with StopOnSignal(monitor) as signals:
         thread.start()
         show_progress(thread, monitor, c, report)
     if failure:
         if isinstance(failure[0], ray.train.ControllerError) and not report:
-            raise OSError(f"workers could not be started: {str(failure[0]).strip().splitlines()[-1]}") from failure[0]
+            raise OSError(f"workers could not be started: {last_line(failure[0])}") from failure[0]
         raise failure[0]
     last = ray.get(monitor.read_outcome.remote())
     if last["error"]:
@@ -354,11 +354,25 @@ def _gpu_bytes() -> int:
     return min(int(line) for line in told.split()) * 2**20
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, failure: list[BaseException]) -> None:
-    try:
-        trainer.fit()
-    except BaseException as error:  # for the main thread to raise
-        failure.append(error)
+def _fit(trainer: ray.train.torch.TorchTrainer, monitor, failure: list[BaseException], again: bool) -> None:
+    """A host that is lost while workers start ends fit(), which is called again if there were steps since it was."""
+    before = None
+    while not failure:
+        try:
+            trainer.fit()
+            return
+        except BaseException as error:  # for the main thread to raise
+            latest, _ = ray.get(monitor.read.remote(0))
+            step = latest and latest["step"]
+            if not (again and isinstance(error, ray.train.ControllerError)) or step == before:
+                failure.append(error)
+            else:
+                monitor.say.remote(f"workers could not be started, once more: {last_line(error)}")
+            before = step
+
+
+def last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
 
 
 def scaling_config(workers: int | None, use_gpu: bool | None = None, elastic: bool = True) -> ray.train.ScalingConfig:

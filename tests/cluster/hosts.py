@@ -122,16 +122,16 @@ class Host:
 
     def power_off(self) -> None:
         """Every process of the host is killed at once."""
-        for pid in self._processes():
+        for pid in self.pids():
             if str(pid) != self.pid and pid != self.process.pid:
                 _kill(pid)
 
-    def _processes(self) -> list[int]:
+    def pids(self) -> list[int]:
         said = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
         return [int(pid) for pid in said.stdout.split()]
 
     def stop(self) -> None:
-        for pid in self._processes():
+        for pid in self.pids():
             _kill(pid)
         if hasattr(self, "process"):
             self.process.wait(timeout=10)
@@ -176,6 +176,7 @@ class Cluster:
         head = self.head.address
         where = ["--head", "--dashboard-host", head] if host is self.head else ["--address", f"{head}:6379"]
         settings = dict(re.findall(r"^(RAY_\w+)=(.*)$", (REPOSITORY / "cluster" / "ray.env").read_text(), re.MULTILINE))
+        settings["RAY_memory_usage_threshold"] = "0.99"  # the memory that Ray sees is that of all hosts and more
         env = settings | {name: value for name, value in self.env.items() if name != "RAY_ADDRESS"}
         host.run("ray", "start", *where, f"--node-ip-address={host.address}", "--num-cpus=1", env=env)
 

@@ -1,7 +1,9 @@
 """Training on three hosts, which are namespaces of this machine. Run by `make test-cluster`."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ from runs import assert_every_row_once, steps
 from nanochat_ray.train.metrics import read_metrics
 
 PACED = str(Path(__file__).with_name("paced_pretrain.py"))
-NUM_ITERATIONS, ROWS_PER_STEP = 600, 8
+NUM_ITERATIONS, ROWS_PER_STEP = 400, 8
 SECONDS_A_STEP = 1.0  # while something happens to a run
 
 
@@ -29,7 +31,7 @@ class Run:
         self.cluster, self.folder = cluster, cluster.shared / "home" / "runs" / name
         self.pace, self.out = cluster.shared / "home" / "pace", cluster.shared / f"{name}.out"
         tiny = {"depth": 2, "head_dim": 32, "total_batch_size": ROWS_PER_STEP * 64, "num_iterations": NUM_ITERATIONS}
-        tiny |= {"eval_every": 200, "eval_tokens": 1024, "save_every": 8, "sample_every": 0}
+        tiny |= {"eval_every": 100, "eval_tokens": 1024, "save_every": 8, "sample_every": 0}
         tiny |= {"dtype": "float32", "compile": False, "workers": 3}
         self.command = ["python", PACED, json.dumps({"rows": rows, "run": name} | tiny | options)]
 
@@ -62,6 +64,10 @@ class Run:
         """Whether the newest `count` steps are of so many workers."""
         newest = steps(self.folder)[-count:]
         return len(newest) == count and all(line["train/world_size"] == workers for line in newest)
+
+    @property
+    def step(self) -> int:
+        return max((line["step"] for line in steps(self.folder)), default=0)
 
     def finish(self) -> None:
         self.pace.write_text("0")
@@ -99,11 +105,21 @@ def undisturbed(cluster, rows) -> list[float]:
 
 @contextmanager
 def slow_network(host):
-    """A third of a second each way."""
-    tc = ["tc", "qdisc"]
-    host.run(*tc, "add", "dev", "eth0", "root", "netem", "delay", "300ms")
+    """A step then waits seconds for what the host sends."""
+    qdisc = ["tc", "qdisc"]
+    host.run(*qdisc, "add", "dev", "eth0", "root", "tbf", "rate", "50mbit", "burst", "64kb", "latency", "500ms")
     yield
-    host.run(*tc, "del", "dev", "eth0", "root")
+    host.run(*qdisc, "del", "dev", "eth0", "root")
+
+
+def hang(host, seconds: float) -> None:
+    """As a machine does while it is moved to another one."""
+    stopped = host.pids()
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for pid in stopped:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
+        time.sleep(seconds)
 
 
 def test_three_hosts_train_as_one_does(start, undisturbed):
@@ -111,7 +127,7 @@ def test_three_hosts_train_as_one_does(start, undisturbed):
     run = start("on-3", 0)
     run.finish()
     assert run.sizes == [3]
-    assert len(undisturbed) == 4
+    assert len(undisturbed) == 5
     assert run.val_bpb == pytest.approx(undisturbed, abs=1e-3)
 
 
@@ -151,7 +167,11 @@ def test_a_run_outlives_a_lost_host_and_a_lost_network_and_grows_back(start, clu
     cluster.join(host)
     grown = run.wait_until(lambda: run.trains_on(3, count=3))
     with slow_network(host):
-        run.wait_until(lambda: run.trains_on(3, count=8))
+        before = run.step
+        run.wait_until(lambda: run.step >= before + 5)
+    hang(host, 8)
+    run.wait_until(lambda: run.step >= before + 10)
+    assert run.sizes == [3, 2, 3]  # neither was taken for a lost host
     host.cut_off()
     cut = run.wait_until(lambda: run.trains_on(2))
     host.heal()

@@ -40,7 +40,7 @@ RESIZE_SECONDS = 30.0  # between looks at whether a returned node lets a run hav
 SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
 LOST_HOST_SECONDS = 80.0  # in which Ray finds, with its own settings, that a host is lost
 # Ray Train asks again for the hosts of a run every 20 seconds. Those of a run that was killed are free after so long.
-RESERVATION_SECONDS = 45
+RESERVATION_SECONDS = 30
 # glibc gives large blocks back to the kernel and gets them again, page by page, at every step: let it keep them.
 CPU_WORKER_ENV = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1"

@@ -134,11 +134,11 @@ def test_three_hosts_train_as_one_does(start, undisturbed):
 def test_a_run_waits_for_hosts_and_takes_one_that_comes_late(start, cluster, undisturbed):
     lost = cluster.hosts[2]
     lost.power_off()
-    run = start("waits", wait_minutes=0.4)
-    waiting = "pretrain: waiting for 3 workers of 1 CPU: 2 there; starts with fewer after 0.4 minutes (--wait-minutes)"
+    run = start("waits", wait_minutes=0.5)
+    waiting = "pretrain: waiting for 3 workers of 1 CPU: 2 there; starts with fewer after 0.5 minutes (--wait-minutes)"
     run.wait_until(lambda: waiting in run.said)
     assert not run.folder.exists()
-    assert "{'CPU': 1}: 3 from request_resources()" in cluster.head.run("ray", "status", env=cluster.env)
+    run.wait_until(lambda: asked(cluster, "{'CPU': 1}: 3"))
     run.wait_until(lambda: run.trains_on(2))
     cluster.join(lost)
     print(f"a host that came late trains after {run.wait_until(lambda: run.trains_on(3)):.0f} s")
@@ -147,14 +147,19 @@ def test_a_run_waits_for_hosts_and_takes_one_that_comes_late(start, cluster, und
     assert run.val_bpb == pytest.approx(undisturbed, abs=1e-3)
 
 
+def asked(cluster, bundles: str) -> bool:
+    """Whether the autoscaler, which looks every 5 seconds, was asked for them."""
+    return f"{bundles} from request_resources()" in cluster.head.run("ray", "status", env=cluster.env)
+
+
 def test_gpus_that_do_not_come_are_an_error_of_one_line(start, cluster):
-    run = start("gpus", workers=2, use_gpu=True, wait_minutes=0.3)
-    waiting = "waiting for 2 workers of 1 GPU: 0 there; gives up after 0.3 minutes (--wait-minutes)\n"
+    run = start("gpus", workers=2, use_gpu=True, wait_minutes=0.5)
+    waiting = "waiting for 2 workers of 1 GPU: 0 there; gives up after 0.5 minutes (--wait-minutes)\n"
     run.wait_until(lambda: waiting in run.said)
-    assert "{'GPU': 1}: 2 from request_resources()" in cluster.head.run("ray", "status", env=cluster.env)
+    run.wait_until(lambda: asked(cluster, "{'GPU': 1}: 2"))
     assert run.process.wait(timeout=120) == 1
     assert (
-        run.said.splitlines()[-1] == "error: no room for one of 2 workers of 1 GPU, after 0.3 minutes (--wait-minutes)"
+        run.said.splitlines()[-1] == "error: no room for one of 2 workers of 1 GPU, after 0.5 minutes (--wait-minutes)"
     )
     assert not run.folder.exists()
 

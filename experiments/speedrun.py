@@ -26,7 +26,7 @@ from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import RunPlan, plan_run
-from nanochat_ray.train import checkpoint, pretrain, sft
+from nanochat_ray.train import checkpoint, launch, pretrain, sft
 
 QUESTIONS = ("What is 12 * 34?", "How many times does the letter r occur in strawberry?", "What does `json.dumps` do?")
 
@@ -63,13 +63,16 @@ class SpeedrunOptions:
     depth: int | None = None
     """The one dial; the default is 4 without GPUs and 24 with."""
     preset: Literal["auto", "cpu", "gpu"] = "auto"
-    """cpu: minutes on a laptop, on docstrings of the installed packages. gpu: hours on 8 GPUs, on climbmix."""
+    """cpu: minutes on a laptop, on docstrings of the installed packages. gpu: hours on 8 GPUs, on climbmix; of a
+    cluster that has none yet, gpu asks for one, or for --workers of them. auto: what the cluster has."""
     source: str | None = None
     """pydocs, climbmix, or a folder of parquet, jsonl or txt files; the default is the preset's."""
     minutes: float | None = None
     """How long the cpu preset pretrains on this machine; the default is 5."""
     workers: int | None = None
     """Training workers; the default is every GPU of the cluster, else one on all CPUs."""
+    wait_minutes: float = 10
+    """How long to wait for hosts with room for all workers; then training starts with fewer, and takes what comes."""
     run: str | None = None
     """Name of the run folder; the default is made of the options."""
 
@@ -100,6 +103,10 @@ class Stages:
 def run(options: SpeedrunOptions) -> str:
     """Run all stages; returns the uri of the report. Raises what the stages raise."""
     has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    # Preparing needs no GPUs: a cluster is asked for them when training starts. What can't be is refused now.
+    use_gpu = {"auto": None, "cpu": False, "gpu": True}[options.preset]
+    launch.scaling_config(options.workers, use_gpu)
+    request = {"workers": options.workers, "use_gpu": use_gpu, "wait_minutes": options.wait_minutes}
     preset = PRESETS[("gpu" if has_gpu else "cpu") if options.preset == "auto" else options.preset]
     if options.minutes and preset.minutes:
         preset = replace(preset, minutes=options.minutes)
@@ -126,14 +133,14 @@ def run(options: SpeedrunOptions) -> str:
     )
     base = stages.run(
         "pretrain",
-        lambda: pretrain.run(pretrain_options(preset, plan, prepared.rows, name, options.workers)),
+        lambda: pretrain.run(pretrain_options(preset, plan, prepared.rows, name, **request)),
         lambda r: {"steps": r.step, "val/bpb": r.val_bpb},
     )
     pydocs_shards = [shard.uri for shard in sources.resolve("pydocs").train]
     conversations = {split: offline_mixture(split, pydocs_shards) for split in ("train", "val")}
     tuned = stages.run(
         "sft",
-        lambda: sft.run(sft_options(preset, plan, base.checkpoint, name, options.workers), *conversations.values()),
+        lambda: sft.run(sft_options(preset, plan, base.checkpoint, name, **request), *conversations.values()),
         lambda r: {"steps": r.step, "val/bpb of the assistant": r.val_bpb},
     )
     answers = stages.run("chat", lambda: ask(tuned.checkpoint), lambda a: {"answers": len(a)})
@@ -181,7 +188,7 @@ def step_seconds(plan: RunPlan) -> float:
     return min(seconds)
 
 
-def pretrain_options(preset: Preset, plan: RunPlan, rows: str, name: str, workers: int | None):
+def pretrain_options(preset: Preset, plan: RunPlan, rows: str, name: str, **request):
     return pretrain.PretrainOptions(
         depth=plan.depth,
         rows=rows,
@@ -192,19 +199,19 @@ def pretrain_options(preset: Preset, plan: RunPlan, rows: str, name: str, worker
         total_batch_size=plan.total_batch_size,
         lr_factor=preset.lr_factor,
         num_iterations=plan.num_iterations,
-        workers=workers,
         compile=compiles(preset),
         eval_every=max(plan.num_iterations // 4, 1) if preset.minutes else 250,
         eval_tokens=preset.eval_tokens,
         save_every=max(plan.num_iterations // 2, 1) if preset.minutes else 1000,
+        **request,
     )
 
 
-def sft_options(preset: Preset, plan: RunPlan, base: str, name: str, workers: int | None) -> sft.SftOptions:
+def sft_options(preset: Preset, plan: RunPlan, base: str, name: str, **request) -> sft.SftOptions:
     steps = None
     if preset.minutes:
         steps = max(1, round(SFT_SHARE * plan.num_iterations))
-    return sft.SftOptions(base, run=f"{name}-sft", steps=steps, workers=workers, compile=compiles(preset))
+    return sft.SftOptions(base, run=f"{name}-sft", steps=steps, compile=compiles(preset), **request)
 
 
 def compiles(preset: Preset) -> bool | None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,8 +18,15 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller.state import PreemptingState, ResizingState
+from ray.train.v2._internal.execution.controller.state import (
+    PreemptingState,
+    ReschedulingState,
+    ResizingState,
+    RestartingState,
+)
+from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as autoscaling
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray import storage
@@ -28,8 +36,11 @@ from nanochat_ray.train.loop import Measurement, TrainConfig, train_loop_per_wor
 from nanochat_ray.train.plan import GPU_SHARE, MAX_TOKENS_PER_CPU, gpu_memory, rows_that_fit
 
 MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
-RESIZE_SECONDS = 60.0  # between looks at whether a returned node lets a run have more workers again
+RESIZE_SECONDS = 30.0  # between looks at whether a returned node lets a run have more workers again
 SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
+LOST_HOST_SECONDS = 80.0  # in which Ray finds, with its own settings, that a host is lost
+# Ray Train asks again for the hosts of a run every 20 seconds. Those of a run that was killed are free after so long.
+RESERVATION_SECONDS = 30
 # glibc gives large blocks back to the kernel and gets them again, page by page, at every step: let it keep them.
 CPU_WORKER_ENV = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1"
@@ -115,6 +126,55 @@ class SaveFirst(ControllerCallback):
                 time.sleep(0.1)
 
 
+class LostHosts(ControllerCallback):
+    """After a failure, waits until Ray knows which hosts are lost: it would wait for workers on them else.
+
+    A host's Ray that does not answer is given up by the head after some seconds. Ray Train looks at the list of hosts
+    every 20 seconds; this has it look when a host was lost.
+    """
+
+    def __init__(self, monitor):
+        self.monitor = monitor
+
+    def after_controller_start(self, train_run_context) -> None:
+        autoscaling.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = RESERVATION_SECONDS  # in the controller's process
+
+    def after_controller_state_update(self, previous_state, current_state) -> None:
+        if not isinstance(current_state, RestartingState | ReschedulingState):
+            return
+        patience, said = time.monotonic() + LOST_HOST_SECONDS, set()
+        while (lost := silent_hosts()) and time.monotonic() < patience:
+            for address in lost - said:
+                self.monitor.say.remote(f"host {address} does not answer")
+            said |= lost
+            time.sleep(0.5)
+        ray.get(get_or_create_autoscaling_coordinator().get_reserved_resources.remote("", recompute=True))
+
+
+def silent_hosts() -> set[str]:
+    """Addresses of those whose Ray does not answer, though it counts as alive."""
+    silent = set()
+    for node in ray.nodes():
+        if node["Alive"]:
+            try:
+                socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=3).close()
+            except OSError:
+                silent.add(node["NodeManagerAddress"])
+    return silent
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run asks of the cluster: at most so many workers, by default one on every GPU there is, else one.
+
+    use_gpu: None takes GPUs where there are any. wait_minutes: how long a cluster has to bring what it lacks.
+    """
+
+    workers: int | None = None
+    use_gpu: bool | None = None
+    wait_minutes: float = 10
+
+
 @dataclass(frozen=True)
 class TrainResult:
     run_dir: str
@@ -123,11 +183,8 @@ class TrainResult:
     val_bpb: float
 
 
-def claim(run_dir: str, inputs: dict, config: dict) -> None:
-    """Write config.json of a run, or see that the one there was written for the same inputs.
-
-    Raises ValueError naming what differs: a run never goes on with another model, plan or data.
-    """
+def refuse_other_inputs(run_dir: str, inputs: dict) -> None:
+    """Raises ValueError if the run was begun with other inputs: it never goes on with another model, plan or data."""
     inputs = json.loads(json.dumps(inputs))
     uri = storage.join(run_dir, "config.json")
     if storage.exists(uri):
@@ -135,7 +192,6 @@ def claim(run_dir: str, inputs: dict, config: dict) -> None:
         if differing := [key for key in inputs if inputs[key] != theirs.get(key)]:
             was, now = (", ".join(f"{key} {d.get(key)}" for key in differing) for d in (theirs, inputs))
             raise ValueError(f"{run_dir} was begun with {was}, not {now}: take another --run name or delete it")
-    storage.write_json(uri, config | {"inputs": inputs})
 
 
 def provenance() -> dict:
@@ -160,30 +216,40 @@ def _node(resources: dict) -> str:
 
 def train(
     c: TrainConfig,
-    workers: int | None,
+    record: dict,
+    request: Request,
     measurement: Measurement | None = None,
     report: Callable[[dict], None] | None = None,
 ) -> TrainResult:
     """Train to the end, unless the run's newest checkpoint is there already.
 
+    record: what config.json keeps; its "inputs" are those of every start of this run.
     report: is given the metrics, which else go to the terminal. For runs of a sweep, which share a cluster: they take
     as many workers as they ask for and not fewer, and the first failure is raised, for the sweep to decide.
 
-    Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. workers: at most, see
-    scaling_config. Raises ValueError when there are more workers than rows in a step, when the loss diverged, when the
-    last checkpoint could not be written, when fp8 is asked for without torchao, or when workers fail again and again;
-    OSError when they can't be started, as when they don't reach each other.
+    Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. Raises ValueError, before
+    anything is written, when the run was begun with other inputs, when there are more workers than rows in a step,
+    when the cluster has no room for workers, or when fp8 is asked for without torchao; and later when the loss
+    diverged, when the last checkpoint could not be written, or when workers fail again and again; OSError when they
+    can't be started, as when they don't reach each other.
 
     Signals are for this process. Ray ends its workers by SIGTERM itself: one that gets it dies as if it was killed.
     """
+    refuse_other_inputs(c.run_dir, record["inputs"])
     done = checkpoint.latest_checkpoint(c.run_dir)
     if done and checkpoint.read_meta(done)["step"] == c.num_iterations:
         print(f"{c.stage}: nothing to do, {c.run_dir} is finished", flush=True)
         return _result(c)
     if c.fp8 and importlib.util.find_spec("torchao") is None:
         raise ValueError("fp8 needs torchao: pip install 'nanochat-ray[gpu]', or leave --fp8 out")
-    scaling = scaling_config(workers, elastic=report is None)
+    scaling = scaling_config(request.workers, request.use_gpu, elastic=report is None)
+    check_batch(c, scaling)
+    if report is None:
+        scaling = wait_for_hosts(request, scaling, c.stage)
     c = replace(c, device_batch_size=device_batch_size(c, scaling))
+    storage.write_json(storage.join(c.run_dir, "config.json"), record | provenance())
+    # How long Ray Train waits for room for workers before it counts hosts again; 60 seconds by default.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = Monitor.options(scheduling_strategy=here).remote()  # dies with the driver, not with a worker's node
     trainer = ray.train.torch.TorchTrainer(
@@ -192,17 +258,19 @@ def train(
         torch_config=network.TorchConfig(),
         scaling_config=scaling,
         # The monitor counts failures, or the sweep does.
-        run_config=run_config(c.run_dir, max_failures=0 if report else -1, callbacks=[SaveFirst(monitor)]),
+        run_config=run_config(
+            c.run_dir, max_failures=0 if report else -1, callbacks=[SaveFirst(monitor), LostHosts(monitor)]
+        ),
     )
     failure: list[BaseException] = []
     # fit() blocks: it has a thread of its own, and this one shows progress and takes signals.
-    thread = threading.Thread(target=_fit, args=[trainer, failure], daemon=True)
+    thread = threading.Thread(target=_fit, args=[trainer, monitor, failure, report is None], daemon=True)
     with StopOnSignal(monitor) as signals:
         thread.start()
         show_progress(thread, monitor, c, report)
     if failure:
         if isinstance(failure[0], ray.train.ControllerError) and not report:
-            raise OSError(f"workers could not be started: {str(failure[0]).strip().splitlines()[-1]}") from failure[0]
+            raise OSError(f"workers could not be started: {last_line(failure[0])}") from failure[0]
         raise failure[0]
     last = ray.get(monitor.read_outcome.remote())
     if last["error"]:
@@ -231,26 +299,31 @@ def _result(c: TrainConfig) -> TrainResult:
     return TrainResult(c.run_dir, folder, meta["step"], meta["val/bpb"])
 
 
+def check_batch(c: TrainConfig, scaling: ray.train.ScalingConfig) -> None:
+    T, workers = c.model["sequence_len"], scaling.max_workers
+    rows, left = divmod(c.total_batch_size, T)
+    if left or rows < workers:
+        raise ValueError(
+            f"a batch of {c.total_batch_size} tokens is not whole rows of {T}, one at least for each of "
+            f"{workers} workers"
+        )
+
+
 def device_batch_size(c: TrainConfig, scaling: ray.train.ScalingConfig) -> int:
     """The most rows of one forward pass: those asked for, else on GPUs as many as fit by the memory plan.
 
     On CPUs it does not depend on the memory, of which there is more or less from one start to the next: a resumed run
     should add up in the same order.
     """
+    check_batch(c, scaling)  # more GPUs may have come than were asked for
     T = c.model["sequence_len"]
-    rows, left = divmod(c.total_batch_size, T)
-    if left or rows < scaling.max_workers:
-        raise ValueError(
-            f"a batch of {c.total_batch_size} tokens is not whole rows of {T}, one at least for each of "
-            f"{scaling.max_workers} workers"
-        )
     if c.device_batch_size:
         return c.device_batch_size
     if not scaling.use_gpu:
         return max(1, MAX_TOKENS_PER_CPU // T)
     dtype = worker_dtype(c.dtype, scaling)
     memory = GPU_SHARE * smallest_gpu()
-    most = rows // scaling.max_workers
+    most = c.total_batch_size // T // scaling.max_workers
     return rows_that_fit(GPTConfig(**c.model), most, scaling.max_workers, False, dtype, memory, c.recompute)
 
 
@@ -281,40 +354,104 @@ def _gpu_bytes() -> int:
     return min(int(line) for line in told.split()) * 2**20
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, failure: list[BaseException]) -> None:
-    try:
-        trainer.fit()
-    except BaseException as error:  # for the main thread to raise
-        failure.append(error)
+def _fit(trainer: ray.train.torch.TorchTrainer, monitor, failure: list[BaseException], again: bool) -> None:
+    """A host that is lost while workers start ends fit(), which is called again if there were steps since it was."""
+    before = None
+    while not failure:
+        try:
+            trainer.fit()
+            return
+        except BaseException as error:  # for the main thread to raise
+            latest, _ = ray.get(monitor.read.remote(0))
+            step = latest and latest["step"]
+            if not (again and isinstance(error, ray.train.ControllerError)) or step == before:
+                failure.append(error)
+            else:
+                monitor.say.remote(f"workers could not be started, once more: {last_line(error)}")
+            before = step
 
 
-def scaling_config(workers: int | None, elastic: bool = True) -> ray.train.ScalingConfig:
-    """Workers and what each gets: `workers`, by default one on every GPU of the cluster, else one CPU worker.
+def last_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[-1]
 
-    Several can be elastic: a run goes on with those that a lost node leaves, one at least, and grows back when it
-    returns.
-    Raises ValueError for more CPU workers than CPUs.
+
+def scaling_config(workers: int | None, use_gpu: bool | None = None, elastic: bool = True) -> ray.train.ScalingConfig:
+    """Workers and what each gets, as a Request says.
+
+    Several can be elastic: a run goes on with those that a lost node leaves, one at least, and grows when there is room
+    for more.
+    Raises ValueError when there are too few GPUs or CPUs and no more can come, or too few CPUs for one of several runs,
+    which does not wait for more.
     """
-    least = 1 if elastic else None
-    if gpus := int(ray.cluster_resources().get("GPU", 0)):
-        return ray.train.ScalingConfig(
-            num_workers=_between(least, workers or gpus), use_gpu=True, elastic_resize_monitor_interval_s=RESIZE_SECONDS
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
+    if use_gpu is None:
+        use_gpu = sum(gpus) > 0
+    kind, there, each = ("GPU", sum(gpus), 1) if use_gpu else ("CPU", sum(cpus), 1)
+    workers = workers or (there if use_gpu else 0) or 1
+    if not use_gpu:  # as many for each as leave room for all; a worker must fit on one node
+        each = next((n for n in range(max(cpus), 0, -1) if sum(count // n for count in cpus) >= workers), 1)
+    if there < workers and not (can_grow() and (elastic or use_gpu)):
+        raise ValueError(
+            f"{workers} workers on {there} {kind}s: give at most one a {kind}"
+            if there
+            else f"no {kind} on this machine"
         )
-    workers = workers or 1
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    # As many CPUs for each as leave room for all: a worker must fit on one node.
-    each = next((n for n in range(max(nodes), 0, -1) if sum(cpus // n for cpus in nodes) >= workers), None)
-    if each is None:
-        raise ValueError(f"{workers} workers on {sum(nodes)} CPUs: give at most one a CPU")
     return ray.train.ScalingConfig(
-        num_workers=_between(least, workers),
-        resources_per_worker={"CPU": each},
+        num_workers=(1, workers) if elastic and workers > 1 else workers,
+        use_gpu=use_gpu,
+        resources_per_worker={kind: each},
         elastic_resize_monitor_interval_s=RESIZE_SECONDS,
     )
 
 
-def _between(least: int | None, most: int) -> int | tuple[int, int]:
-    return (least, most) if least and least < most else most
+def can_grow() -> bool:
+    """Whether other hosts may join this Ray: one that this process has started is for this machine alone."""
+    node = ray._private.worker._global_node
+    return node is None or not node.is_head()
+
+
+def wait_for_hosts(request: Request, scaling: ray.train.ScalingConfig, stage: str) -> ray.train.ScalingConfig:
+    """Ask the cluster for all workers, and wait until there is room for them, or for some when wait_minutes are over.
+
+    An autoscaler brings hosts only when it is asked. Ray Train asks on while the run lasts, and takes what comes.
+    Raises ValueError when there is no room for one worker by then.
+    """
+    asking, said = autoscaling.TrainAutoscalingCoordinatorClient(f"nanochat-ray-{os.getpid()}-{time.time()}"), None
+    deadline = time.monotonic() + 60 * request.wait_minutes
+    while (there := room(scaling)) < scaling.max_workers and time.monotonic() < deadline:
+        asking.maybe_send_resource_request(scaling, scaling.max_workers)
+        if there != said:
+            then = "starts with fewer" if there else "gives up"
+            print(
+                f"{stage}: waiting for {wanted(scaling)}: {there} there; {then} after {request.wait_minutes:g} minutes "
+                "(--wait-minutes)",
+                flush=True,
+            )
+        said = there
+        time.sleep(1)
+        scaling = scaling_config(request.workers, scaling.use_gpu)
+    if said is not None:
+        asking.cancel_resource_request()
+    if not there:
+        raise ValueError(
+            f"no room for one of {wanted(scaling)}, after {request.wait_minutes:g} minutes (--wait-minutes)"
+        )
+    return scaling
+
+
+def room(scaling: ray.train.ScalingConfig) -> int:
+    """How many of the workers the hosts that are there can take, if nothing else runs on them."""
+    [(kind, each)] = scaling.resources_per_worker.items()
+    return min(
+        scaling.max_workers, sum(int(node["Resources"].get(kind, 0) // each) for node in ray.nodes() if node["Alive"])
+    )
+
+
+def wanted(scaling: ray.train.ScalingConfig) -> str:
+    """3 workers of 1 CPU"""
+    [(kind, each)] = scaling.resources_per_worker.items()
+    return f"{scaling.max_workers} worker{'s' * (scaling.max_workers > 1)} of {each:g} {kind}{'s' * (each > 1)}"
 
 
 class StopOnSignal:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
-from nanochat_ray.train.launch import TrainResult, claim, provenance, train
+from nanochat_ray.train.launch import Request, TrainResult, train
 from nanochat_ray.train.loop import Measurement, TrainConfig
 
 SAMPLE_PROMPTS = (
@@ -44,6 +44,10 @@ class PretrainOptions:
     workers: int | None = None
     """Most training workers; the default is every GPU of the cluster, else one on all CPUs. While a node is lost, the
     run goes on with fewer."""
+    use_gpu: bool | None = None
+    """Train on GPUs, for which the cluster is asked if it has none yet; the default is to if it has some."""
+    wait_minutes: float = 10
+    """How long to wait for hosts with room for all workers; then the run starts with fewer, and takes what comes."""
     eval_every: int = 250
     """Steps between measurements of val/bpb; 0 for the end alone."""
     eval_tokens: int = 10_485_760
@@ -90,7 +94,6 @@ def run(
     data = {key: manifest[key] for key in ("source_fingerprint", "tokenizer_sha256", "sequence_len")}
     name = options.run or f"d{options.depth}-{storage.fingerprint(inputs, data)[:6]}"
     run_dir = storage.join(storage.home(), "runs", name)
-    claim(run_dir, inputs | {"data": data}, asdict(options) | {"plan": asdict(plan)} | provenance())
     tokenizer = Tokenizer.load(manifest["tokenizer"])
     config = TrainConfig(
         **inputs,
@@ -110,7 +113,9 @@ def run(
         recompute=options.recompute,
         fp8=options.fp8,
     )
-    return train(config, options.workers, measurement, report)
+    record = asdict(options) | {"plan": asdict(plan), "inputs": inputs | {"data": data}}
+    request = Request(options.workers, options.use_gpu, options.wait_minutes)
+    return train(config, record, request, measurement, report)
 
 
 def plan_of(options: PretrainOptions, manifest: dict) -> RunPlan:

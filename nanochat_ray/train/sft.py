@@ -12,7 +12,7 @@ from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.gpt import GPTConfig
 from nanochat_ray.model.scaling import BASE_LRS, REFERENCE_BATCH, flops_per_token
 from nanochat_ray.train import checkpoint
-from nanochat_ray.train.launch import TrainResult, claim, train
+from nanochat_ray.train.launch import Request, TrainResult, train
 from nanochat_ray.train.loop import Measurement, TrainConfig
 
 LR_SCALE = 0.8  # of the base run's rates
@@ -33,6 +33,10 @@ class SftOptions:
     workers: int | None = None
     """Most training workers; the default is every GPU of the cluster, else one on all CPUs. While a node is lost, the
     run goes on with fewer."""
+    use_gpu: bool | None = None
+    """Train on GPUs, for which the cluster is asked if it has none yet; the default is to if it has some."""
+    wait_minutes: float = 10
+    """How long to wait for hosts with room for all workers; then the run starts with fewer, and takes what comes."""
     eval_every: int = 100
     """Steps between measurements of val/bpb over the assistant's tokens; 0 for the end alone."""
     eval_tokens: int = 1_048_576
@@ -84,7 +88,6 @@ def run(
         "seed": options.seed,
     }
     run_dir = storage.join(storage.home(), "runs", options.run or f"{checkpoint.run_name(base)}-sft")
-    claim(run_dir, inputs, asdict(options))
     config = TrainConfig(
         **inputs,
         run_dir=run_dir,
@@ -101,7 +104,8 @@ def run(
         recompute=options.recompute,
         fp8=options.fp8,
     )
-    return train(config, options.workers, measurement)
+    request = Request(options.workers, options.use_gpu, options.wait_minutes)
+    return train(config, asdict(options) | {"inputs": inputs}, request, measurement)
 
 
 def prepare_conversations(splits: dict[str, list[dict]], tokenizer: Tokenizer, sequence_len: int) -> str:

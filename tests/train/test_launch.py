@@ -1,13 +1,14 @@
 """What the driver decides before workers start."""
 
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
 import ray
 
 from nanochat_ray.model.scaling import plan_run
-from nanochat_ray.train import launch
+from nanochat_ray.train import launch, pretrain
 from nanochat_ray.train.launch import device_batch_size, run_config, train
 
 
@@ -36,8 +37,9 @@ def test_the_device_batch_of_cpus_does_not_follow_their_memory():
 def test_fp8_without_torchao_ends_on_one_line_before_anything_starts(monkeypatch):
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(launch.checkpoint, "latest_checkpoint", lambda run_dir: None)
+    monkeypatch.setattr(launch.storage, "exists", lambda uri: False)
     with pytest.raises(ValueError, match=r"fp8 needs torchao: pip install 'nanochat-ray\[gpu\]'") as raised:
-        train(config_of(12, fp8=True), None)
+        train(config_of(12, fp8=True), {"inputs": {}}, launch.Request())
     assert "\n" not in str(raised.value)
 
 
@@ -59,3 +61,20 @@ def test_a_gpus_memory_is_asked_of_its_node_or_known_by_its_kind(ray_session, mo
     assert launch.smallest_gpu() == 5 * 2**30
     monkeypatch.setattr(launch.ray, "nodes", lambda: [node])
     assert launch.smallest_gpu() == math.inf
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"workers": 3}, "^3 workers on 2 CPUs: give at most one a CPU$"),
+        ({"workers": 2, "total_batch_size": 64}, "one at least for each of 2 workers"),
+        ({"use_gpu": True}, "^no GPU on this machine$"),
+    ],
+)
+def test_a_run_that_is_refused_leaves_nothing(changes, why, tiny, nanochat_ray_home):
+    """And at once: a Ray that this process has started itself does not wait for hosts."""
+    began = time.monotonic()
+    with pytest.raises(ValueError, match=why):
+        pretrain.run(tiny(run="refused", **changes))
+    assert time.monotonic() - began < 10
+    assert not (nanochat_ray_home / "runs").exists()

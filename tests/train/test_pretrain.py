@@ -54,8 +54,3 @@ def test_two_workers_learn_what_one_does(uninterrupted, tiny):
     assert len(list(Path(checkpoint.latest_checkpoint(two.run_dir)).glob("optimizer_*.safetensors"))) == 2
     again = pretrain.run(tiny(run="two", workers=1))
     assert abs(losses(again.run_dir)[20] - of_one[20]) < 1e-3
-
-
-def test_a_step_has_a_row_for_each_worker(tiny):
-    with pytest.raises(ValueError, match="a batch of 64 tokens is not whole rows of 64, one at least for each of 2"):
-        pretrain.run(tiny(total_batch_size=64, workers=2))

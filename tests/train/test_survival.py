@@ -165,10 +165,10 @@ def test_a_loss_worse_than_guessing_is_hopeless():
 
 
 def test_what_fails_at_every_start_ends_the_run_and_says_why(tiny, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(pretrain, "train", lambda config, *_: config)
-    config = pretrain.run(tiny(run="again"))
+    monkeypatch.setattr(pretrain, "train", lambda *given: given)
+    config, *more = pretrain.run(tiny(run="again"))
     with pytest.raises(ValueError, match=r"3 times in a row without a new step: FileNotFound.*missing") as failed:
-        launch.train(replace(config, tokenizer=str(tmp_path / "missing")), None)
+        launch.train(replace(config, tokenizer=str(tmp_path / "missing")), *more)
     assert "\n" not in str(failed.value)
     assert capsys.readouterr().out.count("worker 0 failed: FileNotFoundError: ") == 3
 

@@ -23,7 +23,7 @@ from rich.table import Table
 from benchmarks import train
 from nanochat_ray import storage
 from nanochat_ray.cli import one_line_errors, start_ray
-from nanochat_ray.train import checkpoint, launch, loop
+from nanochat_ray.train import checkpoint, hosts, launch, loop
 from nanochat_ray.train.metrics import MetricsLog
 
 
@@ -88,7 +88,7 @@ def run(options: Options) -> dict:
         trainer = ray.train.torch.TorchTrainer(
             measure,
             train_loop_config=measuring,
-            scaling_config=launch.scaling_config(options.workers),
+            scaling_config=hosts.scaling_config(options.workers),
             run_config=launch.run_config(config.run_dir),
         )
         try:

@@ -29,7 +29,7 @@ from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.data.loader import write_rows
 from nanochat_ray.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_ray.model.scaling import RunPlan, plan_run
-from nanochat_ray.train import launch, loop, network
+from nanochat_ray.train import hosts, launch, loop, network
 from nanochat_ray.train.metrics import MetricsLog, peak_flops, peak_memory_mb
 
 PARTS = ("matmul", "attention", "pointwise", "loss", "optimizer", "data", "other")
@@ -132,7 +132,7 @@ def run(options: Options) -> dict:
             measure,
             train_loop_config=measuring | {"config": config},
             torch_config=network.TorchConfig(),
-            scaling_config=launch.scaling_config(options.workers),
+            scaling_config=hosts.scaling_config(options.workers),
             run_config=launch.run_config(config.run_dir),
         )
         trainer.fit()

@@ -26,7 +26,7 @@ from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import RunPlan, plan_run
-from nanochat_ray.train import checkpoint, launch, pretrain, sft
+from nanochat_ray.train import checkpoint, hosts, pretrain, sft
 
 QUESTIONS = ("What is 12 * 34?", "How many times does the letter r occur in strawberry?", "What does `json.dumps` do?")
 
@@ -105,7 +105,7 @@ def run(options: SpeedrunOptions) -> str:
     has_gpu = ray.cluster_resources().get("GPU", 0) > 0
     # Preparing needs no GPUs: a cluster is asked for them when training starts. What can't be is refused now.
     use_gpu = {"auto": None, "cpu": False, "gpu": True}[options.preset]
-    launch.scaling_config(options.workers, use_gpu)
+    hosts.scaling_config(options.workers, use_gpu)
     request = {"workers": options.workers, "use_gpu": use_gpu, "wait_minutes": options.wait_minutes}
     preset = PRESETS[("gpu" if has_gpu else "cpu") if options.preset == "auto" else options.preset]
     if options.minutes and preset.minutes:

@@ -30,7 +30,7 @@ from nanochat_ray import storage
 from nanochat_ray.data import prepare, sources
 from nanochat_ray.evals import bundle, core
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
-from nanochat_ray.train import launch, pretrain
+from nanochat_ray.train import hosts, launch, pretrain
 from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.plan import GPU_SHARE, rows_that_fit
 from nanochat_ray.train.pretrain import PretrainOptions
@@ -215,7 +215,7 @@ def trial(name: str, run: PretrainOptions, workers: int, options: SweepOptions, 
 
 def device_batch_size(run: PretrainOptions, workers: int) -> int:
     """Rows of a forward pass: as many as a single run takes, halved until the memory plan fits."""
-    plan, scaling = plan_of(run), launch.scaling_config(workers)
+    plan, scaling = plan_of(run), hosts.scaling_config(workers)
     most = plan.total_batch_size // workers // plan.config.sequence_len
     dtype, memory = launch.worker_dtype(run.dtype, scaling), worker_memory(scaling)
     return rows_that_fit(plan.config, most, workers, not scaling.use_gpu, dtype, memory, run.recompute)
@@ -356,7 +356,7 @@ def run_trials(folder: str, trials: list[dict], trainable: Callable = train_tria
 
 def concurrent(workers: list[int]) -> int:
     """How many of the runs have room at once, at most: so many of the smallest."""
-    scaling = launch.scaling_config(max(workers))
+    scaling = hosts.scaling_config(max(workers))
     resource, each = ("GPU", 1) if scaling.use_gpu else ("CPU", scaling.resources_per_worker["CPU"])
     free = sum(int(node["Resources"].get(resource, 0) // each) for node in ray.nodes() if node["Alive"])
     count = 0

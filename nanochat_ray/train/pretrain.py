@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
-from nanochat_ray.train.launch import Request, TrainResult, train
+from nanochat_ray.train.hosts import Request
+from nanochat_ray.train.launch import TrainResult, train
 from nanochat_ray.train.loop import Measurement, TrainConfig
 
 SAMPLE_PROMPTS = (

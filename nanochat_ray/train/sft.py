@@ -12,7 +12,8 @@ from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.gpt import GPTConfig
 from nanochat_ray.model.scaling import BASE_LRS, REFERENCE_BATCH, flops_per_token
 from nanochat_ray.train import checkpoint
-from nanochat_ray.train.launch import Request, TrainResult, train
+from nanochat_ray.train.hosts import Request
+from nanochat_ray.train.launch import TrainResult, train
 from nanochat_ray.train.loop import Measurement, TrainConfig
 
 LR_SCALE = 0.8  # of the base run's rates

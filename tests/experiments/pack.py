@@ -14,7 +14,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from experiments import sweep
 from nanochat_ray import storage
-from nanochat_ray.train import launch
+from nanochat_ray.train import hosts, launch
 
 
 def hold(config: dict) -> None:
@@ -28,7 +28,7 @@ def hold(config: dict) -> None:
         time.sleep(given["seconds"])
 
     run_dir = f"{given['folder']}/{given['name']}"
-    scaling = launch.scaling_config(given["options"]["workers"], elastic=False)
+    scaling = hosts.scaling_config(given["options"]["workers"], elastic=False)
     DataParallelTrainer(sleep, scaling_config=scaling, run_config=launch.run_config(run_dir)).fit()
     started = [storage.read_json(f"{run_dir}/{rank}.json") for rank in range(given["options"]["workers"])]
     row = {"run": given["name"], "val_bpb": 1.0, "train_time_sec": given["seconds"], "ended": time.time()}

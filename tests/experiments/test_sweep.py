@@ -18,7 +18,7 @@ import ray
 
 from experiments import miniseries, sweep
 from nanochat_ray.model.scaling import BASE_LRS, plan_run
-from nanochat_ray.train import launch, pretrain
+from nanochat_ray.train import hosts, launch, pretrain
 from nanochat_ray.train.metrics import read_metrics
 
 OPTIONS = {"preset": "cpu", "ratio": 0.05, "depths": [1, 2], "name": "series"}
@@ -167,7 +167,7 @@ def test_workers_by_depth(monkeypatch):
 def test_as_many_runs_at_once_as_have_room(gpus, workers, wanted, monkeypatch):
     nodes = [{"Alive": True, "Resources": {"GPU": n, "CPU": 8}} for n in gpus]
     monkeypatch.setattr(sweep.ray, "nodes", lambda: nodes)
-    monkeypatch.setattr(launch.ray, "cluster_resources", lambda: {"GPU": sum(gpus)})
+    monkeypatch.setattr(hosts, "can_grow", lambda: True)
     assert sweep.concurrent(workers) == wanted
 
 

@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 
-from nanochat_ray.train import checkpoint, launch, pretrain
+from nanochat_ray.train import checkpoint, hosts, pretrain
 from nanochat_ray.train.metrics import read_metrics
 
 QUICK = {"health_check_period_ms": 500, "health_check_failure_threshold": 4}  # a dead node is seen in 2 seconds, not 15
@@ -43,7 +43,7 @@ if __name__ == "__main__":
     options = pretrain.PretrainOptions(**json.loads(sys.argv[1]))
     run_dir = str(Path(os.environ["NANOCHAT_RAY_HOME"]) / "runs" / options.run)
     os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "1"
-    launch.RESIZE_SECONDS = 1.0
+    hosts.RESIZE_SECONDS = 1.0
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "_system_config": QUICK})
     node = cluster.add_node(num_cpus=1)
     ray.init(address=cluster.address, log_to_driver=False)

@@ -9,6 +9,7 @@ import ray
 
 from nanochat_ray.model.scaling import plan_run
 from nanochat_ray.train import launch, pretrain
+from nanochat_ray.train.hosts import Request
 from nanochat_ray.train.launch import device_batch_size, run_config, train
 
 
@@ -39,7 +40,7 @@ def test_fp8_without_torchao_ends_on_one_line_before_anything_starts(monkeypatch
     monkeypatch.setattr(launch.checkpoint, "latest_checkpoint", lambda run_dir: None)
     monkeypatch.setattr(launch.storage, "exists", lambda uri: False)
     with pytest.raises(ValueError, match=r"fp8 needs torchao: pip install 'nanochat-ray\[gpu\]'") as raised:
-        train(config_of(12, fp8=True), {"inputs": {}}, launch.Request())
+        train(config_of(12, fp8=True), {"inputs": {}}, Request())
     assert "\n" not in str(raised.value)
 
 

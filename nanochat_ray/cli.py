@@ -151,7 +151,7 @@ def serve(args: list[str]) -> None:
         os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(options.port)
         os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(options.port + 1)
     start_ray()
-    start(application, options.replicas * max(1, len(options.checkpoint)), options.host, proxy_port)
+    start(application, options.replicas * max(1, len(options.checkpoint)), options.host, proxy_port, not own_ray)
     known_to = "this machine alone; --host 0.0.0.0 for all" if options.host == "127.0.0.1" else "all that reach it"
     print(f"serving    http://{options.host}:{options.port} ({known_to}); Ctrl-C stops it", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does; Ray's own handler aborts

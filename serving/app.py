@@ -14,7 +14,6 @@ import json
 import logging
 import socket
 import time
-import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -30,9 +29,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, G
 from prometheus_client.metrics_core import Metric
 from pydantic import BaseModel, field_validator
 from ray import serve
-from ray._raylet import IMPLICIT_RESOURCE_PREFIX
 from ray.exceptions import RayError
-from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -45,6 +43,7 @@ from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import latest_checkpoint, read_meta, resolve_checkpoint, run_name
 from serving import protocol
 from serving.engine_server import EngineServer
+from serving.fronts import ENGINE_MARK, one_beside_engines
 from serving.protocol import ApiError, ChatRequest, CompletionRequest
 
 # Serve copies ChatService to its replicas by value, with what it names that is defined above it.
@@ -63,9 +62,7 @@ PAGE_HEADERS = {  # the page's own policy says the rest
 }
 CPU_SHARE = 0.5  # of a CPU, for Ray: an engine has one, and in an update its successor may start beside it
 MOST_ONGOING = 10_000  # of a replica, for Serve
-ENGINE_MARK = f"{IMPLICIT_RESOURCE_PREFIX}nanochat-engine"  # a resource of which every host has 1 without saying so
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-MOST_HOSTS = 1000
 LATENCIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
@@ -422,32 +419,6 @@ class ChatService:
                 raise ApiError(429, message, code="rate_limit_exceeded", retry=wait)
 
 
-def fronts_beside_engines() -> dict:
-    """Options for one ChatService on each host that has an engine, and on the head, where Serve always has a proxy.
-
-    Hosts come and go, so Serve's autoscaling asks how many there are. A resource that each host has one of, and each
-    version of ChatService its own, keeps two of them apart, and lets the next version start beside this one. Hosts with
-    neither engine nor front are idle for Ray's autoscaler, which may take them away.
-    """
-    mark = f"{IMPLICIT_RESOURCE_PREFIX}nanochat-front-{uuid.uuid4().hex}"
-    engine, head = ENGINE_MARK, "node:__internal_head__"
-
-    def hosts(_) -> tuple[int, dict]:  # goes to Serve's controller by value, which need not have our code
-        from ray._private.state import state
-
-        left = state.available_resources_per_node()
-        wanted = {host for host, has in left.items() if head in has or has.get(engine, 1) < 1}
-        there = {host for host, has in left.items() if has.get(mark, 1) < 1}
-        # When all hosts that want one have one, Serve ends those beside the fewest replicas first: of other hosts.
-        return max(1, len(wanted if wanted <= there else wanted | there)), {}
-
-    scaling = {"min_replicas": 1, "max_replicas": MOST_HOSTS, "upscale_delay_s": 0, "downscale_delay_s": 0}
-    return {
-        "ray_actor_options": {"num_cpus": 0, "resources": {mark: 1}},
-        "autoscaling_config": AutoscalingConfig(policy=AutoscalingPolicy(policy_function=hosts), **scaling),
-    }
-
-
 def app(options: ServiceOptions) -> serve.Application:
     """The application. Raises OSError without a checkpoint or the keys' file, ValueError for two models of one name."""
     models = {}
@@ -487,7 +458,7 @@ def app(options: ServiceOptions) -> serve.Application:
     ]
     given = options.model_dump() | {"api_keys": read_keys(options.api_keys)}
     counter = options.requests_per_minute and RequestCounter.bind(options.requests_per_minute)
-    return ChatService.options(**fronts_beside_engines()).bind(models, given, counter, *engines)
+    return ChatService.options(**one_beside_engines()).bind(models, given, counter, *engines)
 
 
 def has_gpus() -> bool:

@@ -51,7 +51,7 @@ UI = Path(__file__).parent / "ui"
 MOST_BODY_BYTES = 1_000_000
 LOST = "the replica that answered was lost; ask again"
 ATTEMPTS = 3  # to find a replica that is not busy, or one that lives
-SILENCE, SILENT_ATTEMPTS = 10, 6  # seconds without a word from an engine that mean it is lost; it has a word every 2
+SILENCE, SILENT_ATTEMPTS = 8, 8  # seconds without a word from an engine that mean it is lost; it has a word every 2
 UNREACHABLE = (RayError, RayServeException, TimeoutError)
 CONSISTENT_HASH_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 PAGE_HEADERS = {  # the page's own policy says the rest
@@ -103,7 +103,8 @@ class Model:
     """What the service knows of a checkpoint, and the way to its engines."""
 
     def __init__(self, folder: str, engine: DeploymentHandle):
-        self.tokenizer, self.engine = Tokenizer.load(folder), engine
+        # By gRPC: in a stream that goes through Ray itself, an engine stops for all when one front's host is cut off.
+        self.tokenizer, self.engine = Tokenizer.load(folder), engine.options(_by_reference=False)
         self.sequence_len = read_meta(folder)["model_config"]["sequence_len"]
         self.created = int(storage.modified(storage.join(folder, "meta.json")).timestamp())
         self.capacity, self.asking = None, asyncio.Lock()  # known once an engine runs
@@ -449,7 +450,7 @@ def app(options: ServiceOptions) -> serve.Application:
             max_queued_requests=options.max_batch_size + options.queue_limit,  # while there is no replica
             logging_config=QUIET,
             health_check_period_s=2,  # three that fail, and an engine is replaced
-            health_check_timeout_s=5,
+            health_check_timeout_s=10,
             graceful_shutdown_timeout_s=600,  # a new checkpoint waits for the old one's answers
             request_router_config=RequestRouterConfig(request_router_class=CONSISTENT_HASH_ROUTER),
             **scaling,

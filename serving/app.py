@@ -43,7 +43,7 @@ from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import latest_checkpoint, read_meta, resolve_checkpoint, run_name
 from serving import protocol
 from serving.engine_server import EngineServer
-from serving.fronts import ENGINE_MARK, one_beside_engines
+from serving.fronts import ENGINE_MARK, one_on_each_host
 from serving.protocol import ApiError, ChatRequest, CompletionRequest
 
 # Serve copies ChatService to its replicas by value, with what it names that is defined above it.
@@ -459,7 +459,7 @@ def app(options: ServiceOptions) -> serve.Application:
     ]
     given = options.model_dump() | {"api_keys": read_keys(options.api_keys)}
     counter = options.requests_per_minute and RequestCounter.bind(options.requests_per_minute)
-    return ChatService.options(**one_beside_engines()).bind(models, given, counter, *engines)
+    return ChatService.options(**one_on_each_host()).bind(models, given, counter, *engines)
 
 
 def has_gpus() -> bool:

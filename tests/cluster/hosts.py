@@ -7,6 +7,7 @@ machine: the code and its environment, and `shared`, a folder that all hosts see
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ n=0; for folder in {kept}; do n=$((n+1)); mkdir -p $folder; mount --bind {root}/
 mount -t tmpfs -o size=2g none /dev/shm
 mount -t proc proc /proc
 mount --bind {root}/hosts /etc/hosts
+mount --bind {root}/resolv.conf /etc/resolv.conf
 hostname {name}
 exec sleep 7200
 """
@@ -70,6 +72,7 @@ class Host:
         for folder in ("tmp", "home"):
             (self.root / folder).mkdir(parents=True)
         (self.root / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {self.name}\n")
+        (self.root / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # refuses at once; others would be waited for
         run("ip", "netns", "add", self.namespace)
         run("ip", "link", "add", self.link, "type", "veth", "peer", "name", "eth0", "netns", self.namespace)
         run("ip", "link", "set", self.link, "master", self.network.bridge, "up")
@@ -119,16 +122,16 @@ class Host:
 
     def power_off(self) -> None:
         """Every process of the host is killed at once."""
-        for pid in self._processes():
+        for pid in self.pids():
             if str(pid) != self.pid and pid != self.process.pid:
                 _kill(pid)
 
-    def _processes(self) -> list[int]:
+    def pids(self) -> list[int]:
         said = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
         return [int(pid) for pid in said.stdout.split()]
 
     def stop(self) -> None:
-        for pid in self._processes():
+        for pid in self.pids():
             _kill(pid)
         if hasattr(self, "process"):
             self.process.wait(timeout=10)
@@ -172,7 +175,9 @@ class Cluster:
     def join(self, host: Host) -> None:
         head = self.head.address
         where = ["--head", "--dashboard-host", head] if host is self.head else ["--address", f"{head}:6379"]
-        env = {name: value for name, value in self.env.items() if name != "RAY_ADDRESS"}
+        settings = dict(re.findall(r"^(RAY_\w+)=(.*)$", (REPOSITORY / "cluster" / "ray.env").read_text(), re.MULTILINE))
+        settings["RAY_memory_usage_threshold"] = "0.99"  # the memory that Ray sees is that of all hosts and more
+        env = settings | {name: value for name, value in self.env.items() if name != "RAY_ADDRESS"}
         host.run("ray", "start", *where, f"--node-ip-address={host.address}", "--num-cpus=1", env=env)
 
     def __exit__(self, *_) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -237,6 +238,9 @@ def main() -> None:
     if stage in ("-h", "--help"):
         print(usage())
     elif stage in STAGES:
+        if "RAY_ADDRESS" not in os.environ:  # before Ray is imported
+            # A Ray of our own listens on all of the machine's addresses: it does what those say who have its token.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         STAGES[stage](args)
     else:
         raise ValueError(f"no stage {stage!r}; there are {', '.join(STAGES)}")

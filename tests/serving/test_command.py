@@ -80,6 +80,7 @@ def its_processes_have_no_lower_priority(command):
 
 def its_replicas_hear_nobody_else(command):
     """They listen to each other on all addresses, and unpickle what they hear: not without Ray's token."""
+    assert post(command.url, "Are you there?", 2).status_code == 200
     listens = [c.laddr.port for c in command.replica("engine-0").net_connections("tcp") if c.status == "LISTEN"]
     refusals = set()
     for port in listens:

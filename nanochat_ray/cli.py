@@ -3,6 +3,7 @@
 import inspect
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -169,7 +170,7 @@ def serve(args: list[str]) -> None:
         os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(options.port)
         os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(options.port + 1)
     start_ray()
-    start(application, options.replicas * max(1, len(options.checkpoint)), options.host, proxy_port)
+    start(application, options.replicas * max(1, len(options.checkpoint)), options.host, proxy_port, not own_ray)
     known_to = "this machine alone; --host 0.0.0.0 for all" if options.host == "127.0.0.1" else "all that reach it"
     print(f"serving    http://{options.host}:{options.port} ({known_to}); Ctrl-C stops it", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does; Ray's own handler aborts
@@ -273,6 +274,9 @@ def main() -> None:
     if stage in ("-h", "--help"):
         print(usage())
     elif stage in STAGES:
+        if "RAY_ADDRESS" not in os.environ:  # before Ray is imported
+            # A Ray of our own listens on all of the machine's addresses: it does what those say who have its token.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         STAGES[stage](args)
     else:
         raise ValueError(f"no stage {stage!r}; there are {', '.join(STAGES)}")

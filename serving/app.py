@@ -3,8 +3,8 @@
     nanochat-ray serve --checkpoint DIR            on this machine
     serve run serving.app:app checkpoint=DIR       the same; on a cluster, a Serve config file names serving.app:app
 
-A request comes to ChatService, which checks and tokenizes it, and goes on to an EngineServer of its model: to the one
-that had the conversation's beginning before, and so most of its prefix in cache.
+A request comes to the ChatService of the host that was asked, which checks and tokenizes it, and goes on to an
+EngineServer of its model: to the one that had the conversation's beginning before, and so most of its prefix in cache.
 """
 
 import asyncio
@@ -17,13 +17,16 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import ray
 import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 from pydantic import BaseModel, field_validator
 from ray import serve
 from ray.exceptions import RayError
@@ -40,6 +43,7 @@ from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import latest_checkpoint, read_meta, resolve_checkpoint, run_name
 from serving import protocol
 from serving.engine_server import EngineServer
+from serving.fronts import ENGINE_MARK, one_on_each_host
 from serving.protocol import ApiError, ChatRequest, CompletionRequest
 
 # Serve copies ChatService to its replicas by value, with what it names that is defined above it.
@@ -47,6 +51,8 @@ UI = Path(__file__).parent / "ui"
 MOST_BODY_BYTES = 1_000_000
 LOST = "the replica that answered was lost; ask again"
 ATTEMPTS = 3  # to find a replica that is not busy, or one that lives
+SILENCE, SILENT_ATTEMPTS = 8, 8  # seconds without a word from an engine that mean it is lost; it has a word every 2
+UNREACHABLE = (RayError, RayServeException, TimeoutError)
 CONSISTENT_HASH_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 PAGE_HEADERS = {  # the page's own policy says the rest
     "Content-Security-Policy": "frame-ancestors 'none'",
@@ -97,7 +103,8 @@ class Model:
     """What the service knows of a checkpoint, and the way to its engines."""
 
     def __init__(self, folder: str, engine: DeploymentHandle):
-        self.tokenizer, self.engine = Tokenizer.load(folder), engine
+        # By gRPC: in a stream that goes through Ray itself, an engine stops for all when one front's host is cut off.
+        self.tokenizer, self.engine = Tokenizer.load(folder), engine.options(_by_reference=False)
         self.sequence_len = read_meta(folder)["model_config"]["sequence_len"]
         self.created = int(storage.modified(storage.join(folder, "meta.json")).timestamp())
         self.capacity, self.asking = None, asyncio.Lock()  # known once an engine runs
@@ -108,14 +115,20 @@ class Model:
 
 
 class Metrics:
-    def __init__(self):
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter("nanochat_requests", "Requests answered", ["route", "status"], registry=registry)
-        self.ttft = Histogram("nanochat_ttft_seconds", "Time to first token", registry=registry, buckets=LATENCIES)
-        self.itl = Histogram("nanochat_inter_token_seconds", "Between tokens", registry=registry, buckets=LATENCIES)
+    """What one ChatService counts; its name is the label `front`."""
 
-    def text(self, engines: dict[str, list[dict[str, float]]]) -> bytes:
-        """In Prometheus' format, with what each replica of each model's engines counts."""
+    def __init__(self, front: str):
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "nanochat_requests", "Requests answered", ["front", "route", "status"], registry=registry
+        )
+        latencies = {"labelnames": ["front"], "registry": registry, "buckets": LATENCIES}
+        self.ttft = Histogram("nanochat_ttft_seconds", "Time to first token", **latencies).labels(front)
+        self.itl = Histogram("nanochat_inter_token_seconds", "Between tokens", **latencies).labels(front)
+
+    @staticmethod
+    def text(fronts: list[list[Metric]], engines: dict[str, list[dict[str, float]]]) -> bytes:
+        """In Prometheus' format: what each ChatService counts, and each replica of each model's engines."""
         registry, gauges = CollectorRegistry(), {}
         for model, replicas in engines.items():
             for replica, stats in enumerate(replicas):
@@ -124,7 +137,12 @@ class Metrics:
                         name, labels = f"nanochat_engine_{key}", ["model", "replica"]
                         gauges[key] = Gauge(name, f"{key} of an engine", labels, registry=registry)
                     gauges[key].labels(model, replica).set(value)
-        return generate_latest(self.registry) + generate_latest(registry)
+        families = {}
+        for family in chain(*fronts):
+            families.setdefault(family.name, Metric(family.name, family.documentation, family.type)).samples.extend(
+                family.samples
+            )
+        return generate_latest(SimpleNamespace(collect=families.values)) + generate_latest(registry)
 
 
 api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -181,12 +199,22 @@ def busy() -> ApiError:
 
 async def capacity(engine: DeploymentHandle) -> int:
     """Tokens of the longest sequence. Raises ApiError when no replica can tell."""
-    try:
-        return await engine.capacity.remote()
-    except BackPressureError:
-        raise busy() from None
-    except (RayError, RayServeException):
-        raise ApiError(503, "the model is not ready yet; try again soon", code="not_ready", retry=5) from None
+    for _ in range(SILENT_ATTEMPTS):  # each at another replica, as without a session any is as good
+        with suppress(TimeoutError):
+            try:
+                return await asyncio.wait_for(engine.capacity.remote(), SILENCE)
+            except BackPressureError:
+                raise busy() from None
+            except (RayError, RayServeException):
+                break
+    raise ApiError(503, "the model is not ready yet; try again soon", code="not_ready", retry=5)
+
+
+async def from_all(deployment: DeploymentHandle, method: str) -> list:
+    """What each replica says; nothing while all of them start, or one has just been lost."""
+    with suppress(*UNREACHABLE):
+        return await asyncio.wait_for(deployment.broadcast(method).results_async(), 3)
+    return []
 
 
 def read_keys(uri: str | None) -> list[str]:
@@ -210,8 +238,24 @@ def ui_file(name: str) -> Response:
     return Response(path.read_bytes(), media_type=kinds[path.suffix], headers=PAGE_HEADERS)
 
 
+@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MOST_ONGOING, logging_config=QUIET)
+class RequestCounter:
+    """Counts the requests of each key that come to any ChatService."""
+
+    def __init__(self, per_minute: int):
+        self.per_minute, self.recent = per_minute, defaultdict(list)
+
+    async def take(self, key: bytes) -> int:
+        """Seconds to wait before the next request, or 0 for one that may go on, which counts."""
+        now = time.monotonic()
+        recent = self.recent[key] = [then for then in self.recent[key] if then > now - 60]
+        if len(recent) >= self.per_minute:
+            return int(recent[0] + 60 - now) + 1
+        recent.append(now)
+        return 0
+
+
 @serve.deployment(
-    ray_actor_options={"num_cpus": 0},
     max_ongoing_requests=MOST_ONGOING,
     graceful_shutdown_timeout_s=600,
     max_surge_percent=100,  # the new one runs before the old one ends
@@ -219,12 +263,16 @@ def ui_file(name: str) -> Response:
 )
 @serve.ingress(api)
 class ChatService:
-    def __init__(self, models: dict[str, str], options: dict, *engines: DeploymentHandle):
+    def __init__(
+        self, models: dict[str, str], options: dict, counter: DeploymentHandle | None, *engines: DeploymentHandle
+    ):
         pairs = zip(models.items(), engines, strict=True)
         self.models = {name: Model(folder, engine) for (name, folder), engine in pairs}
-        self.metrics = Metrics()
+        me = serve.get_replica_context()
+        self.name, self.fronts = me.replica_tag, serve.get_deployment_handle(me.deployment, me.app_name)
+        self.metrics = Metrics(self.name)
         self.keys = [key.encode() for key in options["api_keys"]]
-        self.per_minute, self.recent = options["requests_per_minute"], defaultdict(list)
+        self.counter, self.per_minute = counter, options["requests_per_minute"]
         if options["cors_origins"]:
             origins = options["cors_origins"]
             api.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
@@ -243,20 +291,22 @@ class ChatService:
 
     @api.get("/metrics")
     async def prometheus(self) -> Response:
-        engines = {}
-        for name, model in self.models.items():
-            with suppress(RayError, RayServeException):  # of a model whose engines are all starting, or lost
-                engines[name] = await model.engine.broadcast("stats").results_async()
-        return Response(self.metrics.text(engines), media_type=CONTENT_TYPE_LATEST)
+        asked = [from_all(self.fronts, "counted")] + [from_all(m.engine, "stats") for m in self.models.values()]
+        fronts, *engines = await asyncio.gather(*asked)
+        text = Metrics.text(fronts or [await self.counted()], dict(zip(self.models, engines, strict=True)))
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    async def counted(self) -> list[Metric]:
+        return list(self.metrics.registry.collect())
 
     @api.get("/v1/models")
     async def list_models(self, request: Request) -> dict:
-        self.authorize(request)
+        await self.authorize(request)
         return {"object": "list", "data": [model.card(name) for name, model in self.models.items()]}
 
     @api.get("/v1/models/{name:path}")
     async def retrieve_model(self, request: Request, name: str) -> dict:
-        self.authorize(request)
+        await self.authorize(request)
         return self.model(name).card(name)
 
     @api.post("/v1/chat/completions")
@@ -270,13 +320,13 @@ class ChatService:
     async def answer(self, request: Request, kind: type[protocol.Request]) -> Response:
         route = request.url.path
         try:
-            self.authorize(request)
+            await self.authorize(request)
             asked = protocol.parse(kind, await read_body(request))
             response = await self.respond(asked)
-            self.metrics.requests.labels(route, 200).inc()
+            self.metrics.requests.labels(self.name, route, 200).inc()
             return response
         except ApiError as error:
-            self.metrics.requests.labels(route, error.status).inc()
+            self.metrics.requests.labels(self.name, route, error.status).inc()
             raise
 
     async def respond(self, asked: protocol.Request) -> Response:
@@ -310,16 +360,28 @@ class ChatService:
     async def messages(
         self, model: Model, affinity: str, prompt: list[int], params: dict, stream: bool
     ) -> AsyncIterator[dict]:
-        """The engine's messages, from another replica if the first one is lost before it said anything."""
+        """The engine's messages, from another replica if the first one is lost before it said anything.
+
+        Raises ApiError when the engine is lost after that. One that is silent for SILENCE seconds counts as lost: of a
+        host that is cut off Ray itself may know a minute later.
+        """
         began = last = time.monotonic()
-        for attempt in range(ATTEMPTS):
+        attempts = silences = 0
+        while attempts < ATTEMPTS:
             # Where the router sends a session depends on its name: another name may find another replica.
-            session = affinity if attempt == 0 else f"{affinity} {attempt}"
+            session = f"{affinity} {attempts + silences}" if attempts + silences else affinity
             answer = model.engine.options(stream=True, session_id=session).generate.remote(prompt, params, stream)
             try:
-                async for message in answer:
+                while True:
+                    async with asyncio.timeout(SILENCE):
+                        message = await anext(answer, None)
+                    if message is None:
+                        return
                     if "busy" in message:
+                        attempts += 1
                         break
+                    if not message["choices"]:  # it lives
+                        continue
                     now, count = time.monotonic(), sum(len(choice["tokens"]) for choice in message["choices"])
                     if last == began:
                         self.metrics.ttft.observe(now - began)
@@ -327,12 +389,12 @@ class ChatService:
                         self.metrics.itl.observe((now - last) / count)
                     last = now
                     yield message
-                else:
-                    return
             except BackPressureError:
                 break
-            except (RayError, RayServeException) as error:
-                if last != began or attempt == ATTEMPTS - 1:
+            except UNREACHABLE as error:
+                silent = isinstance(error, TimeoutError)  # or no engine is there yet
+                attempts, silences = attempts + (not silent), silences + silent
+                if last != began or attempts == ATTEMPTS or silences == SILENT_ATTEMPTS:
                     raise ApiError(503, LOST, code="replica_lost", retry=5) from error
                 await asyncio.sleep(0.5)
             finally:
@@ -340,7 +402,7 @@ class ChatService:
                     answer.cancel()  # of a client that went away
         raise busy()
 
-    def authorize(self, request: Request) -> None:
+    async def authorize(self, request: Request) -> None:
         """Raises ApiError for a missing or unknown key, and for one that asks too often."""
         key = b""
         if self.keys:
@@ -349,14 +411,13 @@ class ChatService:
             known = [hmac.compare_digest(key, other) for other in self.keys]  # all of them, in constant time
             if not any(known):
                 raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
-        if self.per_minute and request.method == "POST":
-            now = time.monotonic()
-            recent = self.recent[key] = [then for then in self.recent[key] if then > now - 60]
-            if len(recent) >= self.per_minute:
-                wait = int(recent[0] + 60 - now) + 1
+        if self.counter and request.method == "POST":
+            wait = 0
+            with suppress(*UNREACHABLE):  # while the counter moves from a host that was lost, all may ask
+                wait = await asyncio.wait_for(self.counter.take.remote(key), 1)
+            if wait:
                 message = f"more than {self.per_minute} requests a minute; try again in {wait} s"
                 raise ApiError(429, message, code="rate_limit_exceeded", retry=wait)
-            recent.append(now)
 
 
 def app(options: ServiceOptions) -> serve.Application:
@@ -382,19 +443,23 @@ def app(options: ServiceOptions) -> serve.Application:
     engines = [
         EngineServer.options(
             name=f"engine-{i}",  # the same one when it changes its checkpoint, and so its model's name
-            ray_actor_options={"num_gpus": 1} if on_gpu else {"num_cpus": CPU_SHARE},
+            ray_actor_options=({"num_gpus": 1} if on_gpu else {"num_cpus": CPU_SHARE})
+            | {"resources": {ENGINE_MARK: 0.001}},
             max_surge_percent=0 if on_gpu else 100,
             max_ongoing_requests=MOST_ONGOING,  # a replica says itself, and at once, when it is busy
             max_queued_requests=options.max_batch_size + options.queue_limit,  # while there is no replica
             logging_config=QUIET,
             health_check_period_s=2,  # three that fail, and an engine is replaced
+            health_check_timeout_s=10,
             graceful_shutdown_timeout_s=600,  # a new checkpoint waits for the old one's answers
             request_router_config=RequestRouterConfig(request_router_class=CONSISTENT_HASH_ROUTER),
             **scaling,
         ).bind(folder, options.model_dump(), options.replicas * len(models))
         for i, folder in enumerate(models.values())
     ]
-    return ChatService.bind(models, options.model_dump() | {"api_keys": read_keys(options.api_keys)}, *engines)
+    given = options.model_dump() | {"api_keys": read_keys(options.api_keys)}
+    counter = options.requests_per_minute and RequestCounter.bind(options.requests_per_minute)
+    return ChatService.options(**one_on_each_host()).bind(models, given, counter, *engines)
 
 
 def has_gpus() -> bool:
@@ -419,14 +484,20 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start(application: serve.Application, engines: int, host: str, port: int) -> None:
-    """Serve it on the Ray that is connected, until Ray ends. Raises ValueError when it has no room for the engines."""
+def start(application: serve.Application, engines: int, host: str, port: int, on_cluster: bool = False) -> None:
+    """Serve it on the Ray that is connected, until Ray ends, on all hosts of a cluster.
+
+    Without room for the engines, a cluster may grow, and it waits; on one machine it raises ValueError.
+    """
     kind = "GPU" if has_gpus() else "CPU"
     there = int(ray.cluster_resources().get(kind, 0))
     if engines > there:
-        raise ValueError(f"{engines} engines (models × replicas) need a {kind} each; there are {there}")
+        short = f"{engines} engines (models × replicas) need a {kind} each; there are {there}"
+        if not on_cluster:
+            raise ValueError(short)
+        print(f"waiting    {short}; those that have one answer meanwhile", flush=True)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
+    serve.start(http_options={"host": host, "port": port, "location": "EveryNode" if on_cluster else "HeadOnly"})
     serve.run(application, name="nanochat")
 
 

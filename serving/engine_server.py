@@ -21,6 +21,7 @@ from nanochat_ray.train.checkpoint import load_model
 # Seconds between messages of a stream. Each costs half a millisecond of CPU time in all, so where streams are many they
 # are rarer; the page shows their words at an even pace.
 FLUSH, FLUSH_PER_STREAM, MOST_FLUSH = 0.05, 1 / 100, 1 / 3
+HEARTBEAT = 2  # seconds without news after which a message without any says that the engine lives
 GPU_MEMORY_SHARE = 0.85  # of what is free, for keys and values; the rest is for activations and CUDA graphs
 GPU_SWITCH_SECONDS = 0.0001  # a GPU step's many launches each give up Python's lock and wait for it again
 SWITCH_SECONDS = 0.001  # that Python lets the engine's thread keep others from running, instead of 5 ms
@@ -127,7 +128,10 @@ class EngineServer:
         return self.engine.manager.capacity
 
     async def generate(self, prompt: list[int], params: dict, stream: bool) -> AsyncIterator[dict]:
-        """Messages of what is new in each sample: index, tokens, logprobs, finish_reason; first of all {"busy": …}."""
+        """Messages of what is new in each sample: index, tokens, logprobs, finish_reason; first of all {"busy": …}.
+
+        There is one every HEARTBEAT seconds or more often; it has no choices when nothing is new, or `stream` is false.
+        """
         if self.ongoing + params["n"] > self.most_ongoing:
             yield {"busy": True}
             return
@@ -139,13 +143,22 @@ class EngineServer:
         try:
             sequences = await thread.call(self._submit, prompt, SamplingParams(**params), news)
             told, ended = [0] * len(sequences), set()
+            loop = asyncio.get_running_loop()
+            beat = loop.time() + HEARTBEAT
             while True:
-                await news.wait()
+                try:
+                    async with asyncio.timeout_at(beat):
+                        await news.wait()
+                except TimeoutError:
+                    beat = loop.time() + HEARTBEAT
+                    yield {"choices": []}
+                    continue
                 news.clear()
                 if thread.failure:
                     raise RuntimeError(thread.failure)
                 if not stream and not all(s.finish_reason for s in sequences):
                     continue
+                beat = loop.time() + HEARTBEAT
                 yield {"choices": list(self._news(sequences, told, ended)), "cached_tokens": sequences[0].cached_tokens}
                 if len(ended) == len(sequences):  # not those that have ended since
                     return

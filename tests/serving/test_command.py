@@ -7,10 +7,13 @@ import sys
 import time
 from collections.abc import Iterator
 
+import grpc
 import httpx
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from ray.serve.generated.serve_pb2 import ASGIRequest
+from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 from test_faults import joined, post, streams
 
 from serving import load_test
@@ -59,6 +62,7 @@ def test_serve(command):
     command.up()
     it_is_the_front_that_listens(command)
     its_processes_have_no_lower_priority(command)
+    its_replicas_hear_nobody_else(command)
     who_hangs_up_frees_memory(command)
     streams_of_a_lost_engine_end_with_an_error_and_it_is_replaced(command)
     a_lost_front_comes_back_on_its_port(command)
@@ -72,6 +76,19 @@ def it_is_the_front_that_listens(command):
 
 def its_processes_have_no_lower_priority(command):
     assert {command.replica(name).nice() for name in ("ChatService", "engine-0")} == {psutil.Process().nice()}
+
+
+def its_replicas_hear_nobody_else(command):
+    """They listen to each other on all addresses, and unpickle what they hear: not without Ray's token."""
+    assert post(command.url, "Are you there?", 2).status_code == 200
+    listens = [c.laddr.port for c in command.replica("engine-0").net_connections("tcp") if c.status == "LISTEN"]
+    refusals = set()
+    for port in listens:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel, pytest.raises(grpc.RpcError) as refused:
+            ASGIServiceStub(channel).HandleRequest(ASGIRequest(), timeout=20)
+        refusals.add(refused.value.code())
+    assert grpc.StatusCode.UNAUTHENTICATED in refusals
+    assert refusals <= {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
 
 
 def who_hangs_up_frees_memory(command):

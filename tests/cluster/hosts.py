@@ -12,10 +12,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 BIN = Path(sys.executable).parent
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -130,6 +131,16 @@ class Host:
         said = subprocess.run(["ip", "netns", "pids", self.namespace], capture_output=True, text=True)
         return [int(pid) for pid in said.stdout.split()]
 
+    def processes(self, part: str) -> list[psutil.Process]:
+        """Those of the host with `part` in their command line."""
+        found = []
+        for pid in self.pids():
+            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                process = psutil.Process(pid)
+                if part in " ".join(process.cmdline()):
+                    found.append(process)
+        return found
+
     def stop(self) -> None:
         for pid in self.pids():
             _kill(pid)
@@ -148,16 +159,16 @@ class Cluster:
     """Hosts with a Ray of one CPU each, with token authentication. The first is the head."""
 
     def __init__(self, hosts: int):
-        self.root = Path(tempfile.mkdtemp(prefix="nanochat-ray-hosts-", dir="/var/tmp"))
-        self.shared = self.root / "shared"
-        self.shared.mkdir()
         self.network = Network()
+        self.root = Path(f"/var/tmp/nanochat-ray-hosts-{self.network.number}")
+        self.shared = self.root / "shared"
         self.hosts = [Host(self.network, number, self.root / str(number)) for number in range(1, hosts + 1)]
         self.env = {"RAY_AUTH_MODE": "token", "WANDB_MODE": "disabled", "NANOCHAT_RAY_HOME": str(self.shared / "home")}
 
     def __enter__(self) -> "Cluster":
         try:
-            self._remove_network()  # of a run that was killed
+            self._remove()  # what a run that was killed has left
+            self.shared.mkdir(parents=True)
             self.network.start()
             for host in self.hosts:
                 host.start()
@@ -181,13 +192,10 @@ class Cluster:
         host.run("ray", "start", *where, f"--node-ip-address={host.address}", "--num-cpus=1", env=env)
 
     def __exit__(self, *_) -> None:
+        self._remove()
+
+    def _remove(self) -> None:
         for host in self.hosts:
             host.stop()
-        self._remove_network()
-        shutil.rmtree(self.root, ignore_errors=True)
-
-    def _remove_network(self) -> None:
-        for host in self.hosts:
-            run("ip", "netns", "del", host.namespace, check=False)
-            run("ip", "link", "del", host.link, check=False)
         self.network.stop()
+        shutil.rmtree(self.root, ignore_errors=True)

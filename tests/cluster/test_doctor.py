@@ -5,18 +5,6 @@ import subprocess
 
 import pytest
 from hosts import BIN, REPOSITORY, Cluster, run
-from test_cluster import can_make_hosts
-
-pytestmark = [
-    pytest.mark.cluster,
-    pytest.mark.skipif(not can_make_hosts(), reason="hosts need Linux, root with the right to namespaces, iproute2"),
-]
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with Cluster(3) as cluster:
-        yield cluster
 
 
 def doctor(cluster: Cluster, home: str | None = None) -> tuple[int, list[str]]:

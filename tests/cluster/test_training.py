@@ -5,17 +5,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from contextlib import contextmanager, suppress
 from itertools import groupby
 from pathlib import Path
 
-import psutil
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "train"))  # for runs
-from runs import assert_every_row_once, steps
+from train.runs import assert_every_row_once, steps
 
 from nanochat_ray.train.metrics import read_metrics
 
@@ -181,7 +177,7 @@ def test_a_run_outlives_a_lost_host_and_a_lost_network_and_grows_back(start, clu
     host.cut_off()
     cut = run.wait_until(lambda: run.trains_on(2))
     host.heal()
-    run.wait_until(lambda: not processes(host, "raylet/raylet"))  # the head has given it up, and it ends itself
+    run.wait_until(lambda: not host.processes("raylet/raylet"))  # the head has given it up, and it ends itself
     cluster.join(host)
     again = run.wait_until(lambda: run.trains_on(3))
     run.finish()
@@ -191,20 +187,10 @@ def test_a_run_outlives_a_lost_host_and_a_lost_network_and_grows_back(start, clu
     assert killed < 30 and cut < 60
 
 
-def processes(host, part: str) -> list[psutil.Process]:
-    """Those of the host with it in their command line."""
-    found = []
-    for pid in host.pids():
-        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if part in " ".join((process := psutil.Process(pid)).cmdline()):
-                found.append(process)
-    return found
-
-
 def test_the_same_job_goes_on_when_its_driver_was_killed_and_in_a_new_cluster(start, cluster, undisturbed):
     run = start("resumes")
     run.wait_until(lambda: run.trains_on(3, count=12))
-    for process in processes(cluster.head, PACED):
+    for process in cluster.head.processes(PACED):
         process.kill()
     run.process.wait(timeout=30)
     run.start()

@@ -117,8 +117,10 @@ class LostHosts(ControllerCallback):
     def __init__(self, monitor):
         self.monitor = monitor
 
-    def after_controller_start(self, train_run_context) -> None:
-        autoscaling.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = RESERVATION_SECONDS  # in the controller's process
+    def __setstate__(self, state: dict) -> None:
+        """Unpickled in the controller's process, before it asks for hosts the first time."""
+        vars(self).update(state)
+        autoscaling.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = RESERVATION_SECONDS
 
     def after_controller_state_update(self, previous_state, current_state) -> None:
         if not isinstance(current_state, RestartingState | ReschedulingState):

@@ -3,8 +3,6 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 import tempfile
 import time
 
@@ -314,57 +312,3 @@ def test_training_goes_on_while_a_checkpoint_is_uploaded(store, proxy, model):
     writer.close()
     print(f"the loop waits {waited:.3f} s for the start of an upload of {written:.1f} s")
     assert waited < 0.2 < 0.8 < written
-
-
-RUN = """
-import os, signal, sys, threading, time
-import ray
-from nanochat_ray import storage
-from nanochat_ray.data import prepare
-from nanochat_ray.evals import bpb
-from nanochat_ray.train import pretrain
-
-text, tokenizer = sys.argv[1:]
-ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-rows = prepare.run(prepare.PrepareOptions(text, sequence_len=64, tokenizer=tokenizer)).rows
-options = pretrain.PretrainOptions(
-    depth=2, rows=rows, head_dim=32, total_batch_size=512, num_iterations=120, eval_every=120, eval_tokens=1024,
-    save_every=20, sample_every=0, dtype="float32", compile=False, run="tiny",
-)
-run_dir = storage.join(storage.home(), "runs", "tiny")
-
-def stop_after_a_save():
-    while not storage.exists(storage.join(run_dir, "checkpoints", "step_000020", "meta.json")):
-        time.sleep(0.05)
-    os.kill(os.getpid(), signal.SIGINT)
-
-threading.Thread(target=stop_after_a_save, daemon=True).start()
-try:
-    pretrain.run(options)
-except KeyboardInterrupt as stopped:
-    print("STOPPED", stopped, flush=True)
-result = pretrain.run(options)
-print("RESULT", result.step, result.val_bpb, bpb.run(bpb.BpbOptions(result.checkpoint, rows)), flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_a_run_with_its_home_on_s3(store, proxy, golden, tmp_path):
-    """Prepared, trained, stopped, resumed and evaluated in a bucket that fails 0.5 % of the requests."""
-    from train.runs import assert_every_row_once
-
-    text = f"s3://{BUCKET}/text"
-    for i in range(3):
-        lines = [json.dumps({"text": f"{i} {n} " + "some words to learn " * 20}) for n in range(60)]
-        storage.write_bytes(storage.join(text, f"part_{i}.jsonl"), "\n".join(lines).encode())
-    proxy.faults.decide = s3.share(0.005, s3.SLOW_DOWN)
-    home = f"s3://{BUCKET}/home"
-    env = os.environ | environment(proxy) | {"NANOCHAT_RAY_HOME": home, "WANDB_MODE": "disabled"}
-    command = [sys.executable, "-c", RUN, text, str(golden / "nanochat_d2")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "STOPPED" in done.stdout and "RESULT 120" in done.stdout, done.stdout
-    assert_every_row_once(f"{home}/runs/tiny", 120, 8)
-    assert not [key for key in keys(store) if key.endswith("/ray/")]
-    print(f"{proxy.faults.counts.total()} of {proxy.faults.requests.total()} requests failed")
-    assert proxy.faults.counts.total() > 0

@@ -53,7 +53,7 @@ def test_every_check_without_ray_reports_its_figures(tmp_path):
     assert figures["core"]["examples"] == 6
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_a_speedrun_that_loses_a_worker_and_the_service(tmp_path):
     options = Options(only=JOBS, out=str(tmp_path / "gpu.jsonl"), tiny=True)
     figures = check_lines(run(options), tmp_path / "gpu.jsonl")

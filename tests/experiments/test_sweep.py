@@ -90,7 +90,7 @@ def test_a_series_killed_and_started_again_ends_as_one_that_was_not(rows, ray_se
     assert abs(alone.val_bpb - float(d2["val_bpb"])) < 1e-6
 
 
-@pytest.mark.slow
+@pytest.mark.cluster
 def test_runs_of_1_2_and_4_gpus_share_two_nodes_of_4(tmp_path):
     """They run at once; one that finds no room waits, and no longer than until there is."""
     runs = [["one", 1, 8], ["two", 2, 8], ["four", 4, 8], ["big", 4, 1]]

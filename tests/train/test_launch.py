@@ -69,7 +69,7 @@ def test_a_gpus_memory_is_asked_of_its_node_or_known_by_its_kind(ray_session, mo
     [
         ({"workers": 3}, "^3 workers on 2 CPUs: give at most one a CPU$"),
         ({"workers": 2, "total_batch_size": 64}, "one at least for each of 2 workers"),
-        ({"use_gpu": True}, "^no GPU on this machine$"),
+        ({"use_gpu": True}, "^no GPU on this machine: leave out --use-gpu and --preset gpu$"),
     ],
 )
 def test_a_run_that_is_refused_leaves_nothing(changes, why, tiny, nanochat_ray_home):

@@ -173,6 +173,7 @@ def test_what_fails_at_every_start_ends_the_run_and_says_why(tiny, monkeypatch, 
     assert capsys.readouterr().out.count("worker 0 failed: FileNotFoundError: ") == 3
 
 
+@pytest.mark.cluster
 def test_a_run_outlives_a_node_grows_back_and_saves_before_a_node_is_drained(tiny, nanochat_ray_home):
     """Seven rows a step, which two workers share unevenly."""
     options = tiny(run="node", workers=2, total_batch_size=7 * 64, num_iterations=160, eval_every=0, save_every=10)

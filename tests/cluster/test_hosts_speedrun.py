@@ -89,3 +89,17 @@ def test_its_rows_and_losses_are_those_of_one_worker(cluster):
     bits = [[line["val/bpb"] for line in read_metrics(run) if "val/bpb" in line] for run in (RUN, f"{HOME}/runs/alone")]
     assert len(bits[0]) > 2
     assert bits[0] == pytest.approx(bits[1], rel=1e-3)  # in bf16 where the CPU is fast at it
+
+
+def test_a_miniseries_trains_on_several_hosts_at_once(cluster):
+    rows = storage.read_json(f"{RUN}/config.json")["rows"]
+    options = ["--preset=cpu", "--depths", "1", "2", "--ratio=0.1", f"--rows={rows}", "--name=series"]
+    job = submit(cluster, "experiments.miniseries", *options)
+    most, deadline = 0, time.monotonic() + 300
+    while job.poll() is None and time.monotonic() < deadline:
+        most = max(most, sum(bool(host.processes("RayTrainWorker")) for host in cluster.hosts))
+        time.sleep(0.5)
+    said, _ = job.communicate(timeout=30)
+    assert job.returncode == 0, said[-3000:]
+    assert "d1 finished" in said and "d2 finished" in said and most > 1
+    assert {"results.csv", "report.html"} <= set(storage.listdir(f"{HOME}/runs/series"))

@@ -59,7 +59,7 @@ def compare(options: Options, num_hosts: int) -> list[dict]:
     work = optimizer_work(model_config(options.depth, **shape), num_hosts, torch.float32, gloo=True)
     results = []
     cluster = Cluster(num_hosts)
-    cluster.env["RAY_worker_niceness"] = "-10"  # what else this machine does shall not delay the network's threads
+    cluster.env["RAY_worker_niceness"] = "-10"  # other programs of this machine must not delay the network's threads
     with cluster:
         alone = measure(cluster, options, 1)
         update = alone["step_seconds"] * alone["shares"]["optimizer"]

@@ -356,9 +356,7 @@ def run_trials(folder: str, trials: list[dict], trainable: Callable = train_tria
 
 def concurrent(workers: list[int]) -> int:
     """How many of the runs have room at once, at most: so many of the smallest."""
-    scaling = hosts.scaling_config(max(workers))
-    resource, each = ("GPU", 1) if scaling.use_gpu else ("CPU", scaling.resources_per_worker["CPU"])
-    free = sum(int(node["Resources"].get(resource, 0) // each) for node in ray.nodes() if node["Alive"])
+    free = hosts.room(hosts.scaling_config(max(workers)))
     count = 0
     for needed in sorted(workers):
         free -= needed

@@ -25,7 +25,7 @@ CONNECT_SECONDS = 5.0
 SILENCE_SECONDS = 15.0  # without a byte, after which a request is tried again
 CALL_SECONDS = 180.0  # upper bound on a call with all its attempts
 PIECE_BYTES = 8 * 2**20  # of one request when large files are copied
-UNSENT_BYTES = 16 * PIECE_BYTES  # that an upload keeps in memory at most
+UNSENT_BYTES = 16 * PIECE_BYTES  # an upload keeps at most this much in memory
 AWS_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), ("AWS_REGION", "AWS_DEFAULT_REGION")
 
 # What a store's error says, what is raised for it, and the remedy.

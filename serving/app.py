@@ -17,15 +17,13 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
-from types import SimpleNamespace
 
 import ray
 import torch
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 from pydantic import BaseModel, field_validator
 from ray import serve
@@ -44,6 +42,7 @@ from nanochat_ray.train.checkpoint import latest_checkpoint, read_meta, resolve_
 from serving import protocol
 from serving.engine_server import EngineServer
 from serving.fronts import ENGINE_MARK, one_on_each_host
+from serving.metrics import Metrics
 from serving.protocol import ApiError, ChatRequest, CompletionRequest
 
 # Serve copies ChatService to its replicas by value, with what it names that is defined above it.
@@ -63,7 +62,6 @@ PAGE_HEADERS = {  # the page's own policy says the rest
 CPU_SHARE = 0.5  # of a CPU, for Ray: an engine has one, and in an update its successor may start beside it
 MOST_ONGOING = 10_000  # of a replica, for Serve
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
-LATENCIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
 class ServiceOptions(BaseModel):
@@ -112,37 +110,6 @@ class Model:
     def card(self, name: str) -> dict:
         card = {"id": name, "object": "model", "created": self.created, "owned_by": "nanochat-ray"}
         return card | {"context_length": self.sequence_len}
-
-
-class Metrics:
-    """What one ChatService counts; its name is the label `front`."""
-
-    def __init__(self, front: str):
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "nanochat_requests", "Requests answered", ["front", "route", "status"], registry=registry
-        )
-        latencies = {"labelnames": ["front"], "registry": registry, "buckets": LATENCIES}
-        self.ttft = Histogram("nanochat_ttft_seconds", "Time to first token", **latencies).labels(front)
-        self.itl = Histogram("nanochat_inter_token_seconds", "Between tokens", **latencies).labels(front)
-
-    @staticmethod
-    def text(fronts: list[list[Metric]], engines: dict[str, list[dict[str, float]]]) -> bytes:
-        """In Prometheus' format: what each ChatService counts, and each replica of each model's engines."""
-        registry, gauges = CollectorRegistry(), {}
-        for model, replicas in engines.items():
-            for replica, stats in enumerate(replicas):
-                for key, value in stats.items():
-                    if key not in gauges:
-                        name, labels = f"nanochat_engine_{key}", ["model", "replica"]
-                        gauges[key] = Gauge(name, f"{key} of an engine", labels, registry=registry)
-                    gauges[key].labels(model, replica).set(value)
-        families = {}
-        for family in chain(*fronts):
-            families.setdefault(family.name, Metric(family.name, family.documentation, family.type)).samples.extend(
-                family.samples
-            )
-        return generate_latest(SimpleNamespace(collect=families.values)) + generate_latest(registry)
 
 
 api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)

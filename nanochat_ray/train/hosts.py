@@ -44,7 +44,7 @@ def scaling_config(workers: int | None, use_gpu: bool | None = None, elastic: bo
         use_gpu = sum(gpus) > 0
     kind, there, each = ("GPU", sum(gpus), 1) if use_gpu else ("CPU", sum(cpus), 1)
     workers = workers or (there if use_gpu else 0) or 1
-    if not use_gpu:  # as many for each as leave room for all; a worker must fit on one node
+    if not use_gpu:  # each gets as many CPUs as leave room for all workers; a worker must fit on one node
         each = next((n for n in range(max(cpus), 0, -1) if sum(count // n for count in cpus) >= workers), 1)
     if there < workers and not (can_grow() and (elastic or use_gpu)):
         if use_gpu and not there:
@@ -72,20 +72,19 @@ def wait_for_hosts(request: Request, scaling: ray.train.ScalingConfig, stage: st
     """
     asking, said = autoscaling.TrainAutoscalingCoordinatorClient(f"nanochat-ray-{os.getpid()}-{time.time()}"), None
     deadline = time.monotonic() + 60 * request.wait_minutes
-    while (there := room(scaling)) < scaling.max_workers and time.monotonic() < deadline:
-        asking.maybe_send_resource_request(scaling, scaling.max_workers)
-        if there != said:
-            then = "starts with fewer" if there else "gives up"
-            print(
-                f"{stage}: waiting for {wanted(scaling)}: {there} there; {then} after {request.wait_minutes:g} minutes "
-                "(--wait-minutes)",
-                flush=True,
-            )
-        said = there
-        time.sleep(1)
-        scaling = scaling_config(request.workers, scaling.use_gpu)
-    if said is not None:
-        asking.cancel_resource_request()
+    try:
+        while (there := room(scaling)) < scaling.max_workers and time.monotonic() < deadline:
+            asking.maybe_send_resource_request(scaling, scaling.max_workers)
+            if there != said:
+                then = "starts with fewer" if there else "gives up"
+                limit = f"{then} after {request.wait_minutes:g} minutes (--wait-minutes)"
+                print(f"{stage}: waiting for {wanted(scaling)}: {there} there; {limit}", flush=True)
+            said = there
+            time.sleep(1)
+            scaling = scaling_config(request.workers, scaling.use_gpu)
+    finally:  # also after Ctrl-C, or the hosts stay reserved for minutes
+        if said is not None:
+            asking.cancel_resource_request()
     if not there:
         raise ValueError(
             f"no room for one of {wanted(scaling)}, after {request.wait_minutes:g} minutes (--wait-minutes)"
@@ -94,11 +93,9 @@ def wait_for_hosts(request: Request, scaling: ray.train.ScalingConfig, stage: st
 
 
 def room(scaling: ray.train.ScalingConfig) -> int:
-    """How many of the workers the hosts that are there can take, if nothing else runs on them."""
+    """How many such workers the hosts that are there can take, if nothing else runs on them."""
     [(kind, each)] = scaling.resources_per_worker.items()
-    return min(
-        scaling.max_workers, sum(int(node["Resources"].get(kind, 0) // each) for node in ray.nodes() if node["Alive"])
-    )
+    return sum(int(node["Resources"].get(kind, 0) // each) for node in ray.nodes() if node["Alive"])
 
 
 def wanted(scaling: ray.train.ScalingConfig) -> str:

@@ -27,6 +27,7 @@ from nanochat_ray.train import checkpoint, network
 from nanochat_ray.train.hosts import LostHosts, Request, scaling_config, wait_for_hosts
 from nanochat_ray.train.loop import Measurement, TrainConfig, train_loop_per_worker
 from nanochat_ray.train.plan import GPU_SHARE, MAX_TOKENS_PER_CPU, gpu_memory, rows_that_fit
+from nanochat_ray.versions import pinned
 
 MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
 SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
@@ -277,16 +278,15 @@ def smallest_gpu() -> float:
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
     sizes = []
     for node in nodes:
-        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         kinds = [key.partition(":")[2] for key in node["Resources"] if key.startswith("accelerator_type:")]
         try:
-            sizes.append(ray.get(_gpu_bytes.options(scheduling_strategy=here).remote(), timeout=60))
+            sizes.append(ray.get(_gpu_bytes.options(**pinned(node)).remote(), timeout=60))
         except (ray.exceptions.RayError, OSError, ValueError, subprocess.SubprocessError):
             sizes += map(gpu_memory, kinds)
     return min(sizes, default=math.inf)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote
 def _gpu_bytes() -> int:
     """Of this node's smallest GPU, by the driver's tool: a task that takes a GPU would wait until one is free."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]

@@ -167,7 +167,7 @@ class Cluster:
 
     def __enter__(self) -> "Cluster":
         try:
-            self._remove()  # what a run that was killed has left
+            self._remove()  # a run that was killed may have left hosts
             self.shared.mkdir(parents=True)
             self.network.start()
             for host in self.hosts:

@@ -173,7 +173,7 @@ def test_a_run_outlives_a_lost_host_and_a_lost_network_and_grows_back(start, clu
         run.wait_until(lambda: run.step >= before + 5)
     hang(host, 8)
     run.wait_until(lambda: run.step >= before + 10)
-    assert run.sizes == [3, 2, 3]  # neither was taken for a lost host
+    assert run.sizes == [3, 2, 3]  # Ray took neither for a lost host
     host.cut_off()
     cut = run.wait_until(lambda: run.trains_on(2))
     host.heal()

@@ -348,11 +348,11 @@ def load_optimizer(optimizer: MuonAdamW, folder: str) -> None:
             for key, row in json.loads(file.metadata()["first_rows"]).items():
                 parts[key].append((row, file))
 
-    def read(key: str) -> torch.Tensor:
+    def read(key: str, start: int, stop: int) -> torch.Tensor:
         if key not in parts:
             raise ValueError(f"{folder} has no optimizer state {key}")
         tensors = [file.get_tensor(key) for _, file in sorted(parts[key], key=lambda part: part[0])]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        return (tensors[0] if len(tensors) == 1 else torch.cat(tensors))[start:stop]
 
     optimizer.load_shard_state(read)
 

@@ -125,6 +125,7 @@ class Worker:
     measurement: Measurement | None = None
 
     def __post_init__(self):
+        self.optimizer.overlap(self.model)
         self.model.recompute = self.config.recompute
         if self.config.fp8:
             self.model.convert_to_fp8()
@@ -345,8 +346,10 @@ def forward_backward(worker: Worker) -> tuple[torch.Tensor, float]:
         count = max(all_reduce(worker, [learned])[0], 1.0)
     loss_sum = torch.zeros((), device=worker.device)
     parts = math.ceil(len(idx) / c.device_batch_size)
-    for x, y in zip(idx.tensor_split(parts), targets.tensor_split(parts), strict=True):
+    for i, (x, y) in enumerate(zip(idx.tensor_split(parts), targets.tensor_split(parts), strict=True)):
         loss = worker.model(x, y, loss_reduction="sum")
+        if i == parts - 1:
+            worker.optimizer.reduce_in_backward()
         (loss * (worker.world_size / count)).backward()  # the optimizer takes the mean over ranks
         loss_sum += loss.detach()
     return loss_sum, count
@@ -375,6 +378,7 @@ def metrics_of(worker: Worker) -> dict:
 def start_save(worker: Worker, log: MetricsLog | None) -> None:
     """Begin a checkpoint of where the run stands; it is written while training goes on."""
     c, progress = worker.config, worker.progress
+    worker.optimizer.gather_exactly()
     sums = torch.stack([p.detach().sum().float() for p in worker.model.parameters()])
     if not sums.isfinite().all():
         raise Diverged(f"weights are not finite after step {progress.step}: look at the data, or lower the rates")
@@ -399,6 +403,7 @@ def finish_save(worker: Worker, monitor) -> str | None:
 
 def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
     """Log what the run's Measurement gives. It takes no training time: only train_step counts."""
+    worker.optimizer.wait()
     with worker.model.uncompiled():  # every prompt would be another shape to compile
         measured = worker.measurement.measure(worker.model, worker.tokenizer)
     if log:
@@ -422,6 +427,7 @@ def write_samples(worker: Worker, monitor) -> None:
 
 def sample(worker: Worker) -> list[str]:
     """A line for each of the run's prompts."""
+    worker.optimizer.wait()
     model, prompts, tokens = worker.model, worker.config.prompts, 24
     length = max(map(len, prompts)) + tokens  # training needs the rest of the memory
     room = cache_bytes(model.config, len(prompts), length, model.compute_dtype.itemsize)

@@ -54,8 +54,7 @@ def scaling_config(workers: int | None, use_gpu: bool | None = None, elastic: bo
     Raises ValueError when there are too few GPUs or CPUs and no more can come, or too few CPUs for one of several runs,
     which does not wait for more.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    cpus, gpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
+    cpus, gpus = ([int(node.get(kind, 0)) for node in alive().values()] for kind in ("CPU", "GPU"))
     if use_gpu is None:
         use_gpu = sum(gpus) > 0
     kind, there, each = ("GPU", sum(gpus), 1) if use_gpu else ("CPU", sum(cpus), 1)
@@ -113,7 +112,12 @@ def wait_for_hosts(request: Request, scaling: ray.train.ScalingConfig, stage: st
 
 def room(scaling: ray.train.ScalingConfig) -> int:
     """How many such workers the hosts that are there can take, if nothing else runs on them."""
-    return sum(rooms(scaling, {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}).values())
+    return sum(rooms(scaling, alive()).values())
+
+
+def alive() -> dict[str, dict[str, float]]:
+    """By node, what it has."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def rooms(scaling: ray.train.ScalingConfig, nodes: dict[str, dict[str, float]]) -> dict[str, int]:
@@ -182,7 +186,7 @@ class FreeHosts(ElasticScalingPolicy):
     def _count_possible_workers(self, reserved_resources) -> int:
         possible = super()._count_possible_workers(reserved_resources)
         if self.own is None:
-            there = rooms(self.scaling_config, {node["NodeID"]: node["Resources"] for node in ray.nodes()})
+            there = rooms(self.scaling_config, alive())
         else:
             there = Counter(free_rooms(self.scaling_config)) + self.own
         return min(possible, sum(without(there, self.monitor).values()))

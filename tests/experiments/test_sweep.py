@@ -150,6 +150,7 @@ def test_a_folder_is_of_one_sweep(nanochat_ray_home):
 def test_workers_by_depth(monkeypatch):
     """On 8 GPUs, as many as let each depth be done no later than the largest."""
     monkeypatch.setattr(sweep.ray, "cluster_resources", lambda: {"GPU": 8.0})
+    monkeypatch.setattr(launch, "smallest_gpu", lambda: 79 * 2**30)
     plans = [plan_run(depth) for depth in (12, 16, 20, 24)]
     shared = sweep.share_workers(sweep.SweepOptions(), plans)
     assert shared == [1, 1, 4, 8]
@@ -161,11 +162,22 @@ def test_workers_by_depth(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("depth", "runs", "gpus", "gib", "workers"),
+    [(12, 12, 8, 79, 1), (12, 12, 32, 79, 2), (20, 2, 8, 79, 4), (12, 1, 8, 79, 8), (26, 12, 8, 22, 4)],
+)
+def test_equal_runs_share_the_gpus_evenly(depth, runs, gpus, gib, workers, monkeypatch):
+    """And each gets what its memory needs."""
+    monkeypatch.setattr(sweep.ray, "cluster_resources", lambda: {"GPU": float(gpus)})
+    monkeypatch.setattr(launch, "smallest_gpu", lambda: gib * 2**30)
+    assert sweep.share_workers(sweep.SweepOptions(), [plan_run(depth)] * runs) == [workers] * runs
+
+
+@pytest.mark.parametrize(
     ("gpus", "workers", "wanted"),
     [([4, 4], [1, 2, 4], 3), ([4, 4], [8, 8, 8], 1), ([8], [5, 5, 1, 1, 1], 4), ([2], [4], 1)],
 )
 def test_as_many_runs_at_once_as_have_room(gpus, workers, wanted, monkeypatch):
-    nodes = [{"Alive": True, "Resources": {"GPU": n, "CPU": 8}} for n in gpus]
+    nodes = [{"NodeID": str(i), "Alive": True, "Resources": {"GPU": n, "CPU": 8}} for i, n in enumerate(gpus)]
     monkeypatch.setattr(sweep.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(hosts, "can_grow", lambda: True)
     assert sweep.concurrent(workers) == wanted

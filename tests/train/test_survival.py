@@ -193,3 +193,15 @@ def test_a_run_outlives_a_node_grows_back_and_saves_before_a_node_is_drained(tin
     before_growing, before_draining = map(int, re.findall(r"step (\d+) is saved, as workers", result.stdout))
     shrunk, grown = map(int, re.findall(r"going on from step (\d+), workers: [12]", result.stdout))
     assert 10 <= shrunk < before_growing <= grown < before_draining
+
+
+@pytest.mark.cluster
+def test_an_elastic_run_starts_beside_a_service_and_grows_when_that_ends(tmp_path):
+    """It took all GPUs or none, and waited in silence."""
+    script = str(Path(__file__).with_name("beside_a_service.py"))
+    result = subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    sizes, seconds, said = json.loads(result.stdout.splitlines()[-1])
+    print(f"the first workers started after {seconds:.0f} s")
+    assert sizes == [2, 3]
+    assert said == ["3 workers of 1 GPU: 2 are free, goes on with 2"]

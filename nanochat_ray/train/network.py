@@ -58,8 +58,12 @@ def meet() -> None:
 
 class TorchBackend(ray.train.torch.TorchConfig().backend_cls):
     def on_start(self, worker_group, backend_config) -> None:
-        worker_group.execute(choose_interface)  # before the workers connect
-        super().on_start(worker_group, backend_config)
+        try:
+            worker_group.execute(choose_interface)  # before the workers connect
+            super().on_start(worker_group, backend_config)
+        except Exception:
+            worker_group._clear_state()  # Ray then takes it for one that has not started, and frees what it holds
+            raise
 
 
 @dataclass

@@ -92,7 +92,7 @@ def test_a_series_killed_and_started_again_ends_as_one_that_was_not(rows, ray_se
 
 @pytest.mark.cluster
 def test_runs_of_1_2_and_4_gpus_share_two_nodes_of_4(tmp_path):
-    """They run at once; one that finds no room waits, and no longer than until there is."""
+    """They run at once, each on one node; one that finds no room waits, and no longer than until there is."""
     runs = [["one", 1, 8], ["two", 2, 8], ["four", 4, 8], ["big", 4, 1]]
     script = str(Path(__file__).with_name("pack.py"))
     done = subprocess.run(
@@ -106,6 +106,7 @@ def test_runs_of_1_2_and_4_gpus_share_two_nodes_of_4(tmp_path):
     results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name, *_ in runs}
     first = [results[name] for name in ("one", "two", "four")]
     assert max(r["started"] for r in first) < min(r["ended"] for r in first)
+    assert [r["nodes"] for r in results.values()] == [1] * 4
     assert results["big"]["started"] > min(r["ended"] for r in first)
 
 

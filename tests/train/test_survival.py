@@ -173,6 +173,27 @@ def test_what_fails_at_every_start_ends_the_run_and_says_why(tiny, monkeypatch, 
     assert capsys.readouterr().out.count("worker 0 failed: FileNotFoundError: ") == 3
 
 
+def test_workers_that_can_not_connect_are_started_again(tiny, monkeypatch, tmp_path, capsys):
+    """At the first start their interface is not there, as on a host that has just come up."""
+    marker = tmp_path / "first"
+
+    class Backend(launch.network.TorchBackend):
+        def on_start(self, worker_group, backend_config):
+            if not marker.exists():
+                marker.touch()
+                worker_group.execute(lambda: os.environ.update(GLOO_SOCKET_IFNAME="none-such"))
+            super().on_start(worker_group, backend_config)
+
+    class TorchConfig(launch.network.TorchConfig):
+        backend_cls = Backend
+
+    monkeypatch.setattr(launch.network, "TorchConfig", TorchConfig)
+    assert pretrain.run(tiny(run="connects", num_iterations=2)).step == 2
+    said = [line for line in capsys.readouterr().out.splitlines() if "once more" in line]
+    assert len(said) == 1 and said[0].startswith("pretrain: workers could not be started, once more: ")
+    print(said[0])
+
+
 @pytest.mark.cluster
 def test_a_run_outlives_a_node_grows_back_and_saves_before_a_node_is_drained(tiny, nanochat_ray_home):
     """Seven rows a step, which two workers share unevenly."""

@@ -345,6 +345,9 @@ def run_trials(folder: str, trials: list[dict], trainable: Callable = train_tria
     unfinished.sort(key=lambda t: t["options"]["workers"])
     progress = Progress(folder, trials, may_stop=scheduler is not None)
     if unfinished:
+        scaling = hosts.scaling_config(1)
+        if scaling.use_gpu and (held := hosts.room(scaling) - sum(hosts.free_rooms(scaling).values())):
+            print(f"others hold {held} of {hosts.room(scaling)} GPUs: runs that need them wait", flush=True)
         # Runs have logs and a table of their own; Tune has no other way to be told.
         os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
         os.environ |= {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}  # a run that failed has no loss to report

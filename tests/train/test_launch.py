@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from nanochat_ray.model.scaling import plan_run
-from nanochat_ray.train import launch, pretrain
+from nanochat_ray.train import hosts, launch, pretrain
 from nanochat_ray.train.hosts import Request
 from nanochat_ray.train.launch import device_batch_size, run_config, train
 
@@ -67,6 +67,16 @@ def test_a_gpus_memory_is_asked_of_its_node_or_known_by_its_kind(ray_session, mo
     assert launch.smallest_gpu() == 5 * 2**30
     monkeypatch.setattr(launch.ray, "nodes", lambda: [node])
     assert launch.smallest_gpu() == math.inf
+
+
+def test_hosts_without_the_rows_are_named_before_training(ray_session, monkeypatch, tmp_path):
+    """One host stands in for two."""
+    (node,) = (node for node in ray.nodes() if node["Alive"])
+    monkeypatch.setattr(hosts.versions, "hosts", lambda: {"a": node, "b": node})
+    hosts.check_rows(str(tmp_path))
+    hosts.check_rows("s3://bucket/rows")
+    with pytest.raises(FileNotFoundError, match=r"missing is not on a, b: set NANOCHAT_RAY_HOME to a folder that all"):
+        hosts.check_rows(str(tmp_path / "missing"))
 
 
 @pytest.mark.parametrize(

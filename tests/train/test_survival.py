@@ -195,6 +195,25 @@ def test_workers_that_can_not_connect_are_started_again(tiny, monkeypatch, tmp_p
 
 
 @pytest.mark.cluster
+def test_a_worker_that_is_frozen_is_replaced(tiny, nanochat_ray_home, monkeypatch):
+    """It neither computes nor answers, and holds what it has."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "10")
+    run_dir, frozen = nanochat_ray_home / "runs" / "frozen", []
+
+    def freeze():
+        wait_until(lambda: max(losses(run_dir), default=0) >= 12)
+        frozen.extend(train_workers(psutil.Process())[:1])
+        frozen[0].suspend()
+
+    thread = threading.Thread(target=freeze)
+    thread.start()
+    pretrain.run(tiny(run="frozen", workers=2, num_iterations=60, eval_every=0))
+    thread.join()
+    assert_every_row_once(run_dir, 60, 8)
+    assert not psutil.wait_procs(frozen, timeout=0)[1]  # it was ended, else it would write when it wakes
+
+
+@pytest.mark.cluster
 def test_a_run_outlives_a_node_grows_back_and_saves_before_a_node_is_drained(tiny, nanochat_ray_home):
     """Seven rows a step, which two workers share unevenly."""
     options = tiny(run="node", workers=2, total_batch_size=7 * 64, num_iterations=160, eval_every=0, save_every=10)

@@ -238,7 +238,8 @@ class OneHost(ControllerCallback):
         free = free_rooms(scaling_config)
         good = without(free, self.monitor)
         if fitting := {node: room for node, room in good.items() if room >= num_workers}:
-            return {ray._raylet.RAY_NODE_ID_KEY: min(fitting, key=lambda node: (fitting[node], node))}
+            small = 2 * num_workers <= max(free.values())  # small and large runs that start at once look at either end
+            return {ray._raylet.RAY_NODE_ID_KEY: min(sorted(fitting, reverse=not small), key=fitting.get)}
         failing = ",".join(free.keys() - good.keys())
         return {ray._raylet.RAY_NODE_ID_KEY: f"!in({failing})"} if failing else None
 

@@ -93,7 +93,7 @@ def test_a_series_killed_and_started_again_ends_as_one_that_was_not(rows, ray_se
 @pytest.mark.cluster
 def test_runs_of_1_2_and_4_gpus_share_two_nodes_of_4(tmp_path):
     """They run at once, each on one node; one that finds no room waits, and no longer than until there is."""
-    runs = [["one", 1, 8], ["two", 2, 8], ["four", 4, 8], ["big", 4, 1]]
+    runs = [["one", 1, 12], ["two", 2, 12], ["four", 4, 12], ["big", 4, 1]]
     script = str(Path(__file__).with_name("pack.py"))
     done = subprocess.run(
         [sys.executable, script, str(tmp_path), json.dumps(runs)],

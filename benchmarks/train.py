@@ -128,12 +128,13 @@ def run(options: Options) -> dict:
         )
         monitor = launch.Monitor.remote()
         measuring = {"monitor": monitor, "warmup": options.warmup, "steps": options.steps}
+        scaling = hosts.scaling_config(options.workers)
         trainer = ray.train.torch.TorchTrainer(
             measure,
             train_loop_config=measuring | {"config": config},
             torch_config=network.TorchConfig(),
-            scaling_config=hosts.scaling_config(options.workers),
-            run_config=launch.run_config(config.run_dir),
+            scaling_config=scaling,
+            run_config=launch.run_config(config.run_dir, scaling.use_gpu),
         )
         trainer.fit()
         measured = ray.get(monitor.read_outcome.remote())

@@ -216,7 +216,8 @@ class Table(Shard):
     def load(self, read: Callable[[str, int, int], torch.Tensor]) -> None:
         for key, value in self.state.items():
             start = 0 if key == "step" else self.start
-            value.copy_(read(f"{self.name}|{key}", start, start + len(value)))
+            if len(value):
+                value.copy_(read(f"{self.name}|{key}", start, start + len(value)))
 
 
 class Matrices(Shard):

@@ -37,8 +37,14 @@ def test_one_weight_that_is_not_finite_stops_a_save(wrong):
     model = GPT(GPTConfig(16, 64, 2, 2, 2, 32)).set_compute_dtype(torch.bfloat16)
     with torch.no_grad():
         model.transformer.wte.weight[3, 4] = wrong
-    optimizer = build_optimizer(model, **BASE_LRS, weight_decay=0.0)
-    worker = SimpleNamespace(config=None, progress=SimpleNamespace(step=7), model=model, optimizer=optimizer)
+    worker = SimpleNamespace(
+        config=None,
+        progress=SimpleNamespace(step=7),
+        model=model,
+        optimizer=build_optimizer(model, **BASE_LRS, weight_decay=0.0),
+        device=torch.device("cpu"),
+        world_size=1,
+    )
     with pytest.raises(Diverged, match="step 7"):
         start_save(worker, None)
 

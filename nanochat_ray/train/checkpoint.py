@@ -246,13 +246,16 @@ def remove_unfinished(run_dir: str) -> None:
         storage.remove(folder)
 
 
-def latest_checkpoint(run_dir: str, read: bool = True, rank: int = 0, world_size: int = 1) -> str | None:
+def latest_checkpoint(
+    run_dir: str, read: bool = True, rank: int = 0, world_size: int = 1, say: Callable[[str], None] = print
+) -> str | None:
     """The newest checkpoint whose files are all there and intact. Older ones stand in for a damaged one, with a line
     that says so.
 
     read: False looks at sizes alone. When several ranks call it, each reads a part of the files, and all get the same.
     """
-    folders = gather(checkpoints(run_dir), world_size)[0]  # one could appear or go between two looks
+    folders = checkpoints(run_dir) if rank == 0 else []
+    folders = gather(folders, world_size)[0]  # one could appear or go between two looks
     for folder in reversed(folders):
         error = None
         try:
@@ -263,7 +266,7 @@ def latest_checkpoint(run_dir: str, read: bool = True, rank: int = 0, world_size
         if not error:
             return folder
         if rank == 0:
-            print(f"checkpoint: skipped a damaged one: {error}", flush=True)
+            say(f"checkpoint: skipped a damaged one: {error}")
     return None
 
 

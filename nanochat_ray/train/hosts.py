@@ -204,11 +204,8 @@ class FreeHosts(ElasticScalingPolicy):
         return decision
 
     def make_decision_for_running_worker_group(self, worker_group_state, worker_group_status) -> ScalingDecision:
-        self.own, self.timed_out, self.said = (
-            Counter(w.metadata.node_id for w in worker_group_state.workers),
-            False,
-            None,
-        )
+        self.own = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
+        self.timed_out, self.said = False, None
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         grows = isinstance(decision, ResizeDecision) and decision.num_workers > worker_group_state.num_workers
         return decision if grows else NoopDecision()
@@ -220,9 +217,10 @@ def free_rooms(scaling: ray.train.ScalingConfig) -> dict[str, int]:
 
 
 def without(nodes: dict[str, int], monitor) -> dict[str, int]:
-    """Without the nodes whose workers fail, if that leaves any."""
+    """Without the nodes whose workers fail, if others have room."""
     failing = ray.get(monitor.failing_nodes.remote())
-    return {node: room for node, room in nodes.items() if node not in failing} or nodes
+    good = {node: room for node, room in nodes.items() if node not in failing}
+    return good if any(good.values()) else nodes
 
 
 class OneHost(ControllerCallback):
@@ -254,7 +252,7 @@ class Failures(DefaultFailurePolicy):
     def make_decision(self, training_failed_error) -> FailureDecision:
         decision = super().make_decision(training_failed_error)
         if isinstance(training_failed_error, ray.train.ControllerError):
-            # Workers that fail while they start keep their placement group until this controller ends.
+            # What fails while workers start may leave this controller with half a group: the run gets a new one.
             only_late = isinstance(training_failed_error.controller_failure, WorkerGroupStartupTimeoutError)
             return decision if only_late else FailureDecision.RAISE
         failures = getattr(training_failed_error, "worker_failures", None)

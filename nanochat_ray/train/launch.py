@@ -257,7 +257,7 @@ def train(
 
 def is_finished(c: TrainConfig) -> bool:
     """Reads the newest checkpoint's files only when it is the last one: the workers read them else, each a part."""
-    newest = checkpoint.latest_checkpoint(c.run_dir, read=False)
+    newest = checkpoint.latest_checkpoint(c.run_dir, read=False, say=lambda line: None)  # the workers say it
     if not newest or checkpoint.read_meta(newest)["step"] != c.num_iterations:
         return False
     return newest == checkpoint.latest_checkpoint(c.run_dir)

@@ -157,7 +157,7 @@ def train_loop_per_worker(config: dict) -> None:
 
 def run(c: TrainConfig, monitor, measurement: Measurement | None) -> None:
     """Train from the run's newest checkpoint to num_iterations or a requested stop; the monitor is told which."""
-    worker = start(c)
+    worker = start(c, monitor.say.remote)
     worker.measurement = measurement
     progress = worker.progress
     log = MetricsLog(c.run_dir, asdict(c), progress.step) if worker.rank == 0 else None
@@ -223,7 +223,7 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def start(c: TrainConfig) -> Worker:
+def start(c: TrainConfig, say: Callable[[str], None] = print) -> Worker:
     """Build the model and the optimizer, from the run's newest checkpoint when there is one."""
     device = ray.train.torch.get_device()
     context = ray.train.get_context()
@@ -239,7 +239,7 @@ def start(c: TrainConfig) -> Worker:
     with device:  # a CPU would take long to fill a large model
         model = GPT(GPTConfig(**c.model))
     model.init_weights()
-    resume_from = checkpoint.latest_checkpoint(c.run_dir, rank=rank, world_size=world_size)
+    resume_from = checkpoint.latest_checkpoint(c.run_dir, rank=rank, world_size=world_size, say=say)
     if rank == 0:
         checkpoint.remove_unfinished(c.run_dir)
     if origin := resume_from or c.init_from:

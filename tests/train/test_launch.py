@@ -37,7 +37,7 @@ def test_the_device_batch_of_cpus_does_not_follow_their_memory():
 
 def test_fp8_without_torchao_ends_on_one_line_before_anything_starts(monkeypatch):
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(launch.checkpoint, "latest_checkpoint", lambda run_dir, read=True: None)
+    monkeypatch.setattr(launch.checkpoint, "latest_checkpoint", lambda run_dir, **_: None)
     monkeypatch.setattr(launch.storage, "exists", lambda uri: False)
     with pytest.raises(ValueError, match=r"fp8 needs torchao: pip install 'nanochat-ray\[gpu\]'") as raised:
         train(config_of(12, fp8=True), {"inputs": {}}, Request())

@@ -42,7 +42,7 @@ def test_a_run_of_a_sweep_that_fits_one_host_is_on_one(gpus, workers, elastic, s
         ({"1": 8, "2": 3}, set(), 9, None),
         ({"1": 8, "2": 8}, {"1"}, 2, "2"),
         ({"1": 8, "2": 8, "3": 8}, {"1"}, 16, "!in(1)"),
-        ({"1": 8}, {"1"}, 8, "1"),  # better than none
+        ({"1": 8, "2": 0}, {"1"}, 8, "1"),  # better than none
     ],
 )
 def test_the_host_that_workers_start_on(free, failing, workers, label, monitor, monkeypatch):

@@ -214,8 +214,13 @@ def publish(local_file: str | Path, uri: str) -> None:
         return
     os.makedirs(os.path.dirname(uri), exist_ok=True)
     staged = uri + ".tmp"  # the source may be on another disk: copy beside the target, then rename
-    shutil.move(str(local_file), staged)
-    os.replace(staged, uri)
+    try:
+        shutil.move(str(local_file), staged)
+        os.replace(staged, uri)
+    except OSError:  # half a copy would keep a full disk full
+        if os.path.exists(local_file):
+            Path(staged).unlink(missing_ok=True)
+        raise
 
 
 def _upload_file(local_file: str | Path, uri: str) -> None:

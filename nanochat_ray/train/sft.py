@@ -1,9 +1,7 @@
 """Supervised finetuning: a base checkpoint and conversations -> a chat model, by the loop of pretraining."""
 
-import tempfile
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
 
 from nanochat_ray import storage
 from nanochat_ray.data.loader import Rows, write_rows
@@ -126,9 +124,7 @@ def prepare_conversations(splits: dict[str, list[dict]], tokenizer: Tokenizer, s
         rendered = [tokenizer.render_conversation(c, max_tokens=None) for c in conversations]
         pieces = list(chain.from_iterable(split_conversation(*c, sequence_len + 1) for c in rendered))
         tokens, mask = pack_conversations(pieces, sequence_len + 1)
-        with tempfile.TemporaryDirectory() as scratch:
-            write_rows(Path(scratch) / "rows.arrow", tokens, mask)
-            storage.publish(Path(scratch) / "rows.arrow", storage.join(folder, split, "rows_00000.arrow"))
+        write_rows(storage.join(folder, split, "rows_00000.arrow"), tokens, mask)
         # Counted in the rows: a conversation has one bos, its first token, and all others that rows hold are added.
         packed = int((tokens != tokenizer.bos_id).sum()) + len(conversations)
         counts[split] = count = {

@@ -54,7 +54,6 @@ PRESETS = {
     "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, 1, 10_485_760),
 }
 SFT_SHARE = 0.4  # finetuning's steps for each of pretraining's, where minutes decide
-TOKENS_PER_CLIMBMIX_SHARD = 34_000_000  # 250 million characters at 4.8 a token, a third lost to cropping
 
 
 @dataclass

@@ -281,12 +281,11 @@ def _encode(
     chunks: Iterator[list[str]], tokenizer: Tokenizer, num_threads: int
 ) -> Iterator[tuple[list[np.ndarray], int]]:
     """For each chunk, in order: its documents' tokens, bos first, and how many bytes its text has."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    bos = np.array([tokenizer.bos_id], dtype=dtype)
+    bos = np.array([tokenizer.bos_id], dtype=tokenizer.dtype)
 
     def encode(chunk: list[str]) -> tuple[list[np.ndarray], int]:
         ids = map(tokenizer.encode_to_numpy, chunk)
-        documents = [np.concatenate((bos, document), dtype=dtype, casting="unsafe") for document in ids]
+        documents = [np.concatenate((bos, document), dtype=tokenizer.dtype, casting="unsafe") for document in ids]
         return documents, sum(len(text.encode()) for text in chunk)
 
     num_threads = min(num_threads, os.cpu_count())

@@ -127,6 +127,30 @@ def test_climbmix_shards_are_as_many_as_give_the_tokens(ray_session, tmp_path, n
     assert len({two.tokenizer, *others}) == 3
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder]).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_keeps_nothing_half_written(ray_session, tmp_path, small_disk, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_RAY_HOME", str(small_disk / "home"))
+    texts = make_source(tmp_path / "words", shards=4, documents=1200)
+    train(iter(texts[:500]), 300).save(str(tmp_path / "tokenizer"))
+    options = PrepareOptions(source=str(tmp_path / "words"), tokenizer=str(tmp_path / "tokenizer"), sequence_len=64)
+    with pytest.raises(ValueError, match=rf"No space left on device: '.*\.arrow' \({small_disk}: 0 of 0 MB free\)$"):
+        run(options)
+    assert {path.suffix for path in small_disk.rglob("rows_*")} <= {".arrow", ".json"}
+    assert not list(small_disk.rglob(".*"))
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    assert run(options).manifest["splits"]["train"]["rows"]
+
+
 def test_a_disk_without_room_is_known_before_anything_is_downloaded(nanochat_ray_home, monkeypatch):
     monkeypatch.setattr("nanochat_ray.storage.free_bytes", lambda uri: 30e9)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")

@@ -8,6 +8,7 @@ import random
 import re
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections import defaultdict
@@ -321,6 +322,22 @@ def test_fetch_tries_a_wrong_checksum_twice(server, impatient, tmp_path):
         download.fetch(f"{server.url}/x/{NAME}", str(tmp_path / NAME))
     assert len(server.requests) == 2
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_download_fills_the_disk(server, tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder]).returncode:
+        pytest.skip("mounting a small disk takes root")
+    try:
+        with pytest.raises(OSError, match=rf"No space left on device \({folder}: .* MB free\); run again.*{NAME}'$"):
+            download.fetch(f"{server.url}/x/{NAME}", str(folder / NAME))
+        assert download._partial_path(str(folder / NAME)).stat().st_size > 0
+        subprocess.run(["mount", "-o", "remount,size=10m", folder], check=True)
+        download.fetch(f"{server.url}/x/{NAME}", str(folder / NAME))
+        assert (folder / NAME).read_bytes() == server.files[NAME]
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_fetch_without_ranges(server, impatient, tmp_path):

@@ -22,7 +22,7 @@ from nanochat_ray.data.tokenizer import Tokenizer, compression, train
 
 CHUNK_CHARS = 200_000  # encoded by one thread at a time: long beside a switch of threads, short beside a shard
 MOST_TOKENS = 60_000_000  # in the rows of a climbmix shard, if none were cropped
-TASK_MEMORY, MEMORY_PER_BYTE = 300e6, 4  # bytes of a task, and for each byte of its file, which is compressed
+TASK_MEMORY, MEMORY_PER_BYTE = 350e6, 4  # bytes of a task, and for each byte of its file, which is compressed
 MAX_TASKS = 2_000  # of a job, or 8 a CPU
 MAX_LINES = 1_000  # of progress
 PROGRESS_CHARS = 250_000_000  # of a tokenizer's sample, between lines

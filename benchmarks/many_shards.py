@@ -45,12 +45,12 @@ def measure(options: Options, folder: Path) -> dict:
     source = prepare.find_source(arguments)
     lap("list and inspect")
     rows_uri = storage.join(storage.home(), "rows", "plan")
-    jobs = prepare._begin(rows_uri, source, {})
+    jobs = prepare.plan_jobs(source, Tokenizer.load(arguments.tokenizer), 64, rows_uri)
     prepare.unfinished(jobs)
     lap("plan")
     counts = dict.fromkeys(("rows", "tokens", "cropped_tokens", "dropped_tokens", "documents", "bytes"), 1)
     for split in ("train", "val"):
-        Path(rows_uri, split).mkdir()
+        Path(rows_uri, split).mkdir(parents=True)
     for job in jobs:
         Path(job.counts_uri).write_text(json.dumps(counts))
     start = time.monotonic()

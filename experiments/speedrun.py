@@ -6,7 +6,6 @@
 Every stage is skipped when its output is there for the same inputs, so a speedrun that was stopped goes on.
 """
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -55,7 +54,6 @@ PRESETS = {
     "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, 1, 10_485_760),
 }
 SFT_SHARE = 0.4  # finetuning's steps for each of pretraining's, where minutes decide
-TOKENS_PER_CLIMBMIX_SHARD = 34_000_000  # 250 million characters at 4.8 a token, a third lost to cropping
 
 
 @dataclass
@@ -117,18 +115,17 @@ def run(options: SpeedrunOptions) -> str:
     stages = Stages(run_dir)
     print(f"speedrun: depth {depth}, {plan.num_iterations} steps of {plan.total_batch_size:,} tokens, in {run_dir}")
 
-    shards = min(math.ceil(plan.total_tokens / TOKENS_PER_CLIMBMIX_SHARD), sources.CLIMBMIX_LAST)
-    text = stages.run(
-        "source", lambda: sources.resolve(source, shards=shards), lambda s: {"files": len(s.train) + len(s.val)}
-    )
     prepare_options = prepare.PrepareOptions(
-        source=source, shards=shards, vocab_size=preset.vocab_size, sequence_len=preset.sequence_len
+        source=source, tokens=plan.total_tokens, vocab_size=preset.vocab_size, sequence_len=preset.sequence_len
+    )
+    text = stages.run(
+        "source", lambda: prepare.find_source(prepare_options), lambda s: {"files": len(s.train) + len(s.val)}
     )
     stages.run("tokenizer", lambda: prepare.find_or_train_tokenizer(prepare_options, text), lambda t: {"folder": t[0]})
     counted = ("rows", "tokens", "cropped_tokens")
     prepared = stages.run(
         "rows",
-        lambda: prepare.run(prepare_options),
+        lambda: prepare.run(prepare_options, text),
         lambda p: {name: p.manifest["splits"]["train"][name] for name in counted},
     )
     base = stages.run(

@@ -22,7 +22,8 @@ def prepare(args: list[str]) -> None:
     from nanochat_ray.data.prepare import PrepareOptions, find_source, run
 
     options = parse("prepare", PrepareOptions, args)
-    source = find_source(options)  # that there is none is known before Ray starts
+    own = options.source in ("pydocs", "climbmix")  # made or downloaded by Ray
+    source = None if own else find_source(options)  # fail before starting Ray if there is none
     start_ray()
     prepared = run(options, source)
     print(f"rows       {prepared.rows}\ntokenizer  {prepared.tokenizer}")

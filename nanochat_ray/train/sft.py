@@ -1,13 +1,10 @@
 """Supervised finetuning: a base checkpoint and conversations -> a chat model, by the loop of pretraining."""
 
-import tempfile
 from dataclasses import asdict, dataclass
-from itertools import chain
-from pathlib import Path
 
 from nanochat_ray import storage
-from nanochat_ray.data.loader import Rows, write_rows
-from nanochat_ray.data.packing import pack_conversations, split_conversation
+from nanochat_ray.data.conversations import prepare_conversations
+from nanochat_ray.data.loader import Rows
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.gpt import GPTConfig
 from nanochat_ray.model.scaling import BASE_LRS, REFERENCE_BATCH, flops_per_token
@@ -107,38 +104,3 @@ def run(
     )
     request = Request(options.workers, options.use_gpu, options.wait_minutes)
     return train(config, asdict(options) | {"inputs": inputs}, request, measurement)
-
-
-def prepare_conversations(splits: dict[str, list[dict]], tokenizer: Tokenizer, sequence_len: int) -> str:
-    """Render and pack conversations into a folder of rows, unless the same ones are there; returns the folder.
-
-    A conversation longer than a row goes on in another; no token is dropped, which manifest.json counts.
-    """
-    fingerprint = storage.fingerprint(splits, tokenizer.sha, sequence_len)
-    folder = storage.join(storage.home(), "conversations", f"{fingerprint[:8]}-T{sequence_len}")
-    manifest_uri = storage.join(folder, "manifest.json")
-    if storage.exists(manifest_uri):
-        return folder
-    counts = {}
-    for split, conversations in splits.items():
-        if not conversations:
-            raise ValueError(f"no {split} conversations to finetune on")
-        rendered = [tokenizer.render_conversation(c, max_tokens=None) for c in conversations]
-        pieces = list(chain.from_iterable(split_conversation(*c, sequence_len + 1) for c in rendered))
-        tokens, mask = pack_conversations(pieces, sequence_len + 1)
-        with tempfile.TemporaryDirectory() as scratch:
-            write_rows(Path(scratch) / "rows.arrow", tokens, mask)
-            storage.publish(Path(scratch) / "rows.arrow", storage.join(folder, split, "rows_00000.arrow"))
-        # Counted in the rows: a conversation has one bos, its first token, and all others that rows hold are added.
-        packed = int((tokens != tokenizer.bos_id).sum()) + len(conversations)
-        counts[split] = count = {
-            "conversations": len(conversations),
-            "rows": len(tokens),
-            "tokens": packed,
-            "dropped_tokens": sum(len(ids) for ids, _ in rendered) - packed,
-            "learned_tokens": int(mask.sum()),
-            "split_conversations": sum(len(ids) > sequence_len + 1 for ids, _ in rendered),
-        }
-        print("sft: " + split + " " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in count.items()))
-    storage.write_json(manifest_uri, {"tokenizer_sha256": tokenizer.sha, "sequence_len": sequence_len, **counts})
-    return folder

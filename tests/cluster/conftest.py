@@ -51,5 +51,5 @@ def rows(cluster, golden) -> str:
     shutil.copytree(golden / "nanochat_d2", cluster.shared / "tokenizer")
     options = [f"--source={text}", "--sequence-len=64", f"--tokenizer={cluster.shared / 'tokenizer'}"]
     cluster.head.run("python", "-m", "nanochat_ray.cli", "prepare", *options, env=cluster.env, timeout=300)
-    [folder] = (cluster.shared / "home" / "rows").iterdir()
+    [folder] = (manifest.parent for manifest in (cluster.shared / "home" / "rows").glob("*/manifest.json"))
     return str(folder)

@@ -18,8 +18,10 @@ def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(ray_session, nanoch
     shown = capsys.readouterr().out
     runs = nanochat_ray_home / "runs"
     stages = json.loads((runs / "quick" / "stages.json").read_text())
-    assert [s["stage"] for s in stages] == ["source", "tokenizer", "rows", "pretrain", "sft", "chat"]
-    val_bpb = stages[3]["result"]["val/bpb"]
+    assert [s["stage"] for s in stages] == [
+        "source", "tokenizer", "rows", "sft data", "eval data", "pretrain", "sft", "chat"
+    ]  # fmt: skip
+    val_bpb = stages[5]["result"]["val/bpb"]
     assert 1 < val_bpb < 4
     for expected in (report, f"{val_bpb:.4f}", *speedrun.QUESTIONS, "=== samples", "nanochat-ray chat --checkpoint"):
         assert expected in shown, expected

@@ -7,7 +7,7 @@ from nanochat_ray import storage
 from nanochat_ray.data.loader import Rows
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals.tasks import arithmetic, spelling
-from nanochat_ray.train.sft import prepare_conversations
+from nanochat_ray.train.sft import batch_size, prepare_conversations
 
 
 @pytest.fixture
@@ -59,3 +59,10 @@ def test_the_same_conversations_are_packed_once(tokenizer):
     assert prepare_conversations(splits, tokenizer, 256) != folder
     with pytest.raises(ValueError, match="no val conversations"):
         prepare_conversations({"train": splits["train"], "val": []}, tokenizer, 128)
+
+
+def test_the_batch_is_a_share_of_the_data():
+    assert batch_size(1_048_576, 300_000_000, 2048) == 1_048_576  # of the Hub's mixture
+    assert batch_size(1_048_576, 550_912, 2048) == 16_384  # 33 steps of the offline one
+    assert batch_size(1_048_576, 3 * 2048, 2048) == 2048
+    assert batch_size(1_048_576, 3 * 2048, 2048, workers=3) == 4 * 2048  # a row for each, at least

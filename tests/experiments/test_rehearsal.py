@@ -1,0 +1,130 @@
+"""The gpu preset's whole job on CPUs, from nothing to the report, against a Hub that is played and fails at times."""
+
+import io
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_ray.data.sources import CLIMBMIX
+from nanochat_ray.evals import bundle
+from nanochat_ray.train.metrics import read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TALKS = {
+    ("HuggingFaceTB/smol-smoltalk", "default", split): [
+        hub.talk(f"Say {i}, {split}", f"{i} it is. " * 60) for i in range(200)
+    ]
+    for split in ("train", "test")
+}
+CHOICES = {"choices": ["a dog", "a stone"], "gold": 0}
+TASKS = {  # kind, shots, examples
+    "barks": ("multiple_choice", 2, [{"query": f"What barks at {i}?"} | CHOICES for i in range(20)]),
+    "goes_on": ("language_modeling", 0, [{"context": f"{i} and", "continuation": "one more"} for i in range(20)]),
+}
+
+
+@pytest.fixture
+def played(tmp_path):
+    """A Hub with ClimbMix, the datasets of the mixture and of ChatCORE, and CORE's bundle."""
+    folder = tmp_path / "hub"
+    hub.write_hub(folder, hub.ROWS | TALKS)
+    texts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    for i, part in ((0, texts[::2]), (6542, texts[1::2])):
+        file = folder / CLIMBMIX / f"shard_{i:05d}.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"text": part}), file)
+    (folder / "eval_bundle.zip").write_bytes(zipped_bundle())
+    with hub.serving(folder) as server:
+        yield server
+
+
+def zipped_bundle() -> bytes:
+    entries = [
+        {"label": name, "dataset_uri": f"{name}.jsonl", "num_fewshot": [shots], "icl_task_type": kind}
+        for name, (kind, shots, _) in TASKS.items()
+    ]
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("eval_bundle/core.yaml", json.dumps({"icl_tasks": entries}))  # JSON is YAML
+        file.writestr("eval_bundle/eval_meta_data.csv", "Eval Task,Random baseline\nbarks,50\ngoes_on,0\n")
+        for name, (_, _, examples) in TASKS.items():
+            file.writestr(f"eval_bundle/eval_data/{name}.jsonl", "".join(json.dumps(e) + "\n" for e in examples))
+    return archive.getvalue()
+
+
+def speedrun(played, tmp_path, *options: str) -> tuple[int, str]:
+    """Exit code and all that was said so far."""
+    command = [sys.executable, str(Path(__file__).with_name("rehearsal.py")), "--preset=gpu", "--use-gpu=False"]
+    env = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS", "HF_TOKEN")}
+    env |= {"HF_ENDPOINT": played.url, "HF_HOME": str(tmp_path / "hf"), "WANDB_MODE": "disabled"}
+    env |= {"PYTHONPATH": str(REPOSITORY)}
+    with open(tmp_path / "log", "a+") as log:
+        done = subprocess.run([*command, *options], env=env, stdout=log, stderr=subprocess.STDOUT, timeout=500)
+        log.seek(0)
+        return done.returncode, log.read()
+
+
+@pytest.mark.cluster
+def test_the_whole_job_from_nothing_to_the_report(played, tmp_path, nanochat_ray_home):
+    played.faults |= {
+        "shard_00000.parquet": [None, 429, 503, "cut"],  # None: the preflight's
+        "shard_06542.parquet": [503],
+        "default/train-00000-of-00001.parquet": [None, 429, None, "cut"],
+        "auxiliary_train/train-00000-of-00001.parquet": [503, None, "cut"],
+        "gsm8k/resolve/main/README.md": [429, 503],
+        "eval_bundle.zip": [None, 503, "cut"],
+    }
+    who = tmp_path / "identity.jsonl"
+    who.write_text(json.dumps([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]) + "\n")
+    options = ["--depth=2", "--rehearse", "--run=rehearsal", f"--identity={who}"]
+    began = time.monotonic()
+    code, said = speedrun(played, tmp_path, *options)
+    print(f"{said}\n{time.monotonic() - began:.0f} s, faults: {played.injected}")
+    assert code == 0
+    assert not [fault for faults in played.faults.values() for fault in faults]  # all of them happened
+
+    run = nanochat_ray_home / "runs" / "rehearsal"
+    stages = {stage["stage"]: stage["result"] for stage in json.loads((run / "stages.json").read_text())}
+    data = ["source", "tokenizer", "rows", "sft data", "eval data"]
+    assert list(stages) == [*data, "pretrain", "core", "sft", "chatcore", "chat"]
+    assert set(stages["core"]) == {"core_metric", "core/barks", "core/goes_on"}
+    assert len(stages["chatcore"]) == 1 + 5
+    for name in ("rehearsal", "rehearsal-sft"):
+        assert read_metrics(str(run.parent / name))[-1]["step"] == 20
+    page = (run / "report.html").read_text()
+    for expected in ("CORE", "ChatCORE", "nanochat, d24, ratio 12", "not reached", "What is 12 * 34?"):
+        assert expected in page, expected
+    assert "epochs" in said  # 20 steps of few rows
+
+    before = len(played.requests)
+    code, said = speedrun(played, tmp_path, *options)
+    assert code == 0, said[-3000:]
+    assert len(played.requests) == before  # nothing is left to be downloaded, or to be looked at
+
+
+def looked_at(server) -> set[str]:
+    return {path.rpartition("/resolve/")[2].partition("/")[2] for _, path in server.requests if "/resolve/" in path}
+
+
+@pytest.fixture
+def here(played, monkeypatch, tmp_path):
+    """The played Hub is that of this process."""
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setenv("HF_ENDPOINT", played.url)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", played.url)
+    monkeypatch.setattr(datasets.config, "HF_ENDPOINT", played.url)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(bundle, "URL", f"{played.url}/eval_bundle.zip")
+    return played

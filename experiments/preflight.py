@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,7 +31,9 @@ Checks = dict[str, Callable[[], str]]
 
 TIMEOUT = 10  # seconds to connect, and between two bytes
 # A server that is busy for a moment lacks nothing. urllib3 waits as long as Retry-After says.
-RETRIES = Retry(total=5, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False)
+RETRIES = Retry(
+    total=5, connect=2, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False
+)
 TEXT_BYTES, ROW_BYTES = 98_000_000, 93_000_000  # of a climbmix shard
 # While they are written: the last two, the best and a new one; finetuning takes a tenth of the steps.
 PRETRAIN_CHECKPOINTS, SFT_CHECKPOINTS = 4, 2
@@ -90,26 +93,31 @@ def missing_climbmix(shards: int) -> list[str]:
 
 
 def datasets(wanted: set[tuple[str, str | None, str]], datasets_dir: str | None) -> Checks:
+    if not wanted:
+        return {}
     import datasets as library  # takes a second, and must not be imported by several threads at once
 
+    splits = defaultdict(set)
+    for name, config, split in sorted(wanted, key=str):
+        splits[name, config].add(split)
     look = partial(dataset, library.load_dataset_builder, datasets_dir)
-    return {" ".join(filter(None, split)): partial(look, *split) for split in sorted(wanted, key=str)}
+    return {" ".join(filter(None, key)): partial(look, *key, needed) for key, needed in splits.items()}
 
 
-def dataset(builder: Callable, datasets_dir: str | None, name: str, config: str | None, split: str) -> str:
-    """Whether the dataset lists the split; on the Hub also the first bytes of its files."""
+def dataset(builder: Callable, datasets_dir: str | None, name: str, config: str | None, splits: set[str]) -> str:
+    """Whether the dataset lists the splits; on the Hub also the first bytes of all files, as all are downloaded."""
     from huggingface_hub import HfFileSystem, get_token, hf_hub_url
 
     files = from_hub(builder, name, config, datasets_dir).config.data_files
-    if split not in files:
-        raise ValueError(f"it has no such split, only {', '.join(map(str, files))}")
-    size, uris = 0, list(map(str, files[split]))
+    if lacking := splits - set(files):
+        raise ValueError(f"it has no split {', '.join(sorted(lacking))}, only {', '.join(map(str, files))}")
+    size, uris = 0, [str(uri) for of_split in files.values() for uri in of_split]
     for uri in uris:
         if uri.startswith("hf://"):
             found = HfFileSystem().resolve_path(uri)
             url = hf_hub_url(found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision)
             size += first_bytes(url, get_token())
-    return f"{len(uris)} files" + f", {gb(size)}" * (size > 0)
+    return f"{len(uris)} file{'s' * (len(uris) > 1)}" + f", {gb(size)}" * (size > 0)
 
 
 def core_bundle(folder: str | None) -> str:

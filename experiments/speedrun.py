@@ -137,10 +137,8 @@ def run(options: SpeedrunOptions) -> str:
     """Run all stages; returns the uri of the report. Raises what the stages raise."""
     job = find_job(options)
     plan, stages = job.plan, Stages(job.run_dir)
-    print(
-        f"speedrun: depth {plan.depth}, {plan.num_iterations} steps of {plan.total_batch_size:,} tokens, {job.run_dir}"
-    )
-    print("\n=== preflight", flush=True)
+    print(f"speedrun: depth {plan.depth}, {plan.num_iterations} steps of {plan.total_batch_size:,} tokens")
+    print(f"in {job.run_dir}\n\n=== preflight", flush=True)
     preflight.run(checks(job, stages))
 
     text = stages.run(
@@ -159,7 +157,8 @@ def run(options: SpeedrunOptions) -> str:
     # The data of the stages after pretraining is made before it, so that they don't fail after hours.
     if "sft" in job.after:
         conversations = stages.run("sft data", lambda: make_conversations(job, prepared.tokenizer, stages), dict)
-    bundle_dir, problems = stages.run("eval data", lambda: load_eval_data(job, stages), lambda _: {})
+    if job.after & {"core", "chatcore"}:
+        bundle_dir, problems = stages.run("eval data", lambda: load_eval_data(job, stages), lambda _: {})
     base = stages.run(
         "pretrain",
         lambda: pretrain.run(pretrain_options(job, prepared.rows)),
@@ -213,10 +212,10 @@ def find_job(options: SpeedrunOptions) -> Job:
     if options.rehearse:
         preset = replace(preset, **REHEARSAL)
     depth, source = options.depth or preset.depth, options.source or preset.source
-    name = (
-        options.run or f"speedrun-d{depth}-{storage.fingerprint(depth, source, asdict(preset), options.identity)[:6]}"
-    )
-    run_dir = storage.join(storage.home(), "runs", name)
+    if options.identity and preset.mixture == "offline":
+        raise ValueError("--identity is for the gpu preset, whose finetuning takes the Hub's conversations")
+    inputs = storage.fingerprint(depth, source, asdict(preset), options.identity)
+    run_dir = storage.join(storage.home(), "runs", options.run or f"speedrun-d{depth}-{inputs[:6]}")
     plan = find_plan(run_dir, depth, preset)
     left_out = {*preset.skip, *options.skip} | ({"chatcore"} if "sft" in options.skip else set())
     return Job(

@@ -15,8 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from experiments import preflight
 from nanochat_ray.data.sources import CLIMBMIX
-from nanochat_ray.evals import bundle
+from nanochat_ray.evals import bundle, chat
+from nanochat_ray.evals.tasks import MixtureOptions, gsm8k, hub_mixture, humaneval
 from nanochat_ray.train.metrics import read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -80,7 +82,7 @@ def test_the_whole_job_from_nothing_to_the_report(played, tmp_path, nanochat_ray
         "shard_00000.parquet": [None, 429, 503, "cut"],  # None: the preflight's
         "shard_06542.parquet": [503],
         "default/train-00000-of-00001.parquet": [None, 429, None, "cut"],
-        "auxiliary_train/train-00000-of-00001.parquet": [503, None, "cut"],
+        "auxiliary_train/train-00000-of-00001.parquet": [503, None, None, "cut"],
         "gsm8k/resolve/main/README.md": [429, 503],
         "eval_bundle.zip": [None, 503, "cut"],
     }
@@ -112,19 +114,68 @@ def test_the_whole_job_from_nothing_to_the_report(played, tmp_path, nanochat_ray
     assert len(played.requests) == before  # nothing is left to be downloaded, or to be looked at
 
 
-def looked_at(server) -> set[str]:
-    return {path.rpartition("/resolve/")[2].partition("/")[2] for _, path in server.requests if "/resolve/" in path}
-
-
 @pytest.fixture
-def here(played, monkeypatch, tmp_path):
-    """The played Hub is that of this process."""
+def here(played, monkeypatch, tmp_path, nanochat_ray_home):
+    """The played Hub is the Hub of this process."""
     import datasets
-    import huggingface_hub
+    from huggingface_hub import constants
 
     monkeypatch.setenv("HF_ENDPOINT", played.url)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", played.url)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", played.url)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "ENDPOINT", played.url)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", played.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(bundle, "URL", f"{played.url}/eval_bundle.zip")
     return played
+
+
+def parquet_files(server) -> set[str]:
+    paths = {path for method, path in server.requests if method == "GET" and path.endswith(".parquet")}
+    return {path.partition("/datasets/")[2].replace(hub.COMMIT, "main") for path in paths}
+
+
+def test_the_preflight_looks_at_what_later_stages_download(here):
+    preflight.run(preflight.datasets(preflight.SFT_DATASETS | preflight.CHATCORE_DATASETS, None))
+    seen = parquet_files(here)
+    here.requests.clear()
+    for split in ("train", "val"):
+        hub_mixture(split, MixtureOptions(spelling=20))
+    chat.load_problems()
+    assert parquet_files(here) == seen
+
+
+def test_the_preflight_names_all_that_cannot_be_had_and_is_patient(here, capsys, monkeypatch):
+    here.gated.add("HuggingFaceTB/smol-smoltalk")
+    here.faults |= {"ARC-Easy/test-00000-of-00001.parquet": [429, 503], "eval_bundle.zip": [503]}
+    for path in (here.folder / "openai" / "openai_humaneval").rglob("*"):
+        path.unlink() if path.is_file() else None
+    (here.folder / CLIMBMIX / "shard_06542.parquet").unlink()
+    checks = {
+        "climbmix": lambda: preflight.climbmix(1),
+        "CORE bundle": lambda: preflight.core_bundle(None),
+        "disk": lambda: preflight.disk({"rows": 1e18}),
+        "packages": lambda: preflight.packages(fp8=True, use_gpu=False),
+    }
+    checks |= preflight.datasets(preflight.SFT_DATASETS | preflight.CHATCORE_DATASETS, None)
+    with pytest.raises(ValueError, match=r"5 of 11 checks failed"):
+        preflight.run(checks)
+    said = capsys.readouterr().out
+    failed = {line.split(": ")[0].removeprefix("  FAIL  "): line for line in said.splitlines() if "FAIL" in line}
+    assert "shard_06542.parquet" in failed["climbmix"]
+    assert "make room, or set NANOCHAT_RAY_HOME" in failed["disk"]
+    assert "torchao" in failed["packages"]
+    assert "HF_TOKEN" in failed["HuggingFaceTB/smol-smoltalk"]
+    assert "openai_humaneval" in failed["openai/openai_humaneval openai_humaneval"]
+    assert len(said.splitlines()) == 11 + 1
+    monkeypatch.setenv("HF_TOKEN", here.token)
+    preflight.run(preflight.datasets({("HuggingFaceTB/smol-smoltalk", None, "train")}, None))
+
+
+def test_a_connection_that_breaks_off_is_made_again(here):
+    here.faults["main/test-00000-of-00001.parquet"] = [None, "cut"]  # None: the HEAD
+    assert len(gsm8k.conversations("test")) == 2
+    here.faults["openai_humaneval/test-00000-of-00001.parquet"] = [None, *["cut"] * 20]
+    with pytest.raises(OSError, match="openai/openai_humaneval openai_humaneval test: "):
+        humaneval.conversations()

@@ -200,7 +200,7 @@ def memory(plan: RunPlan, scaling: ray.train.ScalingConfig) -> str:
     said = f"{gb(needed)} a worker, with {rows} rows of {plan.config.sequence_len:,} tokens in a forward pass"
     if needed > room:
         raise ValueError(f"{said}, but a {where} has {gb(room)} for it: take a smaller --depth, or more workers")
-    return said + (f", of {gb(room)} on the smallest {where}" if room < math.inf else f"; no {where} is there yet")
+    return said + (f", of {gb(room)} on the smallest {where}" if room < math.inf else f"; how much the {where}s have is not known yet")
 
 
 def packages(fp8: bool, use_gpu: bool) -> str:

@@ -10,6 +10,7 @@ for the same inputs, so a speedrun that was stopped goes on.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -446,6 +447,9 @@ def conclude(job: Job, stages: Stages, answers: list[dict], newest: str) -> str:
 @one_line_errors
 def main() -> None:
     options = tyro.cli(SpeedrunOptions, prog="python -m experiments.speedrun", description=__doc__)
+    wants_gpu = options.preset == "gpu" and options.use_gpu is None
+    if wants_gpu and "RAY_ADDRESS" not in os.environ and not torch.cuda.is_available():
+        raise ValueError("no GPU here for --preset gpu; to rehearse it on CPUs: --use-gpu False --rehearse --depth 2")
     start_ray()
     run(options)
 

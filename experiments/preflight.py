@@ -187,6 +187,7 @@ def disk_parts(plan: RunPlan, run_dir: str, shards: int | None, have_rows: bool,
 def memory(plan: RunPlan, scaling: ray.train.ScalingConfig) -> str:
     """What the plan predicts for a worker, against the smallest GPU, or the smallest node's memory."""
     on_cpu, workers = not scaling.use_gpu, scaling.max_workers
+    where = "node" if on_cpu else "GPU"
     if on_cpu:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         room = min(node.get("memory", 0) + node.get("object_store_memory", 0) for node in nodes)
@@ -198,9 +199,11 @@ def memory(plan: RunPlan, scaling: ray.train.ScalingConfig) -> str:
     needed = sum(predict_memory(plan.config, workers, rows, on_cpu, dtype).values())
     where = "node" if on_cpu else "GPU"
     said = f"{gb(needed)} a worker, with {rows} rows of {plan.config.sequence_len:,} tokens in a forward pass"
+    if room == math.inf:
+        return said + "; how much the GPUs have is not known yet"
     if needed > room:
         raise ValueError(f"{said}, but a {where} has {gb(room)} for it: take a smaller --depth, or more workers")
-    return said + (f", of {gb(room)} on the smallest {where}" if room < math.inf else f"; how much the {where}s have is not known yet")
+    return f"{said}, of {gb(room)} on the smallest {where}"
 
 
 def packages(fp8: bool, use_gpu: bool) -> str:

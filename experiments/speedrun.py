@@ -273,10 +273,10 @@ def make_conversations(job: Job, tokenizer_uri: str, stages: Stages) -> dict:
         splits = {split: offline_mixture(split, pydocs) for split in ("train", "val")}
     folder = sft.prepare_conversations(splits, tokenizer, T)
     counts = storage.read_json(storage.join(folder, "manifest.json"))["train"]
-    tokens, workers = counts["rows"] * T, job.scaling.max_workers
-    batch = sft.batch_size(job.plan.total_batch_size, tokens, T, workers)
-    if not sft_steps(job) and tokens < sft.MIN_STEPS * batch:
-        raise ValueError(f"{tokens:,} tokens to finetune on are {tokens // batch} steps on {workers} workers: too few")
+    tokens, most = counts["rows"] * T, job.scaling.max_workers
+    batch = sft.batch_size(job.plan.total_batch_size, tokens, T)
+    if not sft_steps(job) and (batch < most * T or tokens < sft.MIN_STEPS * batch):
+        raise ValueError(f"{tokens:,} tokens are too few to finetune on: under {sft.MIN_STEPS} steps of {most} workers")
     return {"folder": folder, "inputs": inputs} | {name: counts[name] for name in ("conversations", "rows", "tokens")}
 
 

@@ -12,7 +12,7 @@ from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.gpt import GPTConfig
 from nanochat_ray.model.scaling import BASE_LRS, REFERENCE_BATCH, flops_per_token
 from nanochat_ray.train import checkpoint
-from nanochat_ray.train.hosts import Request, scaling_config
+from nanochat_ray.train.hosts import Request
 from nanochat_ray.train.launch import TrainResult, train
 from nanochat_ray.train.loop import Measurement, TrainConfig
 
@@ -70,9 +70,7 @@ def run(options: SftOptions, rows: str, measurement: Measurement | None = None) 
     tokens = len(Rows(storage.join(rows, "train"))) * sequence_len
     # A checkpoint imported from nanochat has neither batch nor rates to inherit.
     of_base = meta.get("total_batch_size") or 16 * sequence_len
-    request = Request(options.workers, options.use_gpu, options.wait_minutes)
-    workers = scaling_config(request.workers, request.use_gpu).max_workers
-    chosen = of_base if options.steps else batch_size(of_base, tokens, sequence_len, workers)
+    chosen = of_base if options.steps else batch_size(of_base, tokens, sequence_len)
     batch = options.total_batch_size or chosen
     of_batch = {name: lr * (batch / REFERENCE_BATCH) ** 0.5 for name, lr in BASE_LRS.items()}
     lrs = {name: lr * (batch / of_base) ** 0.5 for name, lr in meta["lrs"].items()} if meta.get("lrs") else of_batch
@@ -107,13 +105,14 @@ def run(options: SftOptions, rows: str, measurement: Measurement | None = None) 
         recompute=options.recompute,
         fp8=options.fp8,
     )
+    request = Request(options.workers, options.use_gpu, options.wait_minutes)
     return train(config, asdict(options) | {"inputs": inputs}, request, measurement)
 
 
-def batch_size(of_base: int, tokens: int, sequence_len: int, workers: int = 1) -> int:
-    """The base run's, halved until an epoch of `tokens` has MIN_STEPS steps; at least a row for each worker."""
+def batch_size(of_base: int, tokens: int, sequence_len: int) -> int:
+    """The base run's, halved until an epoch of `tokens` has MIN_STEPS steps; whole rows, one at least."""
     rows = of_base // sequence_len
-    while rows // 2 >= workers and tokens // (rows * sequence_len) < MIN_STEPS:
+    while rows > 1 and tokens // (rows * sequence_len) < MIN_STEPS:
         rows //= 2
     return rows * sequence_len
 

@@ -64,5 +64,4 @@ def test_the_same_conversations_are_packed_once(tokenizer):
 def test_the_batch_is_a_share_of_the_data():
     assert batch_size(1_048_576, 300_000_000, 2048) == 1_048_576  # of the Hub's mixture
     assert batch_size(1_048_576, 550_912, 2048) == 16_384  # 33 steps of the offline one
-    assert batch_size(1_048_576, 3 * 2048, 2048) == 2048
-    assert batch_size(1_048_576, 3 * 2048, 2048, workers=3) == 4 * 2048  # a row for each, at least
+    assert batch_size(1_048_576, 3 * 2048, 2048) == 2048  # one row at least

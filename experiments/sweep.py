@@ -28,7 +28,7 @@ from rich.live import Live
 from rich.table import Table
 
 from nanochat_ray import storage
-from nanochat_ray.data import prepare, sources
+from nanochat_ray.data import prepare
 from nanochat_ray.evals import bundle, core
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
 from nanochat_ray.train import hosts, launch, pretrain
@@ -42,7 +42,6 @@ OUT_OF_MEMORY = re.compile(
 )
 AS_LARGE = 0.9  # of the largest run's FLOPs: such runs share the GPUs evenly
 CPU_SHARE = 0.9  # of a CPU worker's memory that the plan may fill: it is right to some 10 %
-TOKENS_PER_CLIMBMIX_SHARD = 34_000_000  # 250 million characters at 4.8 a token, a third lost to cropping
 
 COUNTS = ("wte", "value_embeds", "lm_head", "transformer_matrices", "scalars", "total")
 COLUMNS = [
@@ -116,9 +115,8 @@ def shared_rows(options: SweepOptions, preset: Preset, most_tokens: float) -> st
     """The folder of rows that all runs train on, prepared unless it is there."""
     if options.rows:
         return storage.absolute(options.rows)
-    shards = min(math.ceil(most_tokens / TOKENS_PER_CLIMBMIX_SHARD), sources.CLIMBMIX_LAST)
     wanted = prepare.PrepareOptions(
-        preset.source, shards=shards, vocab_size=preset.vocab_size, sequence_len=preset.sequence_len
+        preset.source, tokens=int(most_tokens), vocab_size=preset.vocab_size, sequence_len=preset.sequence_len
     )
     return prepare.run(wanted).rows
 

@@ -83,6 +83,10 @@ def run(
     """
     rows, manifest = find_rows(options)
     plan = plan_of(options, manifest)
+    there = manifest["splits"]["train"]["rows"] * manifest["sequence_len"]
+    if there < plan.total_tokens:
+        epochs = plan.total_tokens / there
+        print(f"pretrain: the rows have {there:,} tokens for {plan.total_tokens:,}: {epochs:,.1f} epochs", flush=True)
     inputs = {
         "stage": "pretrain",
         "model": asdict(plan.config),

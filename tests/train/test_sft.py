@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from nanochat_ray import storage
+from nanochat_ray.data.conversations import prepare_conversations
 from nanochat_ray.data.loader import Rows
 from nanochat_ray.data.packing import pack_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals.tasks import arithmetic, spelling
-from nanochat_ray.train.sft import prepare_conversations
+from nanochat_ray.train.sft import batch_size
 
 
 @pytest.fixture
@@ -86,3 +87,9 @@ def test_rows_are_the_rendered_conversations_packed_in_order(ray_session, tokeni
         assert rows.tokens[0].dtype == np.uint16
         assert (rows.tokens[0] == tokens).all()
         assert (rows.masks[0] == mask).all()
+
+
+def test_the_batch_is_a_share_of_the_data():
+    assert batch_size(1_048_576, 300_000_000, 2048) == 1_048_576  # of the Hub's mixture
+    assert batch_size(1_048_576, 550_912, 2048) == 16_384  # 33 steps of the offline one
+    assert batch_size(1_048_576, 3 * 2048, 2048) == 2048  # one row at least

@@ -70,7 +70,7 @@ class SpeedrunOptions:
     minutes: float | None = None
     """How long the cpu preset pretrains on this machine; the default is 5."""
     workers: int | None = None
-    """Training workers; the default is every GPU of the cluster, else one on all CPUs."""
+    """Training workers; the default is every GPU of the cluster, else one a host."""
     wait_minutes: float = 10
     """How long to wait for hosts with room for all workers; then training starts with fewer, and takes what comes."""
     run: str | None = None

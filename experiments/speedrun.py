@@ -96,7 +96,7 @@ class SpeedrunOptions:
     rehearse: bool = False
     """Every stage, but with 20 steps and few examples: does all of it work here, before it costs hours?"""
     workers: int | None = None
-    """Training workers; the default is every GPU of the cluster, else one on all CPUs."""
+    """Training workers; the default is every GPU of the cluster, else one a host."""
     use_gpu: bool | None = None
     """Work on GPUs; the default is the preset's. The gpu preset on CPUs is for rehearsals of a small --depth."""
     fp8: bool = False

@@ -99,7 +99,7 @@ def version(uri: str) -> tuple[int, str]:
     if is_remote(uri):
         with reading(uri) as f:
             metadata = f.metadata() or {}
-            if tag := metadata.get("ETag"):
+            if tag := metadata.get("ETag") or metadata.get("generation"):  # of Google
                 return f.size(), tag.decode()
     return size(uri), str(modified(uri))
 

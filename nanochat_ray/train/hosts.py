@@ -36,7 +36,8 @@ RESERVATION_SECONDS = 30
 
 @dataclass(frozen=True)
 class Request:
-    """What a run asks of the cluster: at most so many workers, by default one on every GPU there is, else one.
+    """What a run asks of the cluster: at most so many workers. By default there is one on every GPU, and without GPUs
+    one on every host that has as many CPUs as the largest.
 
     use_gpu: None takes GPUs where there are any. wait_minutes: how long a cluster has to bring what it lacks.
     """
@@ -46,8 +47,10 @@ class Request:
     wait_minutes: float = 10
 
 
-def scaling_config(workers: int | None, use_gpu: bool | None = None, elastic: bool = True) -> ray.train.ScalingConfig:
-    """Workers and what each gets, as a Request says.
+def scaling_config(
+    workers: int | None, use_gpu: bool | None = None, elastic: bool = True, rows: int | None = None
+) -> ray.train.ScalingConfig:
+    """Workers and what each gets, as a Request says. The default on CPUs is no more than the rows of a step.
 
     Several can be elastic: a run goes on with those that a lost node leaves, one at least, and grows when there is room
     for more. Others are on one node if they fit the largest, and wait until it has room.
@@ -58,7 +61,8 @@ def scaling_config(workers: int | None, use_gpu: bool | None = None, elastic: bo
     if use_gpu is None:
         use_gpu = sum(gpus) > 0
     kind, there, each = ("GPU", sum(gpus), 1) if use_gpu else ("CPU", sum(cpus), 1)
-    workers = workers or (there if use_gpu else 0) or 1
+    hosts = sum(count == max(cpus) > 0 for count in cpus) if elastic else 1
+    workers = workers or (there if use_gpu else min(hosts, rows or hosts)) or 1
     if not use_gpu:  # each gets as many CPUs as leave room for all workers; a worker must fit on one node
         each = next((n for n in range(max(cpus), 0, -1) if sum(count // n for count in cpus) >= workers), 1)
     if there < workers and not (can_grow() and (elastic or use_gpu)):

@@ -211,7 +211,8 @@ def train(
         return _result(c)
     if c.fp8 and importlib.util.find_spec("torchao") is None:
         raise ValueError("fp8 needs torchao: pip install 'nanochat-ray[gpu]', or leave --fp8 out")
-    scaling = scaling_config(request.workers, request.use_gpu, elastic=report is None)
+    rows = c.total_batch_size // c.model["sequence_len"]
+    scaling = scaling_config(request.workers, request.use_gpu, elastic=report is None, rows=rows)
     check_batch(c, scaling)
     if report is None:
         scaling = wait_for_hosts(request, scaling, c.stage)

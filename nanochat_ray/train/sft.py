@@ -28,7 +28,7 @@ class SftOptions:
     device_batch_size: int | None = None
     """Most rows in one forward pass of a worker; the default is what fits."""
     workers: int | None = None
-    """Most training workers; the default is every GPU of the cluster, else one on all CPUs. While a node is lost, the
+    """Most training workers; the default is every GPU of the cluster, else one a host. While a node is lost, the
     run goes on with fewer."""
     use_gpu: bool | None = None
     """Train on GPUs, for which the cluster is asked if it has none yet; the default is to if it has some."""

@@ -120,7 +120,7 @@ def hang(host, seconds: float) -> None:
 
 def test_three_hosts_train_as_one_does(start, undisturbed):
     """Each host's name maps to 127.0.1.1, where no other host answers."""
-    run = start("on-3", 0)
+    run = start("on-3", 0, workers=None)
     run.finish()
     assert run.sizes == [3]
     assert len(undisturbed) == 5

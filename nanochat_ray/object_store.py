@@ -318,7 +318,8 @@ def upload(pieces: Iterator[bytes], uri: str) -> None:
     fs, path = filesystem(uri)
     target = path
     if isinstance(fs, Azure):
-        path = posixpath.join(posixpath.dirname(target), f".{posixpath.basename(target)}.{secrets.token_hex(4)}.tmp")
+        folder = posixpath.join(posixpath.dirname(target), f".{posixpath.basename(target)}.{secrets.token_hex(4)}.tmp")
+        path = f"{folder}/part"
     sink = call(uri, fs.open_output_stream, path)
     try:
         unsent = 0
@@ -337,4 +338,4 @@ def upload(pieces: Iterator[bytes], uri: str) -> None:
     finally:
         if path != target:
             with suppress(OSError):
-                call(uri, fs.delete_file, path)
+                call(uri, fs.delete_dir, folder)  # delete_file takes a lease, whose end may be waited for 7 seconds

@@ -213,7 +213,7 @@ def unfinished(jobs: list[Job]) -> list[Job]:
 
 def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int) -> None:
     """One Ray task a shard or a few. Counts come back: tokens go from the task to the file, past the object store."""
-    cpus = ray.cluster_resources()["CPU"]
+    cpus = ray.cluster_resources().get("CPU", 1)  # none yet where nodes come when tasks wait for them
     constants = {"tokenizer": tokenizer, "row_len": row_len, "cpus": cpus}
     start, tokens = time.monotonic(), 0
     # A task a shard, but of very many shards a task has several: each task costs the driver some milliseconds.

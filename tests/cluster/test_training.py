@@ -28,8 +28,9 @@ class Run:
         self.pace, self.out = cluster.shared / "home" / "pace", cluster.shared / f"{name}.out"
         tiny = {"depth": 2, "head_dim": 32, "total_batch_size": ROWS_PER_STEP * 64, "num_iterations": NUM_ITERATIONS}
         tiny |= {"eval_every": 75, "eval_tokens": 1024, "save_every": 8, "sample_every": 0}
-        tiny |= {"dtype": "float32", "compile": False, "workers": 3}
-        self.command = ["python", PACED, json.dumps({"rows": rows, "run": name} | tiny | options)]
+        tiny |= {"dtype": "float32", "compile": False, "workers": 3} | options
+        self.num_iterations = tiny["num_iterations"]
+        self.command = ["python", PACED, json.dumps({"rows": rows, "run": name} | tiny)]
 
     def start(self, seconds_a_step: float = SECONDS_A_STEP) -> None:
         self.pace.write_text(str(seconds_a_step))
@@ -68,7 +69,7 @@ class Run:
     def finish(self) -> None:
         self.pace.write_text("0")
         assert self.process.wait(timeout=240) == 0, self.said[-3000:]
-        assert_every_row_once(self.folder, NUM_ITERATIONS, ROWS_PER_STEP)
+        assert_every_row_once(self.folder, self.num_iterations, ROWS_PER_STEP)
 
     @property
     def val_bpb(self) -> list[float]:

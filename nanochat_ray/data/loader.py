@@ -32,14 +32,16 @@ def write_rows(uri: str, tokens: np.ndarray, mask: np.ndarray | None = None) -> 
 def row_files(folder: str) -> list[str]:
     """URIs of a split's row files in order: those that prepare's manifest lists, else all rows_*.arrow of the folder.
 
-    Manifests share row files: rows of 26 and of 172 climbmix shards have the first 26 files in common.
+    A manifest lists files of folders beside it, too: rows of 172 climbmix shards take the first 26 from those of 26.
     """
     rows, split = storage.parent(folder), storage.name(folder)
     manifest_uri = storage.join(rows, "manifest.json")
     manifest = storage.read_json(manifest_uri) if storage.exists(manifest_uri) else {}
-    if "shards" in manifest:
-        shards = storage.join(storage.parent(rows), manifest["shards"], split)
-        return [storage.join(shards, name) for name in manifest["splits"][split]["files"]]
+    if "splits" in manifest:
+        listed = (name.rpartition("/") for name in manifest["splits"][split]["files"])
+        return [
+            storage.join(storage.parent(rows), other or storage.name(rows), split, file) for other, _, file in listed
+        ]
     names = [name for name in storage.listdir(folder) if name.startswith("rows_") and name.endswith(".arrow")]
     return [storage.join(folder, name) for name in names]
 

@@ -16,7 +16,7 @@ import ray.data
 
 from nanochat_ray import storage
 from nanochat_ray.data import sources
-from nanochat_ray.data.loader import write_rows
+from nanochat_ray.data.loader import row_files, write_rows
 from nanochat_ray.data.packing import pack_documents
 from nanochat_ray.data.tokenizer import Tokenizer, compression, train
 
@@ -102,20 +102,20 @@ def _prepare(source: sources.Source, tokenizer_uri: str, tokenizer: Tokenizer, s
         "vocab_size": tokenizer.vocab_size,
         "sequence_len": sequence_len,
     }
-    shards = f"{source.name}-{tokenizer.sha[:8]}-T{sequence_len}"
-    rows_uri = storage.join(storage.home(), "rows", f"{shards}-{source.fingerprint[:8]}")
+    name = f"{source.name}-{tokenizer.sha[:8]}-T{sequence_len}-{source.fingerprint[:8]}"
+    rows_uri = storage.join(storage.home(), "rows", name)
     manifest_uri = storage.join(rows_uri, "manifest.json")
     if storage.exists(manifest_uri):
         print(f"prepare: nothing to do, {rows_uri} is complete", flush=True)
         return Prepared(rows_uri, tokenizer_uri, storage.read_json(manifest_uri))
-    jobs = plan_jobs(source, tokenizer, sequence_len, storage.join(storage.home(), "rows", shards))
+    jobs = plan_jobs(source, rows_uri)
     left = unfinished(jobs)
     if len(left) == len(jobs):
         _report_compression(tokenizer, source)
     if left:
         _run_jobs(left, len(jobs), tokenizer, sequence_len + 1)
-    splits = _collect(jobs, sequence_len + 1, source.name)
-    manifest = {**inputs, "tokenizer": tokenizer_uri, "shards": shards, "splits": splits}
+    splits = _collect(jobs, rows_uri, sequence_len + 1, source.name)
+    manifest = {**inputs, "tokenizer": tokenizer_uri, "splits": splits}
     storage.write_json(manifest_uri, manifest)
     for split, total in splits.items():
         print(
@@ -191,24 +191,34 @@ def _report_compression(tokenizer: Tokenizer, source: sources.Source) -> None:
     print(f"prepare: bytes per token on validation text: {listed}{note}", flush=True)
 
 
-def plan_jobs(source: sources.Source, tokenizer: Tokenizer, sequence_len: int, folder: str) -> list[Job]:
-    """A row file is named by all that its rows follow from, so runs share it and none overwrites another's."""
-    constants = tokenizer.sha, tokenizer.vocab_size, sequence_len
+def plan_jobs(source: sources.Source, rows_uri: str) -> list[Job]:
+    """A file of rows for each shard, in order; where another folder has the shard already, that folder's file."""
+    there = _prepared_shards(rows_uri)
+    return [
+        Job(shard, split, there.get((split, shard.fingerprint), storage.join(rows_uri, split, f"rows_{i:05d}.arrow")))
+        for split, shards in (("train", source.train), ("val", source.val))
+        for i, shard in enumerate(shards)
+    ]
 
-    def job(split: str, shard: sources.Shard) -> Job:
-        name = f"rows_{storage.fingerprint(shard.fingerprint, *constants)}.arrow"
-        return Job(shard, split, storage.join(folder, split, name))
 
-    return [*(job("train", shard) for shard in source.train), *(job("val", shard) for shard in source.val)]
+def _prepared_shards(rows_uri: str) -> dict[tuple[str, str], str]:
+    """(split, fingerprint of a shard) -> its row file, of complete folders that differ in which shards they have."""
+    place, kind = storage.parent(rows_uri), storage.name(rows_uri).rpartition("-")[0]
+    found = {}
+    for name in storage.listdir(place):
+        manifest_uri = storage.join(place, name, "manifest.json")
+        if name.rpartition("-")[0] == kind and storage.exists(manifest_uri):
+            for split, counts in storage.read_json(manifest_uri)["splits"].items():
+                files = row_files(storage.join(place, name, split))
+                found |= {(split, shard): file for shard, file in zip(counts["shards"], files, strict=True)}
+    return found
 
 
 def unfinished(jobs: list[Job]) -> list[Job]:
     """Those without counts. One listing of a folder, as each look at an object store takes a round trip."""
-    finished = {job.split: set() for job in jobs}
-    for split in finished:
-        folder = storage.parent(next(job.uri for job in jobs if job.split == split))
-        finished[split].update(storage.listdir(folder))
-    return [job for job in jobs if storage.name(job.counts_uri) not in finished[job.split]]
+    folders = {storage.parent(job.uri) for job in jobs}
+    finished = {storage.join(folder, name) for folder in folders for name in storage.listdir(folder)}
+    return [job for job in jobs if job.counts_uri not in finished]
 
 
 def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int) -> None:
@@ -299,19 +309,28 @@ def _encode(
             yield waiting.popleft().result()
 
 
-def _collect(jobs: list[Job], row_len: int, name: str) -> dict:
-    """{split: summed counts and rows per file}. Raises ValueError when a split has no rows."""
+def _collect(jobs: list[Job], rows_uri: str, row_len: int, name: str) -> dict:
+    """{split: summed counts, rows by file, and fingerprints of the shards in that order}.
+
+    Raises ValueError when a split has no rows.
+    """
+
+    def named(uri: str) -> str:
+        folder = storage.parent(storage.parent(uri))
+        return storage.name(uri) if folder == rows_uri else f"{storage.name(folder)}/{storage.name(uri)}"
+
     splits = {}
     for split in ("train", "val"):
         ours = [job for job in jobs if job.split == split]
         with ThreadPoolExecutor(32) as pool:
             read = pool.map(storage.read_json, [job.counts_uri for job in ours])
-            counts = {storage.name(job.uri): counts for job, counts in zip(ours, read, strict=True)}
+            counts = {named(job.uri): counts for job, counts in zip(ours, read, strict=True)}
         total = {key: sum(c[key] for c in counts.values()) for key in next(iter(counts.values()))}
         if not total["rows"]:
             raise ValueError(
                 f"the {split} split of {name} has {total['dropped_tokens']} tokens, fewer than a row of {row_len}: "
                 "use more text or a smaller sequence_len"
             )
-        splits[split] = {**total, "files": {file: c["rows"] for file, c in counts.items()}}
+        files = {file: c["rows"] for file, c in counts.items()}
+        splits[split] = {**total, "files": files, "shards": [job.shard.fingerprint for job in ours]}
     return splits

@@ -46,7 +46,11 @@ def build_optimizer(
         adamw(["smear_gate.weight", "smear_lambda", "backout_lambda"], 0.2, (0.8, 0.95), 0.0),
     ]
     matrices = [(name, p) for name, p in named.items() if name.startswith("transformer.h.")]
-    groups.append({"params": matrices, "kind": "muon", "lr": matrix_lr, "momentum": 0.95, "weight_decay": weight_decay})
+    for shape in sorted({p.shape for _, p in matrices}):
+        params = [(name, p) for name, p in matrices if p.shape == shape]
+        groups.append(
+            {"params": params, "kind": "muon", "lr": matrix_lr, "momentum": 0.95, "weight_decay": weight_decay}
+        )
     return MuonAdamW(groups, model.compute_dtype)
 
 
@@ -167,10 +171,10 @@ class MuonAdamW(torch.optim.Optimizer):
             self.wait()
 
     def _update(self, shard: Shard, gradients: list[torch.Tensor]) -> None:
-        group, owned = shard.group, shard.owned()
+        owned = shard.owned()
         if isinstance(shard, Matrices):
-            options = {k: self._scalar(group[k]) for k in ("lr", "momentum", "weight_decay")}
-            for stack, state in zip(shard.stacks, shard.state, strict=True):
+            for group, stack, state in zip(shard.groups, shard.stacks, shard.state, strict=True):
+                options = {k: self._scalar(group[k]) for k in ("lr", "momentum", "weight_decay")}
                 p, grad = (torch.stack([tensors[i] for i in stack]) for tensors in (owned, gradients))
                 for i in stack:
                     gradients[i] = None  # their memory is free for the update
@@ -185,6 +189,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 torch._foreach_copy_([owned[i] for i in stack], list(p.unbind()))
         else:
             shard.state["step"] += 1
+            group = shard.group
             options = {k: group[k] for k in ("betas", "eps", "weight_decay")} | {"lr": self._scalar(group["lr"])}
             step = self._scalar(shard.state["step"].item())
             moments = shard.state["exp_avg"], shard.state["exp_avg_sq"]

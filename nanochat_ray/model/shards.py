@@ -24,14 +24,15 @@ def make_shards(groups: list[dict], rank: int, world_size: int, read_dtype: torc
 
     read_dtype: what the forward multiplies fp32 weights in; the copies that go to other ranks need not be finer.
     """
-    shards = []
+    shards, matrices, muon = [], {}, {}
     for group in groups:
         named = dict(zip(group["param_names"], group["params"], strict=True))
-        if group["kind"] == "muon":
-            for pieces in split_matrices(named, world_size):
-                shards.append(Matrices(group, pieces, rank, read_dtype))
+        if group["kind"] == "muon":  # one for each shape
+            matrices |= named
+            muon[group["params"][0].shape] = group
         else:
             shards += [Table(group, name, p, rank, world_size, read_dtype) for name, p in named.items()]
+    shards += [Matrices(muon, pieces, rank, read_dtype) for pieces in split_matrices(matrices, world_size)]
     return sorted(shards, key=lambda shard: (-shard.layer, not isinstance(shard, Matrices), shard.replicated))
 
 
@@ -88,12 +89,12 @@ def _share_out(sizes: tuple[int, ...], world_size: int) -> tuple[list[list[int]]
 
 
 class Shard:
-    """Parameters of one group that travel together. Owners update their pieces in place."""
+    """Parameters that travel together. Owners update their pieces in place."""
 
     replicated = False  # True: every rank owns all of it, and updates it alike
 
-    def __init__(self, group: dict, params: dict[str, torch.Tensor], rank: int, world_size: int, read_dtype):
-        self.group, self.params, self.rank, self.world_size = group, params, rank, world_size
+    def __init__(self, params: dict[str, torch.Tensor], rank: int, world_size: int, read_dtype: torch.dtype):
+        self.params, self.rank, self.world_size = params, rank, world_size
         self.layer = min(map(layer_of, params))
         self.dtype = next(iter(params.values())).dtype
         self.read_dtype = read_dtype if self.dtype == torch.float32 else self.dtype
@@ -190,9 +191,9 @@ class Table(Shard):
     """One tensor of AdamW, shared out by rows; a small one is whole on every rank."""
 
     def __init__(self, group: dict, name: str, p: torch.Tensor, rank: int, world_size: int, read_dtype):
-        self.name, self.replicated = name, p.numel() < SMALL
+        self.group, self.name, self.replicated = group, name, p.numel() < SMALL
         self.rows = p.size(0) if self.replicated else math.ceil(p.size(0) / world_size)
-        super().__init__(group, {name: p}, rank, world_size, read_dtype)
+        super().__init__({name: p}, rank, world_size, read_dtype)
         self.start = 0 if self.replicated else min(rank * self.rows, p.size(0))
         self.state = {
             "exp_avg": torch.zeros_like(self.owned()[0], dtype=torch.float32),
@@ -223,14 +224,15 @@ class Table(Shard):
 class Matrices(Shard):
     """A bucket of Muon's matrices, each whole with its owner, who updates those of one shape together."""
 
-    def __init__(self, group: dict, pieces: list[dict[str, torch.Tensor]], rank: int, read_dtype):
+    def __init__(self, groups: dict[torch.Size, dict], pieces: list[dict[str, torch.Tensor]], rank: int, read_dtype):
         params = {name: p for piece in pieces for name, p in piece.items()}
         positions = {name: i for i, name in enumerate(params)}
         self.positions = [[positions[name] for name in piece] for piece in pieces]
-        super().__init__(group, params, rank, len(pieces), read_dtype)
+        super().__init__(params, rank, len(pieces), read_dtype)
         self.names, shapes = list(pieces[rank]), self.shapes[rank]
-        # By shape, which of this rank's matrices have it.
+        # By shape, which of this rank's matrices have it, and the group with their rates.
         self.stacks = [[i for i, other in enumerate(shapes) if other == shape] for shape in sorted(set(shapes))]
+        self.groups = [groups[shapes[stack[0]]] for stack in self.stacks]
         self.state = [self._state(len(stack), *shapes[stack[0]]) for stack in self.stacks]
 
     def _state(self, n: int, r: int, c: int) -> dict[str, torch.Tensor]:

@@ -120,6 +120,8 @@ def here(played, monkeypatch, tmp_path, nanochat_ray_home):
     import datasets
     from huggingface_hub import constants
 
+    for offline in (datasets.config, constants):  # another test may have imported them as if without a network
+        monkeypatch.setattr(offline, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_ENDPOINT", played.url)
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", played.url)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")

@@ -229,8 +229,10 @@ def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int)
     # A task a shard, but of very many shards a task has several: each task costs the driver some milliseconds.
     items = [{"job": asdict(job), "left": len(jobs) - index} for index, job in enumerate(jobs)]
     blocks = ray.data.from_items(items, override_num_blocks=min(len(jobs), max(MAX_TASKS, int(8 * cpus))))
-    # A node runs as many tasks at once as its memory holds. One that asked for more than any node has would never run.
-    most = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+    # A node runs as many tasks at once as its memory holds. One that asked for more than any node has would never run,
+    # and nodes that an autoscaler has yet to bring may not say how much they have.
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    most = max((node.get("memory", 0) for node in there), default=0)
     memory = min(TASK_MEMORY + MEMORY_PER_BYTE * max(job.shard.size for job in jobs), most)
     results = blocks.map(_run_job, fn_kwargs=constants, num_cpus=1, memory=memory).iter_rows()
     for done, result in enumerate(results, num_all - len(jobs) + 1):

@@ -13,7 +13,7 @@ test: .venv/ready  ## every test but those of test-cluster
 	$(TEST) -m "not cluster" $(ARGS)
 
 test-cluster: .venv/ready  ## several nodes and hosts, whole jobs; hosts need root and iproute2, else it says so and skips
-	$(BIN)/python -m pytest -q -rs -m cluster $(ARGS)
+	$(TEST) -rs -m cluster $(ARGS)
 
 check: .venv/ready  ## lint, format and the fast tests
 	$(BIN)/ruff check .

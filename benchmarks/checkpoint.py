@@ -85,11 +85,12 @@ def run(options: Options) -> dict:
         )
         monitor = launch.Monitor.remote()
         measuring = {"monitor": monitor, "config": config, "pairs": options.pairs}
+        scaling = hosts.scaling_config(options.workers)
         trainer = ray.train.torch.TorchTrainer(
             measure,
             train_loop_config=measuring,
-            scaling_config=hosts.scaling_config(options.workers),
-            run_config=launch.run_config(config.run_dir),
+            scaling_config=scaling,
+            run_config=launch.run_config(config.run_dir, scaling.use_gpu),
         )
         try:
             trainer.fit()

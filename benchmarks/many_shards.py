@@ -45,16 +45,16 @@ def measure(options: Options, folder: Path) -> dict:
     source = prepare.find_source(arguments)
     lap("list and inspect")
     rows_uri = storage.join(storage.home(), "rows", "plan")
-    jobs = prepare._begin(rows_uri, source, {})
+    jobs = prepare.plan_jobs(source, rows_uri)
     prepare.unfinished(jobs)
     lap("plan")
     counts = dict.fromkeys(("rows", "tokens", "cropped_tokens", "dropped_tokens", "documents", "bytes"), 1)
     for split in ("train", "val"):
-        Path(rows_uri, split).mkdir()
+        Path(rows_uri, split).mkdir(parents=True)
     for job in jobs:
         Path(job.counts_uri).write_text(json.dumps(counts))
     start = time.monotonic()
-    splits = prepare._collect(jobs, 65, source.name)
+    splits = prepare._collect(jobs, rows_uri, 65, source.name)
     lap("collect")
     storage.write_json(storage.join(rows_uri, "manifest.json"), splits)
     result = {"files": options.files, "manifest_mb": storage.size(storage.join(rows_uri, "manifest.json")) / 1e6}

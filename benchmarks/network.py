@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_ray.model.scaling import model_config
-from nanochat_ray.train.plan import optimizer_work, predict_step
+from nanochat_ray.train.plan import plan_shards, predict_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "cluster"))
 from hosts import BIN, Cluster, Host, run
@@ -56,7 +56,7 @@ def measure(cluster: Cluster, options: Options, workers: int) -> dict:
 
 def compare(options: Options, num_hosts: int) -> list[dict]:
     shape = {"sequence_len": options.seq, "vocab_size": options.vocab, "head_dim": 64, "window_pattern": "L"}
-    work = optimizer_work(model_config(options.depth, **shape), num_hosts, torch.float32, gloo=True)
+    shards = plan_shards(model_config(options.depth, **shape), num_hosts, torch.float32)
     results = []
     cluster = Cluster(num_hosts)
     cluster.env["RAY_worker_niceness"] = "-10"  # other programs of this machine must not delay the network's threads
@@ -67,9 +67,9 @@ def compare(options: Options, num_hosts: int) -> list[dict]:
         for mbits in options.mbits:
             for host in cluster.hosts:
                 limit(host, mbits)
-            predicted = predict_step(work, num_hosts, compute, update / num_hosts, 1e6 * mbits, latency=1e-4)
+            predicted = predict_step(shards, num_hosts, compute, update / num_hosts, 1, 1e6 * mbits, latency=1e-4)
             measured = measure(cluster, options, num_hosts)["step_seconds"]
-            results.append({"hosts": num_hosts, "mbits": mbits, "sent_mb": work.sent / 1e6, "compute": compute})
+            results.append({"hosts": num_hosts, "mbits": mbits, "sent_mb": predicted.sent / 1e6, "compute": compute})
             results[-1] |= {"predicted": predicted.seconds, "measured": measured}
             print(results[-1], file=sys.stderr, flush=True)
     return results

@@ -84,7 +84,6 @@ def write_inputs(folder: Path, options: Options, plan: RunPlan) -> tuple[str, st
     random = np.random.default_rng(0)
     rows_a_step = plan.total_batch_size // options.seq
     for split, n in (("train", 4 * rows_a_step), ("val", 1)):
-        (folder / "rows" / split).mkdir(parents=True)
         rows = random.integers(options.vocab, size=(n, options.seq + 1)).astype(np.uint32)
         write_rows(folder / "rows" / split / "rows_00000.arrow", rows)
     tokenizer_of_size(options.vocab).save(str(folder / "tokenizer"))
@@ -128,12 +127,13 @@ def run(options: Options) -> dict:
         )
         monitor = launch.Monitor.remote()
         measuring = {"monitor": monitor, "warmup": options.warmup, "steps": options.steps}
+        scaling = hosts.scaling_config(options.workers)
         trainer = ray.train.torch.TorchTrainer(
             measure,
             train_loop_config=measuring | {"config": config},
             torch_config=network.TorchConfig(),
-            scaling_config=hosts.scaling_config(options.workers),
-            run_config=launch.run_config(config.run_dir),
+            scaling_config=scaling,
+            run_config=launch.run_config(config.run_dir, scaling.use_gpu),
         )
         trainer.fit()
         measured = ray.get(monitor.read_outcome.remote())

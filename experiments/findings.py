@@ -7,12 +7,12 @@ import numpy as np
 from markupsafe import Markup
 
 from experiments import fits, paired
+from experiments.leaderboard import GPT2_CORE
 from experiments.svg import INK, SERIES, empty_figure, style, svg
 from experiments.sweep import read_results
 from nanochat_ray import storage
 from nanochat_ray.model.scaling import RunPlan, plan_run
 
-GPT2_CORE = 0.256525  # GPT-2 XL's score
 MOST_EXTRAPOLATION = 100  # times the FLOPs of the largest run, beyond which no prediction is made …
 MOST_SPREAD = 30  # … nor when the ends of its interval are further apart than this factor
 DEEPEST = 200

@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
 from experiments import findings
+from experiments.leaderboard import GPT2_CORE, beside_nanochat, with_scores
 from experiments.svg import DASHES, NICE_STEPS, SERIES, empty_figure, style, svg
 from nanochat_ray import storage
 from nanochat_ray.train.metrics import read_metrics
@@ -56,7 +57,7 @@ class Run:
 
 
 def read_run(uri: str) -> Run:
-    """Read config.json, metrics.jsonl, samples.md, stages.json and chat.json, as many as there are.
+    """Read config.json, metrics.jsonl, samples.md, stages.json, chat.json and result.json, as many as there are.
 
     Raises FileNotFoundError when there is no such folder."""
     if not storage.exists(uri):
@@ -76,7 +77,7 @@ def read_run(uri: str) -> Run:
     return Run(
         uri=str(uri),
         config=json_or("config.json", {}),
-        metrics=_by_step(read_metrics(uri)),
+        metrics=_by_step(with_scores(uri, read_metrics(uri))),
         samples=storage.read_text(samples).strip() if storage.exists(samples) else "",
         stages=json_or("stages.json", []),
         chat=json_or("chat.json", []),
@@ -256,6 +257,8 @@ def write_report(run_folders: list[str], out: str, title: str = "nanochat-ray") 
         steep_start=f"{STEEP_START:.0%}",
         findings=found,
         runs=runs,
+        beside=[beside_nanochat(run.name, run.config, run.metrics) if run.stages else [] for run in runs],
+        gpt2_core=GPT2_CORE,
         measured=measured,
         columns=list(dict.fromkeys(label for values in measured for label in values)),
         charts={label: drawn for label, charted in charts.items() if (drawn := [c for c in charted if c])},

@@ -1,26 +1,36 @@
-"""From raw text to a talking model: source, tokenizer, rows, pretraining, finetuning, chat answers, report.
+"""From raw text to a talking model, in nanochat's stages.
+
+Source, tokenizer, rows, pretraining, CORE, finetuning, ChatCORE, chat answers, report:
 
     python -m experiments.speedrun                 a laptop: embedded Ray, minutes
     ray job submit --working-dir . -- python -m experiments.speedrun --preset gpu
 
-Every stage is skipped when its output is there for the same inputs, so a speedrun that was stopped goes on.
+What later stages need is looked at first, and made before pretraining. Every stage is skipped when its output is there
+for the same inputs, so a speedrun that was stopped goes on.
 """
 
 import math
+import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Literal
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Literal, get_args
 
 import ray
+import ray.train
 import torch
 import tyro
 
+from experiments import preflight
 from experiments.report import write_report
 from nanochat_ray import storage
 from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.data import prepare, sources
-from nanochat_ray.evals.tasks import offline_mixture
+from nanochat_ray.data.conversations import prepare_conversations
+from nanochat_ray.data.tokenizer import Tokenizer
+from nanochat_ray.evals import bundle, chat, core
+from nanochat_ray.evals.tasks import MixtureOptions, hub_mixture, offline_mixture
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT
@@ -29,6 +39,7 @@ from nanochat_ray.model.scaling import RunPlan, plan_run
 from nanochat_ray.train import checkpoint, hosts, pretrain, sft
 
 QUESTIONS = ("What is 12 * 34?", "How many times does the letter r occur in strawberry?", "What does `json.dumps` do?")
+Stage = Literal["core", "sft", "chatcore"]
 
 
 @dataclass(frozen=True)
@@ -46,16 +57,20 @@ class Preset:
     total_batch_size: int | None
     lr_factor: float  # times the plan's learning rates
     eval_tokens: int
+    mixture: Literal["hub", "offline"]
+    skip: tuple[Stage, ...] = ()
+    steps: int | None = None  # of pretraining and of finetuning, instead of the above
+    examples: int | None = None  # of each dataset in the mixture, and of each task in CORE and ChatCORE; all by default
 
 
 PRESETS = {
     # A small batch, because a slow CPU makes few steps in its minutes, and the first 40 only warm up. The rates are not
     # lowered for it: see sweep.PRESETS.
-    "cpu": Preset(4, "pydocs", 8192, 512, 64, "L", None, 5, 2048, 16, 16_384),
-    "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, 1, 10_485_760),
+    "cpu": Preset(4, "pydocs", 8192, 512, 64, "L", None, 5, 2048, 16, 16_384, "offline", ("core", "chatcore")),
+    "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, 1, 10_485_760, "hub"),
 }
+REHEARSAL = {"minutes": None, "steps": 20, "examples": 16, "eval_tokens": 65_536}
 SFT_SHARE = 0.4  # finetuning's steps for each of pretraining's, where minutes decide
-TOKENS_PER_CLIMBMIX_SHARD = 34_000_000  # 250 million characters at 4.8 a token, a third lost to cropping
 
 
 @dataclass
@@ -63,14 +78,29 @@ class SpeedrunOptions:
     depth: int | None = None
     """The one dial; the default is 4 without GPUs and 24 with."""
     preset: Literal["auto", "cpu", "gpu"] = "auto"
-    """cpu: minutes on a laptop, on docstrings of the installed packages. gpu: hours on 8 GPUs, on climbmix; of a
-    cluster that has none yet, gpu asks for one, or for --workers of them. auto: what the cluster has."""
+    """cpu: minutes on a laptop, on docstrings of the installed packages. gpu: nanochat's speedrun, hours on 8 GPUs, on
+    climbmix and the Hub's conversations, with CORE and ChatCORE; of a cluster that has no GPU yet it asks for one, or
+    for --workers of them. auto: what the cluster has."""
     source: str | None = None
     """pydocs, climbmix, or a folder of parquet, jsonl or txt files; the default is the preset's."""
     minutes: float | None = None
     """How long the cpu preset pretrains on this machine; the default is 5."""
+    skip: list[Stage] = field(default_factory=list)
+    """Stages to leave out: core, chatcore, sft (with all after it)."""
+    identity: str | None = None
+    """A jsonl file of conversations about the assistant itself, for the gpu preset's finetuning: see sft --help."""
+    datasets_dir: str | None = None
+    """Folder with the Hub's layout to read datasets from, but for climbmix; without it they come from the Hub."""
+    bundle: str | None = None
+    """Folder of a CORE bundle; without it the published one is downloaded, once."""
+    rehearse: bool = False
+    """Every stage, but with 20 steps and few examples: does all of it work here, before it costs hours?"""
     workers: int | None = None
-    """Training workers; the default is every GPU of the cluster, else one on all CPUs."""
+    """Training workers; the default is every GPU of the cluster, else one a host."""
+    use_gpu: bool | None = None
+    """Work on GPUs; the default is the preset's. The gpu preset on CPUs is for rehearsals of a small --depth."""
+    fp8: bool = False
+    """Pretrain with the blocks' matmuls in float8, on Hopper GPUs and later, with torchao (the extra `gpu`)."""
     wait_minutes: float = 10
     """How long to wait for hosts with room for all workers; then training starts with fewer, and takes what comes."""
     run: str | None = None
@@ -83,6 +113,10 @@ class Stages:
     def __init__(self, run_dir: str):
         self.uri = storage.join(run_dir, "stages.json")
         self.records = storage.read_json(self.uri) if storage.exists(self.uri) else []
+
+    def result(self, name: str) -> dict:
+        """What a stage gave before; empty if it has not."""
+        return next((record["result"] for record in self.records if record["stage"] == name), {})
 
     def run(self, name: str, stage: Callable, describe: Callable[[object], dict]):
         print(f"\n=== {name}", flush=True)
@@ -102,53 +136,201 @@ class Stages:
 
 def run(options: SpeedrunOptions) -> str:
     """Run all stages; returns the uri of the report. Raises what the stages raise."""
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
-    # Preparing needs no GPUs: a cluster is asked for them when training starts. What can't be is refused now.
-    use_gpu = {"auto": None, "cpu": False, "gpu": True}[options.preset]
-    hosts.scaling_config(options.workers, use_gpu)
-    request = {"workers": options.workers, "use_gpu": use_gpu, "wait_minutes": options.wait_minutes}
-    preset = PRESETS[("gpu" if has_gpu else "cpu") if options.preset == "auto" else options.preset]
-    if options.minutes and preset.minutes:
-        preset = replace(preset, minutes=options.minutes)
-    depth, source = options.depth or preset.depth, options.source or preset.source
-    name = options.run or f"speedrun-d{depth}-{storage.fingerprint(depth, source, asdict(preset))[:6]}"
-    run_dir = storage.join(storage.home(), "runs", name)
-    plan = find_plan(run_dir, depth, preset)
-    stages = Stages(run_dir)
-    print(f"speedrun: depth {depth}, {plan.num_iterations} steps of {plan.total_batch_size:,} tokens, in {run_dir}")
+    job = find_job(options)
+    plan, stages = job.plan, Stages(job.run_dir)
+    print(f"speedrun: depth {plan.depth}, {plan.num_iterations} steps of {plan.total_batch_size:,} tokens")
+    print(f"in {job.run_dir}\n\n=== preflight", flush=True)
+    preflight.run(checks(job, stages))
 
-    shards = min(math.ceil(plan.total_tokens / TOKENS_PER_CLIMBMIX_SHARD), sources.CLIMBMIX_LAST)
-    text = stages.run(
-        "source", lambda: sources.resolve(source, shards=shards), lambda s: {"files": len(s.train) + len(s.val)}
-    )
     prepare_options = prepare.PrepareOptions(
-        source=source, shards=shards, vocab_size=preset.vocab_size, sequence_len=preset.sequence_len
+        source=job.source,
+        shards=min(job.shards, prepare.PrepareOptions.shards),
+        tokens=None if job.preset.steps else plan.total_tokens,
+        vocab_size=plan.config.vocab_size,
+        sequence_len=plan.config.sequence_len,
+    )
+    text = stages.run(
+        "source", lambda: prepare.find_source(prepare_options), lambda s: {"files": len(s.train) + len(s.val)}
     )
     stages.run("tokenizer", lambda: prepare.find_or_train_tokenizer(prepare_options, text), lambda t: {"folder": t[0]})
     counted = ("rows", "tokens", "cropped_tokens")
     prepared = stages.run(
         "rows",
-        lambda: prepare.run(prepare_options),
+        lambda: prepare.run(prepare_options, text),
         lambda p: {name: p.manifest["splits"]["train"][name] for name in counted},
     )
+    # The data of the stages after pretraining is made before it, so that they don't fail after hours.
+    if "sft" in job.after:
+        conversations = stages.run("sft data", lambda: make_conversations(job, prepared.tokenizer, stages), dict)
+    if job.after & {"core", "chatcore"}:
+        bundle_dir, problems = stages.run("eval data", lambda: load_eval_data(job, stages), lambda _: {})
     base = stages.run(
         "pretrain",
-        lambda: pretrain.run(pretrain_options(preset, plan, prepared.rows, name, **request)),
+        lambda: pretrain.run(pretrain_options(job, prepared.rows)),
         lambda r: {"steps": r.step, "val/bpb": r.val_bpb},
     )
-    pydocs_shards = [shard.uri for shard in sources.resolve("pydocs").train]
-    conversations = {split: offline_mixture(split, pydocs_shards) for split in ("train", "val")}
-    tuned = stages.run(
-        "sft",
-        lambda: sft.run(sft_options(preset, plan, base.checkpoint, name, **request), *conversations.values()),
-        lambda r: {"steps": r.step, "val/bpb of the assistant": r.val_bpb},
+    newest, answers = base.checkpoint, []
+    if "core" in job.after:
+        stages.run("core", lambda: stages.result("core") or measure_core(job, newest, bundle_dir), dict)
+    if "sft" in job.after:
+        tuned = stages.run(
+            "sft",
+            lambda: sft.run(sft_options(job, base.checkpoint), conversations["folder"]),
+            lambda r: {"steps": r.step, "val/bpb of the assistant": r.val_bpb},
+        )
+        newest = tuned.checkpoint
+    if "chatcore" in job.after:
+        stages.run("chatcore", lambda: stages.result("chatcore") or measure_chatcore(job, newest, problems), dict)
+    if "sft" in job.after:
+        [answers] = stages.run("chat", lambda: on_gpus(job.use_gpu, ask, [(newest,)]), lambda a: {"answers": len(a[0])})
+    return conclude(job, stages, answers, newest)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the options come to, on this cluster."""
+
+    options: SpeedrunOptions
+    preset: Preset
+    plan: RunPlan
+    source: str
+    shards: int  # of climbmix, by a guess: how many it takes is known when the first are prepared
+    mixture: MixtureOptions
+    after: set[Stage]  # pretraining: what was not left out
+    scaling: ray.train.ScalingConfig
+    request: dict  # for pretrain and sft
+    run_dir: str
+
+    @property
+    def use_gpu(self) -> bool:
+        return self.scaling.use_gpu
+
+
+def find_job(options: SpeedrunOptions) -> Job:
+    """Raises ValueError for options that can't be."""
+    # Preparing needs no GPUs: a cluster is asked for them when training starts. What can't be is refused now.
+    use_gpu = {"auto": None, "cpu": False, "gpu": True}[options.preset] if options.use_gpu is None else options.use_gpu
+    scaling = hosts.scaling_config(options.workers, use_gpu)
+    preset = PRESETS[("gpu" if scaling.use_gpu else "cpu") if options.preset == "auto" else options.preset]
+    if options.minutes and preset.minutes:
+        preset = replace(preset, minutes=options.minutes)
+    if options.rehearse:
+        preset = replace(preset, **REHEARSAL)
+    depth, source = options.depth or preset.depth, options.source or preset.source
+    if options.identity and preset.mixture == "offline":
+        raise ValueError("--identity is for the gpu preset, whose finetuning takes the Hub's conversations")
+    inputs = storage.fingerprint(depth, source, asdict(preset), options.identity)
+    run_dir = storage.join(storage.home(), "runs", options.run or f"speedrun-d{depth}-{inputs[:6]}")
+    plan = find_plan(run_dir, depth, preset)
+    left_out = {*preset.skip, *options.skip} | ({"chatcore"} if "sft" in options.skip else set())
+    return Job(
+        options=options,
+        preset=preset,
+        plan=plan,
+        source=source,
+        shards=min(math.ceil(plan.total_tokens / sources.CLIMBMIX_TOKENS), sources.CLIMBMIX_LAST),
+        mixture=MixtureOptions(
+            preset.mixture, options.datasets_dir, identity=options.identity, max_rows=preset.examples
+        ),
+        after=set(get_args(Stage)) - left_out,
+        scaling=scaling,
+        request={"workers": options.workers, "use_gpu": scaling.use_gpu, "wait_minutes": options.wait_minutes},
+        run_dir=run_dir,
     )
-    answers = stages.run("chat", lambda: ask(tuned.checkpoint), lambda a: {"answers": len(a)})
-    storage.write_json(storage.join(run_dir, "chat.json"), answers)
-    report = storage.join(run_dir, "report.html")
-    write_report([run_dir], report, title=f"Speedrun, depth {depth}")
-    summarize(run_dir, base.val_bpb, answers, stages.records, report, tuned.checkpoint)
-    return report
+
+
+def checks(job: Job, stages: Stages) -> preflight.Checks:
+    """All that the stages will need, but for what is there already."""
+    found = {
+        "packages": partial(preflight.packages, job.options.fp8, job.use_gpu),
+        "memory": partial(preflight.memory, job.plan, job.scaling),
+    }
+    shards = job.shards if job.source == "climbmix" else None
+    needed = preflight.disk_parts(job.plan, job.run_dir, shards, bool(stages.result("rows")), "sft" in job.after)
+    found["disk"] = partial(preflight.disk, needed)
+    if shards:
+        found["climbmix"] = partial(preflight.climbmix, shards)
+    datasets = set()
+    if "sft" in job.after and job.mixture.mixture == "hub" and not stages.result("sft data"):
+        datasets |= preflight.SFT_DATASETS
+        if job.mixture.identity:
+            found["identity"] = partial(preflight.identity, job.mixture.identity)
+    if "chatcore" in job.after and not stages.result("chatcore"):
+        datasets |= preflight.CHATCORE_DATASETS
+        found["sandbox"] = preflight.sandbox
+    if "core" in job.after and not stages.result("core"):
+        found["CORE bundle"] = partial(preflight.core_bundle, job.options.bundle)
+    return found | preflight.datasets(datasets, job.options.datasets_dir)
+
+
+def make_conversations(job: Job, tokenizer_uri: str, stages: Stages) -> dict:
+    """{folder, inputs, …}: rows to finetune on, or those that the same inputs gave before."""
+    tokenizer, T = Tokenizer.load(tokenizer_uri), job.plan.config.sequence_len
+    identity = job.mixture.identity and storage.version(storage.absolute(job.mixture.identity))
+    made, inputs = stages.result("sft data"), storage.fingerprint(asdict(job.mixture), identity, tokenizer.sha, T)
+    if made.get("inputs") == inputs and storage.exists(storage.join(made["folder"], "manifest.json")):
+        return made
+    if job.mixture.mixture == "hub":
+        splits = {split: hub_mixture(split, job.mixture) for split in ("train", "val")}
+    else:
+        pydocs = [shard.uri for shard in sources.resolve("pydocs").train]
+        splits = {split: offline_mixture(split, pydocs) for split in ("train", "val")}
+    folder = prepare_conversations(splits, tokenizer, T)
+    counts = storage.read_json(storage.join(folder, "manifest.json"))["train"]
+    tokens, most = counts["rows"] * T, job.scaling.max_workers
+    batch = sft.batch_size(job.plan.total_batch_size, tokens, T)
+    if not sft_steps(job) and (batch < most * T or tokens < sft.MIN_STEPS * batch):
+        raise ValueError(f"{tokens:,} tokens are too few to finetune on: under {sft.MIN_STEPS} steps of {most} workers")
+    return {"folder": folder, "inputs": inputs} | {name: counts[name] for name in ("conversations", "rows", "tokens")}
+
+
+def load_eval_data(job: Job, stages: Stages) -> tuple[str | None, dict[str, list[dict]]]:
+    """The folder of CORE's bundle, and ChatCORE's problems; None and {} for what is not measured, or was before."""
+    bundle_dir, problems = None, {}
+    if "core" in job.after and not stages.result("core"):
+        bundle_dir = storage.absolute(job.options.bundle) if job.options.bundle else bundle.fetch()
+        bundle.read_tasks(bundle_dir)  # raises for what is missing or damaged
+    if "chatcore" in job.after and not stages.result("chatcore"):
+        problems = chat.load_problems(None, job.preset.examples, job.options.datasets_dir)
+    return bundle_dir, problems
+
+
+def measure_core(job: Job, folder: str, bundle_dir: str) -> dict[str, float]:
+    """On all GPUs, or on this machine's CPUs. Its files are written beside the checkpoint's."""
+    actors = int(ray.cluster_resources().get("GPU", 0)) if job.use_gpu else 0
+    examples = job.preset.examples or -1
+    return core.run(core.CoreOptions(folder, bundle_dir, examples, actors=actors, device="cpu")).metrics()
+
+
+def measure_chatcore(job: Job, folder: str, problems: dict[str, list[dict]]) -> dict[str, float]:
+    """Each task on a GPU of its own, or one after the other on this machine's CPUs."""
+    parts = on_gpus(job.use_gpu, answer, [(folder, {name: tasks}) for name, tasks in problems.items()])
+    result = chat.ChatResult()
+    for part in parts:
+        result.accuracy |= part.accuracy
+        result.centered |= part.centered
+        result.answers |= part.answers
+    chat.save(result, folder)
+    print(result.table())
+    return result.metrics()
+
+
+def on_gpus(use_gpu: bool, function: Callable, calls: list[tuple]) -> list:
+    """function(device, *call) of each call: by a Ray task with a GPU each, or here on the CPUs.
+
+    A GPU that this process took by itself could be one that somebody else has reserved."""
+    if not use_gpu:
+        return [function("cpu", *call) for call in calls]
+    task = ray.remote(num_gpus=1)(function)
+    try:
+        return ray.get([task.remote("cuda", *call) for call in calls])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
+
+
+def answer(device: str, folder: str, problems: dict[str, list[dict]]) -> chat.ChatResult:
+    model, tokenizer, _ = checkpoint.load_model(folder, device)
+    return chat.evaluate_chat(model, tokenizer, problems)
 
 
 def find_plan(run_dir: str, depth: int, preset: Preset) -> RunPlan:
@@ -162,7 +344,7 @@ def find_plan(run_dir: str, depth: int, preset: Preset) -> RunPlan:
         "total_batch_size": preset.total_batch_size,
     }
     if preset.minutes is None:
-        return plan_run(depth, **dial)
+        return plan_run(depth, num_iterations=preset.steps, **dial)
     config = storage.join(run_dir, "config.json")
     if storage.exists(config):
         num_iterations = storage.read_json(config)["plan"]["num_iterations"]
@@ -188,39 +370,50 @@ def step_seconds(plan: RunPlan) -> float:
     return min(seconds)
 
 
-def pretrain_options(preset: Preset, plan: RunPlan, rows: str, name: str, **request):
+def pretrain_options(job: Job, rows: str) -> pretrain.PretrainOptions:
+    preset, plan = job.preset, job.plan
     return pretrain.PretrainOptions(
         depth=plan.depth,
         rows=rows,
-        run=name,
+        run=storage.name(job.run_dir),
         head_dim=preset.head_dim,
         window_pattern=preset.window_pattern,
-        target_param_data_ratio=preset.ratio or 12,
+        target_param_data_ratio=plan.target_param_data_ratio,
         total_batch_size=plan.total_batch_size,
         lr_factor=preset.lr_factor,
         num_iterations=plan.num_iterations,
-        compile=compiles(preset),
+        compile=compiles(job),
         eval_every=max(plan.num_iterations // 4, 1) if preset.minutes else 250,
         eval_tokens=preset.eval_tokens,
         save_every=max(plan.num_iterations // 2, 1) if preset.minutes else 1000,
-        **request,
+        fp8=job.options.fp8,
+        **job.request,
     )
 
 
-def sft_options(preset: Preset, plan: RunPlan, base: str, name: str, **request) -> sft.SftOptions:
-    steps = None
-    if preset.minutes:
-        steps = max(1, round(SFT_SHARE * plan.num_iterations))
-    return sft.SftOptions(base, run=f"{name}-sft", steps=steps, compile=compiles(preset), **request)
+def sft_steps(job: Job) -> int | None:
+    """None for one epoch."""
+    return max(1, round(SFT_SHARE * job.plan.num_iterations)) if job.preset.minutes else job.preset.steps
 
 
-def compiles(preset: Preset) -> bool | None:
-    return False if preset.minutes else None  # compiling would take a good part of the minutes
+def sft_options(job: Job, base: str) -> sft.SftOptions:
+    return sft.SftOptions(
+        base,
+        run=f"{storage.name(job.run_dir)}-sft",
+        steps=sft_steps(job),
+        compile=compiles(job),
+        eval_tokens=job.preset.eval_tokens if job.preset.steps else sft.SftOptions.eval_tokens,
+        **job.request,
+    )
 
 
-def ask(folder: str) -> list[dict]:
+def compiles(job: Job) -> bool | None:
+    """Not where compiling would take longer than all the steps."""
+    return False if job.preset.minutes or (job.preset.steps and not job.use_gpu) else None
+
+
+def ask(device: str, folder: str) -> list[dict]:
     """Greedy answers of the finished model to a few questions."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer, _ = checkpoint.load_model(folder, device)
     conversations = [{"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
     prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
@@ -231,20 +424,36 @@ def ask(folder: str) -> list[dict]:
     ]
 
 
-def summarize(run_dir: str, val_bpb: float, answers: list[dict], records: list[dict], report: str, tuned: str) -> None:
-    samples = storage.read_text(storage.join(run_dir, "samples.md")).rpartition("## ")[2]
-    print(f"\n=== samples at {samples.strip()}\n\n=== chat")
+def conclude(job: Job, stages: Stages, answers: list[dict], newest: str) -> str:
+    """Write the report and print what came out of it all; returns the report's uri."""
+    storage.write_json(storage.join(job.run_dir, "chat.json"), answers)
+    scores = stages.result("core") | stages.result("chatcore")
+    storage.write_json(storage.join(job.run_dir, "result.json"), scores)  # for the report and the leaderboard
+    report = storage.join(job.run_dir, "report.html")
+    write_report([job.run_dir], report, title=f"Speedrun, depth {job.plan.depth}")
+    samples = storage.read_text(storage.join(job.run_dir, "samples.md")).rpartition("## ")[2]
+    print(f"\n=== samples at {samples.strip()}")
+    if answers:
+        print("\n=== chat")
     for answer in answers:
         print(f"> {answer['prompt']}\n{answer['answer']}")
     print("\n=== done")
-    for record in records:
+    for record in stages.records:
         print(f"{record['stage']:<10}{record['seconds']:8.1f} s")
-    print(f"val/bpb   {val_bpb:10.4f}\nreport    {report}\ntalk      nanochat-ray chat --checkpoint {tuned}")
+    print(f"val/bpb   {stages.result('pretrain')['val/bpb']:10.4f}")
+    for name, label in (("core_metric", "CORE"), ("chatcore_metric", "ChatCORE")):
+        if name in scores:
+            print(f"{label:<10}{scores[name]:10.4f}")
+    print(f"report    {report}\ntalk      nanochat-ray chat --checkpoint {newest}")
+    return report
 
 
 @one_line_errors
 def main() -> None:
     options = tyro.cli(SpeedrunOptions, prog="python -m experiments.speedrun", description=__doc__)
+    wants_gpu = options.preset == "gpu" and options.use_gpu is None
+    if wants_gpu and "RAY_ADDRESS" not in os.environ and not torch.cuda.is_available():
+        raise ValueError("no GPU here for --preset gpu; to rehearse it on CPUs: --use-gpu False --rehearse --depth 2")
     start_ray()
     run(options)
 

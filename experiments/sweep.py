@@ -21,26 +21,27 @@ from typing import Literal
 
 import ray
 import ray.train
+import torch
 from ray import tune
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from nanochat_ray import storage
-from nanochat_ray.data import prepare, sources
+from nanochat_ray.data import prepare
 from nanochat_ray.evals import bundle, core
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
 from nanochat_ray.train import hosts, launch, pretrain
 from nanochat_ray.train.metrics import read_metrics
-from nanochat_ray.train.plan import GPU_SHARE, rows_that_fit
+from nanochat_ray.train.plan import GPU_SHARE, predict_memory, rows_that_fit
 from nanochat_ray.train.pretrain import PretrainOptions
 
 HEAD = {"node:__internal_head__": 0.001}  # a trial's own: on the node that, once lost, ends the sweep in any case
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|low on memory|MemoryError", re.I
 )
+AS_LARGE = 0.9  # of the largest run's FLOPs: such runs share the GPUs evenly
 CPU_SHARE = 0.9  # of a CPU worker's memory that the plan may fill: it is right to some 10 %
-TOKENS_PER_CLIMBMIX_SHARD = 34_000_000  # 250 million characters at 4.8 a token, a third lost to cropping
 
 COUNTS = ("wte", "value_embeds", "lm_head", "transformer_matrices", "scalars", "total")
 COLUMNS = [
@@ -90,7 +91,7 @@ class SweepOptions:
     """Training tokens per scaling parameter; the default is the preset's."""
     workers: list[int] | None = None
     """Training workers of a run: one number for all, or one a depth. The default is one on CPUs; on GPUs all of them
-    for the largest depth, and for the others as many as let them be done no later."""
+    for the largest run, or a share if several are as large, and for the others as many as let them be done no later."""
     device_batch_size: int | None = None
     """Rows in one forward pass of a worker; the default is by the memory plan. Halved when memory runs out."""
     bundle: str | None = None
@@ -114,9 +115,8 @@ def shared_rows(options: SweepOptions, preset: Preset, most_tokens: float) -> st
     """The folder of rows that all runs train on, prepared unless it is there."""
     if options.rows:
         return storage.absolute(options.rows)
-    shards = min(math.ceil(most_tokens / TOKENS_PER_CLIMBMIX_SHARD), sources.CLIMBMIX_LAST)
     wanted = prepare.PrepareOptions(
-        preset.source, shards=shards, vocab_size=preset.vocab_size, sequence_len=preset.sequence_len
+        preset.source, tokens=int(most_tokens), vocab_size=preset.vocab_size, sequence_len=preset.sequence_len
     )
     return prepare.run(wanted).rows
 
@@ -162,7 +162,10 @@ def spaced(run: PretrainOptions, parts: int = 4) -> PretrainOptions:
 
 
 def share_workers(options: SweepOptions, plans: Sequence[RunPlan]) -> list[int]:
-    """Workers of each run: those asked for, else on GPUs the powers of two by which none is done after the largest."""
+    """Workers of each run: those asked for, else on GPUs powers of two, at least as many as the memory needs.
+
+    The largest run takes all GPUs, several that are as large share them, and no smaller one is done after it.
+    """
     if options.workers:
         if len(options.workers) not in (1, len(plans)):
             raise ValueError(
@@ -170,11 +173,23 @@ def share_workers(options: SweepOptions, plans: Sequence[RunPlan]) -> list[int]:
             )
         return [*options.workers] * (len(plans) if len(options.workers) == 1 else 1)
     gpus = int(ray.cluster_resources().get("GPU", 0))
+    memory = GPU_SHARE * launch.smallest_gpu() if gpus else math.inf
     most = max(plan.total_flops for plan in plans)
-    wanted = [2 ** math.ceil(math.log2(max(1, gpus * plan.total_flops / most))) for plan in plans]
-    return [
-        max(1, min(gpus, n, p.total_batch_size // p.config.sequence_len)) for n, p in zip(wanted, plans, strict=True)
-    ]
+    as_large = sum(plan.total_flops > AS_LARGE * most for plan in plans)
+    of_largest = 2 ** int(math.log2(max(1, gpus / as_large))) if as_large > 1 else gpus
+
+    def workers(plan: RunPlan) -> int:
+        count = 2 ** math.ceil(math.log2(max(1, of_largest * plan.total_flops / most)))
+        while count < gpus and not fits(plan, count, memory):
+            count *= 2
+        return max(1, min(gpus, count, plan.total_batch_size // plan.config.sequence_len))
+
+    return [workers(plan) for plan in plans]
+
+
+def fits(plan: RunPlan, workers: int, memory: float) -> bool:
+    """Whether a GPU's memory is enough for one of so many workers, with a row a forward pass."""
+    return sum(predict_memory(plan.config, workers, 1, False, torch.bfloat16).values()) <= memory
 
 
 def begin(kind: str, options: SweepOptions, inputs: dict, **about) -> tuple[str, str]:
@@ -328,6 +343,9 @@ def run_trials(folder: str, trials: list[dict], trainable: Callable = train_tria
     unfinished.sort(key=lambda t: t["options"]["workers"])
     progress = Progress(folder, trials, may_stop=scheduler is not None)
     if unfinished:
+        scaling = hosts.scaling_config(1)
+        if scaling.use_gpu and (held := hosts.room(scaling) - sum(hosts.free_rooms(scaling).values())):
+            print(f"others hold {held} of {hosts.room(scaling)} GPUs: runs that need them wait", flush=True)
         # Runs have logs and a table of their own; Tune has no other way to be told.
         os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
         os.environ |= {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}  # a run that failed has no loss to report

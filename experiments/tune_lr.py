@@ -50,22 +50,23 @@ def run(options: TuneLrOptions) -> str:
     name, folder = sweep.begin("tune_lr", options, inputs, depth=depth, findings=[])
     said = []
 
-    def trial(label: str, depth: int, ratio: float, rates: dict[str, float]) -> dict:
+    def trial(label: str, depth: int, ratio: float, rates: dict[str, float], count: int) -> dict:
+        """One of `count` that differ in their rates alone."""
         run = sweep.pretrain_options(options, replace(preset, ratio=ratio), rows, depth, run=f"{name}/{label}")
         run = sweep.spaced(run, MEASUREMENTS)
-        (workers,) = sweep.share_workers(options, [sweep.plan_of(run)])
+        workers, *_ = sweep.share_workers(options, [sweep.plan_of(run)] * count)
         return sweep.trial(label, run, workers, options, base_lrs=rates, columns={"ratio": ratio, **rates})
 
     everything, draws = [], sample_rates(options.samples, options.factor, options.seed)
     for ratio in ratios:
-        searched = [trial(f"r{ratio:g}-{i}", depth, ratio, rates) for i, rates in enumerate(draws)]
+        searched = [trial(f"r{ratio:g}-{i}", depth, ratio, rates, len(draws)) for i, rates in enumerate(draws)]
         everything += searched
         asha = ASHAScheduler("evals", "val/bpb", "min", NEVER, RUNGS_AT, reduction_factor=RUNGS_AT)
         found = sweep.run_trials(folder, searched, scheduler=asha)
         best = min(found, key=lambda row: row["val_bpb"])
         rates = {key: best[key] for key in BASE_LRS}
         check = [
-            trial(f"r{ratio:g}-d{larger}-{side}", larger, ratio, lrs)
+            trial(f"r{ratio:g}-d{larger}-{side}", larger, ratio, lrs, count=2)
             for side, lrs in (("base", BASE_LRS), ("best", rates))
         ]
         everything += check

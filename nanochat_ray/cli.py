@@ -22,7 +22,8 @@ def prepare(args: list[str]) -> None:
     from nanochat_ray.data.prepare import PrepareOptions, find_source, run
 
     options = parse("prepare", PrepareOptions, args)
-    source = find_source(options)  # that there is none is known before Ray starts
+    own = options.source in ("pydocs", "climbmix")  # made or downloaded by Ray
+    source = None if own else find_source(options)  # fail before starting Ray if there is none
     start_ray()
     prepared = run(options, source)
     print(f"rows       {prepared.rows}\ntokenizer  {prepared.tokenizer}")
@@ -48,9 +49,11 @@ def pretrain(args: list[str]) -> None:
 def sft(args: list[str]) -> None:
     """a base model and conversations -> a chat model"""
     from nanochat_ray.data import sources
+    from nanochat_ray.data.conversations import prepare_conversations
+    from nanochat_ray.data.tokenizer import Tokenizer
     from nanochat_ray.evals.chat import ChatCoreInTraining, in_training
     from nanochat_ray.evals.tasks import MixtureOptions, hub_mixture, offline_mixture
-    from nanochat_ray.train.checkpoint import resolve_checkpoint
+    from nanochat_ray.train.checkpoint import read_meta, resolve_checkpoint
     from nanochat_ray.train.sft import SftOptions, run
 
     @dataclass
@@ -58,16 +61,18 @@ def sft(args: list[str]) -> None:
         pass
 
     options = parse("sft", Options, args)
-    resolve_checkpoint(options.checkpoint)  # a wrong one is known before anything is downloaded
+    base = resolve_checkpoint(options.checkpoint)  # a wrong one is known before anything is downloaded
     measurement = in_training(options, options.datasets_dir)
     if options.mixture == "hub":
-        conversations = [hub_mixture(split, options) for split in ("train", "val")]
+        conversations = {split: hub_mixture(split, options) for split in ("train", "val")}
         start_ray()
     else:
         start_ray()
         pydocs = [shard.uri for shard in sources.resolve("pydocs").train]
-        conversations = [offline_mixture(split, pydocs) for split in ("train", "val")]
-    result = run(options, *conversations, measurement)
+        conversations = {split: offline_mixture(split, pydocs) for split in ("train", "val")}
+    sequence_len = read_meta(base)["model_config"]["sequence_len"]
+    rows = prepare_conversations(conversations, Tokenizer.load(base), sequence_len)
+    result = run(options, rows, measurement)
     print(f"val/bpb    {result.val_bpb:.4f} over the assistant's tokens\ncheckpoint {result.checkpoint}")
 
 

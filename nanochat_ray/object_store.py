@@ -9,15 +9,18 @@ import os
 import posixpath
 import random
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import lru_cache
 from typing import BinaryIO
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, urlsplit
 
+import pyarrow as pa
 from pyarrow import fs as pafs
 
 ATTEMPTS = 8  # of one request to S3, with growing pauses between them
@@ -31,29 +34,32 @@ AWS_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), ("AWS_REGION", "AWS
 # What a store's error says, what is raised for it, and the remedy.
 REMEDIES = (
     (
-        r"NO_SUCH_BUCKET|NoSuchBucket|bucket does not exist|Bucket '.*' not found",
+        r"NO_SUCH_BUCKET|NoSuchBucket|bucket does not exist|Bucket '.*' not found"
+        r"|ContainerNotFound|NOT_FOUND.*CreateResumableUpload",
         FileNotFoundError,
         "no such bucket: create it or correct the name",
     ),
     (
-        r"(?i)expired|invalid_?(client)?_?token|access_?key_?id|signature|missing_auth|credentials|status 40[01]",
+        r"(?i)expired|invalid_?(client)?_?token|access_?key_?id|signature|missing_auth|credential|status 40[01]"
+        r"|authenticat",
         PermissionError,
-        "the credentials are expired or wrong: renew them, and check the region",
+        "the credentials are missing, expired or wrong: renew them, and check the region",
     ),
     (
-        r"(?i)access_?denied|access denied|forbidden|status 403|permission_denied|not authorized",
+        r"(?i)access_?denied|access denied|forbidden|status 403|permission_?(denied|mismatch)|not authorized",
         PermissionError,
         "no permission: allow these credentials to list, read, write and delete there",
     ),
     (
-        r"(?i)slow_?down|service_?unavailable|internal_?failure|internal_?error|status 5\d\d|status 429",
+        r"(?i)slow_?down|service_?unavailable|internal_?failure|internal_?error"
+        r"|(status|code)[ =:]+(5\d\d|429)|\] 50[03]",
         ConnectionError,
         "the store is overloaded or fails: run again later",
     ),
     (
         r"(?i)network_connection|curl|connect|resolve host|timed? ?out",
         ConnectionError,
-        "the endpoint can't be reached: check the network and AWS_ENDPOINT_URL",
+        "the endpoint can't be reached: check the network, and the endpoint in the environment or URI",
     ),
 )
 
@@ -76,14 +82,10 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), str(uri)
     path, query = split_query(uri)
     scheme, _, path = path.partition("://")
-    if scheme == "s3":
-        return _s3(path.partition("/")[0], query, _aws_environment()), path.rstrip("/")
-    if scheme in ("gs", "gcs", "abfs", "abfss"):
+    if scheme in STORES:
         place, _, path = path.partition("/")
-        if scheme.startswith("g") and "retry_limit_seconds" not in query:
-            query += f"{'&' if query else '?'}retry_limit_seconds={CALL_SECONDS / 2:.0f}"
-        filesystem, container = pafs.FileSystem.from_uri(f"{scheme}://{place}{query}")
-        return filesystem, posixpath.join(container, path).rstrip("/")
+        store = _store(scheme, place, query, _environment())
+        return store, posixpath.join(store.bucket, path).rstrip("/")
     import fsspec  # pyarrow's own wrapper takes the other schemes
 
     filesystem, path = fsspec.core.url_to_fs(str(uri))
@@ -91,45 +93,112 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path.rstrip("/")
 
 
-class S3(pafs.S3FileSystem):
-    """S3 without folder markers. A pickled one is built anew where it is used, as pyarrow forgets the retries."""
+class _Store:
+    """A store without folder markers. A pickled one is built anew where it is used: pyarrow forgets the retries."""
 
     def create_dir(self, path, *, recursive=True) -> None:
         """Nothing: a folder exists when a file is under it. Ray makes folders before it writes into them."""
 
     def __reduce__(self):
-        return _s3, self.made_from
+        return _store, self.made_from
+
+
+class S3(_Store, pafs.S3FileSystem):
+    pass
+
+
+class GCS(_Store, pafs.GcsFileSystem):
+    def get_file_info(self, selector):
+        """With folders. pyarrow lists only those that have a marker, so all that is below is listed here."""
+        if not isinstance(selector, pafs.FileSelector) or selector.recursive:
+            return super().get_file_info(selector)
+        folder = selector.base_dir.rstrip("/") + "/"
+        below = pafs.FileSelector(folder, allow_not_found=selector.allow_not_found, recursive=True)
+        found = {}
+        for info in super().get_file_info(below):
+            name, _, rest = info.path.removeprefix(folder).partition("/")
+            found[name] = pafs.FileInfo(folder + name, pafs.FileType.Directory) if rest else info
+        return list(found.values())
+
+    def delete_dir(self, path) -> None:
+        """What is in it: pyarrow fails at a marker that is not there."""
+        self.delete_dir_contents(path, missing_dir_ok=True)
+
+
+class Azure(_Store, pafs.AzureFileSystem):
+    """It shows a file that is being written: empty at first, then what was flushed. upload copies one that is whole."""
 
 
 @lru_cache
-def _s3(bucket: str, query: str, environment: tuple, attempts: int | None = None) -> S3:
+def _store(scheme: str, place: str, query: str, environment: tuple, attempts: int | None = None) -> pafs.FileSystem:
     """One client per bucket, so that connections are used again. New credentials in the environment make a new one."""
+    made, made.bucket = STORES[scheme](scheme, place, query, dict(environment), attempts or ATTEMPTS)
+    made.made_from = scheme, place, query, environment
+    return made
+
+
+def _s3(scheme: str, bucket: str, query: str, environment: dict[str, str], attempts: int) -> tuple[S3, str]:
     options = dict(parse_qsl(query.removeprefix("?")))
     if unknown := set(options) - {"region", "scheme", "endpoint_override"}:
         raise ValueError(f"s3://{bucket}{query}: unknown {', '.join(sorted(unknown))} in the query")
-    environment_of = dict(environment)
-    endpoint, region = (next(filter(None, map(environment_of.get, names)), None) for names in AWS_VARIABLES)
+    endpoint, region = (next(filter(None, map(environment.get, names)), None) for names in AWS_VARIABLES)
     endpoint = options.get("endpoint_override") or endpoint
     region = options.get("region") or (region or "us-east-1" if endpoint else None)
     if region is None:
         with _clear_errors(f"s3://{bucket}"):
             region = _within(CALL_SECONDS, pafs.resolve_s3_region, bucket)
-    made = S3(
+    store = S3(
         region=region,
         scheme=options.get("scheme", "https"),
         endpoint_override=endpoint,
         connect_timeout=CONNECT_SECONDS,
         request_timeout=SILENCE_SECONDS,
-        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts or ATTEMPTS),
+        retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
         allow_delayed_open=True,  # small files take one request
     )
-    made.made_from = bucket, query, environment
-    return made
+    return store, bucket
 
 
-def _aws_environment() -> tuple:
+def _gcs(scheme: str, place: str, query: str, environment: dict[str, str], _) -> tuple[GCS, str]:
+    bucket, options = _options(scheme, place, query)
+    if emulator := environment.get("STORAGE_EMULATOR_HOST"):
+        emulator = emulator.removeprefix("http://").rstrip("/")
+        options |= {"endpoint_override": emulator, "scheme": "http", "anonymous": True}
+    options["retry_time_limit"] = timedelta(seconds=CALL_SECONDS / 2)
+    return GCS(**options), bucket
+
+
+def _azure(scheme: str, place: str, query: str, environment: dict[str, str], _) -> tuple[Azure, str]:
+    bucket, options = _options(scheme, place, query)
+    parts = environment.get("AZURE_STORAGE_CONNECTION_STRING", "").split(";")
+    said = dict(part.split("=", 1) for part in parts if part)
+    keys = {
+        "account_key": said.get("AccountKey") or environment.get("AZURE_STORAGE_KEY"),
+        "sas_token": said.get("SharedAccessSignature") or environment.get("AZURE_STORAGE_SAS_TOKEN"),
+    }
+    options |= {name: key for name, key in keys.items() if key}
+    if endpoint := said.get("BlobEndpoint"):
+        endpoint = urlsplit(endpoint)
+        host = endpoint.netloc.removeprefix(options["account_name"])  # pyarrow puts it before a name that begins with .
+        for kind in ("blob", "dfs"):
+            options[f"{kind}_storage_authority"] = host.replace(".blob.", f".{kind}.")
+            options[f"{kind}_storage_scheme"] = endpoint.scheme
+    return Azure(**options), bucket
+
+
+def _options(scheme: str, place: str, query: str) -> tuple[str, dict]:
+    """(bucket, what pyarrow's filesystem is made with) of a URI in pyarrow's form."""
+    plain, bucket = pafs.FileSystem.from_uri(f"{scheme}://{place}{query}")
+    return bucket, {name: value for name, value in plain.__reduce__()[1][0].items() if value}
+
+
+STORES = {"s3": _s3, "gs": _gcs, "gcs": _gcs, "abfs": _azure, "abfss": _azure}
+
+
+def _environment() -> tuple:
     """What decides where requests go and who sends them."""
-    return tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith("AWS_")))
+    names = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_HOST")
+    return tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith(names)))
 
 
 def call(uri: str, function: Callable, *args):
@@ -172,14 +241,14 @@ def _clear_errors(uri: str):
     """Turn a store's error into one line: the URI, the remedy, and what the store said."""
     try:
         yield
-    except OSError as error:
+    except (OSError, pa.ArrowException) as error:  # Azure's credentials fail with one of Arrow's own
         if not is_remote(uri) or str(error).startswith(str(uri)):  # said already
             raise
-        if isinstance(error, FileNotFoundError):
-            raise FileNotFoundError(f"{uri} does not exist") from None
         said = " ".join(str(error).split())
         kind, remedy = next(((kind, r) for pattern, kind, r in REMEDIES if re.search(pattern, said)), (OSError, ""))
-        said = re.sub(r"^When .*?: (?=AWS Error)|\s*\(Request ID: .*?\)", "", said)
+        if isinstance(error, FileNotFoundError) and kind is not FileNotFoundError:
+            raise FileNotFoundError(f"{uri} does not exist") from None
+        said = re.sub(r"^When .*?: (?=AWS Error)|^.*(?=Azure Error)|( error_info=|\s*\(?Request ?ID:).*", "", said)
         raise kind(f"{uri}: {remedy or 'failed'} ({said[:200]})") from None
 
 
@@ -187,7 +256,7 @@ def open_file(uri: str) -> BinaryIO:
     """A remote file to read from any position. Raises FileNotFoundError, and OSError when it can't be read."""
     fs, path = filesystem(uri)
     if isinstance(fs, S3):
-        fs = _s3(*fs.made_from, attempts=1)
+        fs = _store(*fs.made_from, attempts=1)
     source = call_again(uri, fs.open_input_file, path)
     return source if isinstance(fs, pafs.PyFileSystem) else RemoteFile(source, uri)
 
@@ -247,6 +316,10 @@ def upload(pieces: Iterator[bytes], uri: str) -> None:
     bucket's rule for incomplete uploads deletes its parts.
     """
     fs, path = filesystem(uri)
+    target = path
+    if isinstance(fs, Azure):
+        folder = posixpath.join(posixpath.dirname(target), f".{posixpath.basename(target)}.{secrets.token_hex(4)}.tmp")
+        path = f"{folder}/part"
     sink = call(uri, fs.open_output_stream, path)
     try:
         unsent = 0
@@ -257,6 +330,12 @@ def upload(pieces: Iterator[bytes], uri: str) -> None:
                 call(uri, sink.flush)  # waits for the parts that are under way
                 unsent = 0
         call(uri, sink.close)
+        if path != target:
+            call(uri, fs.copy_file, path, target)  # by the store, at once
     except BaseException:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(sink))
         raise
+    finally:
+        if path != target:
+            with suppress(OSError):
+                call(uri, fs.delete_dir, folder)  # delete_file takes a lease, whose end may be waited for 7 seconds

@@ -99,18 +99,28 @@ def version(uri: str) -> tuple[int, str]:
     if is_remote(uri):
         with reading(uri) as f:
             metadata = f.metadata() or {}
-            if tag := metadata.get("ETag"):
+            if tag := metadata.get("ETag") or metadata.get("generation"):  # of Google
                 return f.size(), tag.decode()
     return size(uri), str(modified(uri))
+
+
+def free_bytes(uri: str) -> int | None:
+    """Room on the disk of a folder that need not be there yet; None for an object store."""
+    return None if is_remote(uri) else shutil.disk_usage(_mount(uri)).free
+
+
+def _mount(path: str) -> Path:
+    mount = Path(path)
+    while not mount.is_mount():
+        mount = mount.parent
+    return mount
 
 
 def disk(uri: str) -> str:
     """Where a folder is mounted and how full that is, for a message."""
     if is_remote(uri):
         return uri
-    mount = Path(uri)
-    while not mount.is_mount():
-        mount = mount.parent
+    mount = _mount(uri)
     usage = shutil.disk_usage(mount)
     return f"{mount}: {usage.free / 2**20:,.0f} of {usage.total / 2**20:,.0f} MB free"
 
@@ -214,8 +224,13 @@ def publish(local_file: str | Path, uri: str) -> None:
         return
     os.makedirs(os.path.dirname(uri), exist_ok=True)
     staged = uri + ".tmp"  # the source may be on another disk: copy beside the target, then rename
-    shutil.move(str(local_file), staged)
-    os.replace(staged, uri)
+    try:
+        shutil.move(str(local_file), staged)
+        os.replace(staged, uri)
+    except OSError:  # half a copy would keep a full disk full
+        if os.path.exists(local_file):
+            Path(staged).unlink(missing_ok=True)
+        raise
 
 
 def _upload_file(local_file: str | Path, uri: str) -> None:

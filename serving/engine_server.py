@@ -1,6 +1,7 @@
 """A Serve replica with one checkpoint's engine: a thread steps it, requests wait for their tokens in asyncio."""
 
 import asyncio
+import math
 import os
 import queue
 import sys
@@ -10,6 +11,7 @@ import traceback
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import ray
 import torch
 from ray import serve
 
@@ -105,10 +107,12 @@ def load_engine(checkpoint: str, options: dict) -> Engine:
 @serve.deployment
 class EngineServer:
     def __init__(self, checkpoint: str, options: dict, engines: int):
-        """engines: of all models, which share the CPUs."""
-        on_gpu = torch.cuda.is_available()
+        """engines: of all models. Serve spreads them over the hosts, and those of a host share its CPUs."""
+        on_gpu, nodes = torch.cuda.is_available(), ray.nodes() if ray.is_initialized() else []
+        hosts = sum(node["Alive"] and "CPU" in node["Resources"] for node in nodes)
+        neighbours = math.ceil(engines / max(1, hosts))
         sys.setswitchinterval(GPU_SWITCH_SECONDS if on_gpu else SWITCH_SECONDS)
-        torch.set_num_threads(1 if on_gpu else max(1, os.cpu_count() // engines))  # Ray's own default is one
+        torch.set_num_threads(1 if on_gpu else max(1, os.cpu_count() // neighbours))  # Ray's own default is one
         # In a thread that ends, and OpenMP's with it: with more of those than CPUs, all sleep between kernels, and
         # decoding takes twice as long.
         with ThreadPoolExecutor(1) as loader:

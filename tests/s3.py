@@ -1,7 +1,6 @@
 """An S3 server for tests (moto's, a process of its own), and an HTTP proxy before it that injects faults."""
 
 import http.client
-import os
 import random
 import socket
 import subprocess
@@ -76,7 +75,8 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(status, [("Content-Type", "application/xml")], content, len(content))
             return
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream)
-        headers = {key: value for key, value in self.headers.items() if key.lower() != "transfer-encoding"}
+        set_here = ("transfer-encoding", "content-length")
+        headers = {key: value for key, value in self.headers.items() if key.lower() not in set_here}
         upstream.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
         response = upstream.getresponse()
         content = response.read()
@@ -134,11 +134,15 @@ class Proxy(ThreadingHTTPServer):
 
 def start_moto() -> tuple[subprocess.Popen, int]:
     """(process, port) of a server that answers."""
+    return start_server(sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p")
+
+
+def start_server(*command: str) -> tuple[subprocess.Popen, int]:
+    """(process, port) of a server that answers. The port is the last argument of the command."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ.copy())
+    process = subprocess.Popen([*command, str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     for _ in range(600):
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
@@ -146,4 +150,4 @@ def start_moto() -> tuple[subprocess.Popen, int]:
         except OSError:
             time.sleep(0.05)
     process.kill()
-    raise RuntimeError("moto's server does not start")
+    raise RuntimeError(f"{' '.join(command)} does not start")

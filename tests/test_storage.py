@@ -53,9 +53,9 @@ def few_attempts(monkeypatch):
     """Give up early, as these tests are about how."""
     monkeypatch.setattr(object_store, "ATTEMPTS", 2)
     monkeypatch.setattr(object_store, "SILENCE_SECONDS", 1.0)
-    object_store._s3.cache_clear()
+    object_store._store.cache_clear()
     yield
-    object_store._s3.cache_clear()
+    object_store._store.cache_clear()
 
 
 def environment(proxy) -> dict[str, str]:
@@ -210,7 +210,7 @@ def test_no_bucket_and_no_endpoint(store, proxy, few_attempts, monkeypatch):
     with pytest.raises(FileNotFoundError, match="s3://nowhere/x: no such bucket: create it"):
         storage.write_json("s3://nowhere/x", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    with pytest.raises(ConnectionError, match=r"s3://bucket/x: the endpoint can't be reached.*AWS_ENDPOINT_URL"):
+    with pytest.raises(ConnectionError, match=r"s3://bucket/x: the endpoint can't be reached.*the endpoint"):
         storage.write_json(f"s3://{BUCKET}/x", 1)
 
 

@@ -5,7 +5,6 @@ import gc
 import hashlib
 import os
 import re
-import tempfile
 import time
 import warnings
 from collections import defaultdict
@@ -52,12 +51,10 @@ def write_docstrings(roots: Sequence[str], place: str) -> None:
     texts = sorted(names, key=lambda text: hashlib.sha256(text.encode()).digest())
     if len(texts) < SHARDS:
         raise ValueError(f"only {len(texts)} docstrings in {', '.join(roots)}: use another source")
-    with tempfile.TemporaryDirectory() as scratch:
-        for i in range(SHARDS):
-            part = texts[len(texts) * i // SHARDS : len(texts) * (i + 1) // SHARDS]
-            file = Path(scratch) / f"shard_{i:05d}.parquet"
+    for i in range(SHARDS):
+        part = texts[len(texts) * i // SHARDS : len(texts) * (i + 1) // SHARDS]
+        with storage.writing(storage.join(place, f"shard_{i:05d}.parquet")) as file:
             pq.write_table(pa.table({"text": part, "name": [names[t] for t in part]}), file, compression="zstd")
-            storage.publish(file, storage.join(place, file.name))
     characters = sum(map(len, texts))
     storage.write_json(storage.join(place, "manifest.json"), {"documents": len(texts), "characters": characters})
     seconds = time.monotonic() - start

@@ -1,56 +1,151 @@
-"""Files over HTTP: in parallel, resumed where they stopped, complete under their final name or absent."""
+"""Files over HTTP: several at once, resumed where they stopped, complete under their final name or absent."""
 
+import email.utils
+import errno
 import fcntl
 import hashlib
 import os
+import queue
 import random
+import re
 import tempfile
+import threading
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+from urllib.parse import urlsplit
 
 import ray
 import requests
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray import storage
 
+TRANSFERS = 8  # at once on a node, however many CPUs it has: servers limit how much one address asks
 ATTEMPTS = 8  # in a row with no new byte since the first of them
+CHECKSUM_ATTEMPTS = 2
+PATIENCE = 3600.0  # seconds in a row that a server may ask to wait before a new byte comes
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds between attempts, doubling
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next byte
 TRANSIENT = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
+class Busy(requests.ConnectionError):
+    """The server says when to ask again."""
+
+    def __init__(self, message: str, seconds: float):
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class WrongContent(requests.ConnectionError):
+    pass
+
+
+class Pause:
+    """How long a server wants no request from this address. All transfers of a process keep it."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.until, self.lock = say, 0.0, threading.Lock()
+
+    def extend(self, seconds: float, why: Busy) -> None:
+        with self.lock:
+            if (until := time.monotonic() + seconds) > self.until + 1:
+                self.say(f"download: {why}")
+            self.until = max(self.until, until)
+
+    def keep(self) -> None:
+        while (left := self.until - time.monotonic()) > 0:
+            time.sleep(left * random.uniform(1.0, 1.1))  # not all at the same moment
+
+
 def fetch_all(files: list[tuple[str, str]], token: str | None = None) -> None:
     """Download (url, uri) pairs on all nodes of the cluster; the first permanent error stops the rest."""
-    # A download waits for the network: several share one core.
-    task = ray.remote(fetch).options(num_cpus=0.25)
-    waiting, done = [task.remote(url, uri, token) for url, uri in files], 0
-    while waiting:
-        [ready], waiting = ray.wait(waiting)
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = ([node for node in alive if node["Resources"].get("CPU")] or alive)[: len(files)]
+    shares = {}  # and how many files of each are done
+    for index, node in enumerate(nodes):
+        near = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)  # a lost node's share is fetched by another
+        shares[_fetch_share.options(scheduling_strategy=near).remote(files[index :: len(nodes)], token)] = 0
+    running = list(shares)
+    try:
+        while running:
+            [share], _ = ray.wait(running)
+            try:
+                done, line, error = ray.get(next(share))
+            except StopIteration:
+                running.remove(share)
+                continue
+            if error:
+                raise error
+            shares[share] = done
+            print(line or f"downloaded {sum(shares.values())}/{len(files)} files", flush=True)
+    finally:
+        for share in running:
+            ray.cancel(share, force=True)
+
+
+@ray.remote(num_cpus=0)
+def _fetch_share(files: list[tuple[str, str]], token: str | None) -> Iterator[tuple[int, str | None, Exception | None]]:
+    """Download by threads. Yields (files done, a line to print, an error); it goes on until the caller cancels it."""
+    events, done = queue.SimpleQueue(), 0
+    pause = Pause(events.put)
+
+    def fetch_one(file: tuple[str, str]) -> None:
         try:
-            ray.get(ready)
-        except ray.exceptions.RayTaskError as error:
-            for other in waiting:
-                ray.cancel(other)
-            raise error.cause from None
-        done += 1
-        print(f"downloaded {done}/{len(files)} files", flush=True)
+            events.put(fetch(*file, token, pause))
+        except Exception as error:  # raised again by the caller
+            events.put(error)
+
+    with ThreadPoolExecutor(TRANSFERS) as pool:
+        for file in files:
+            pool.submit(fetch_one, file)
+        while done < len(files):
+            event = events.get()
+            done += event is None
+            yield done, event if isinstance(event, str) else None, event if isinstance(event, Exception) else None
 
 
-def fetch(url: str, uri: str, token: str | None = None) -> None:
+def fetch(url: str, uri: str, token: str | None = None, pause: Pause | None = None) -> None:
     """Download one file. What has arrived is kept under a hidden name, so a later call asks only for the rest.
 
-    Connection errors, short bodies, 408, 429 and 5xx are retried with exponential backoff and jitter.
-    Raises FileNotFoundError on 404, PermissionError on 401 and 403, ConnectionError when retries are used up."""
+    Connection errors, short bodies, 408, 429 and 5xx are retried with exponential backoff and jitter. When the server
+    says how long to wait, all that share the pause do, and it counts as no failure.
+    Raises FileNotFoundError on 404, PermissionError on 401 and 403, ConnectionError when retries are used up, and
+    OSError with the disk's state when it is full."""
     partial = _partial_path(uri)
     partial.parent.mkdir(parents=True, exist_ok=True)
-    with open(partial, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # two runs may want the same file
-        if not storage.exists(uri):
-            _fetch_with_retries(url, file, token)
-            storage.publish(partial, uri)
-        else:
-            partial.unlink(missing_ok=True)
+    try:
+        with _locked(partial) as file:  # two runs may want the same file
+            if not storage.exists(uri):
+                _fetch_with_retries(url, file, token, pause or Pause(print))
+                storage.publish(partial, uri)
+            else:
+                partial.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        where = storage.disk(str(partial.parent))
+        raise OSError(error.errno, f"{error.strerror} ({where}); run again to continue", uri) from None
+
+
+@contextmanager
+def _locked(partial: Path) -> Iterator[BinaryIO]:
+    """The file of what has arrived, for one process at a time. An empty one is not left behind."""
+    while True:
+        with open(partial, "ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not (partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat())):
+                continue  # whoever had the lock has deleted or moved it
+            try:
+                yield file
+            finally:
+                if partial.exists() and not partial.stat().st_size:
+                    partial.unlink()
+            return
 
 
 def _partial_path(uri: str) -> Path:
@@ -59,22 +154,27 @@ def _partial_path(uri: str) -> Path:
     return Path(uri).with_name(f".{Path(uri).name}.partial")
 
 
-def _fetch_with_retries(url: str, file: BinaryIO, token: str | None) -> None:
-    failures, arrived = 0, file.tell()
+def _fetch_with_retries(url: str, file: BinaryIO, token: str | None, pause: Pause) -> None:
+    tries, failures, mismatches, arrived, last_byte = 0, 0, 0, file.tell(), time.monotonic()
     while True:
+        pause.keep()
         try:
             return _fetch_rest(url, file, token)
         except TRANSIENT as error:
             file.flush()
-            failures = 1 if file.tell() > arrived else failures + 1
-            arrived = file.tell()
-            if failures >= ATTEMPTS:
-                raise ConnectionError(
-                    f"cannot download {url}: {error} (tried {ATTEMPTS} times; {arrived:,} bytes are kept, "
-                    "run again to continue)"
-                ) from error
-        delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (failures - 1))
-        time.sleep(delay * random.uniform(0.5, 1.5))
+            if file.tell() > arrived:
+                tries, failures, last_byte = 0, 0, time.monotonic()
+            tries, arrived, mismatches = tries + 1, file.tell(), mismatches + isinstance(error, WrongContent)
+            delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (tries - 1)) * random.uniform(0.5, 1.5)
+            if isinstance(error, Busy) and time.monotonic() - last_byte + error.seconds < PATIENCE:
+                pause.extend(max(error.seconds, delay), error)
+                continue
+            failures += 1
+            if failures >= ATTEMPTS or mismatches >= CHECKSUM_ATTEMPTS or isinstance(error, Busy):
+                kept = f"{arrived:,} bytes are kept, run again to continue" if arrived else "run again later"
+                times = f"tried {tries} time{'s' * (tries > 1)}"
+                raise ConnectionError(f"cannot download {url}: {error} ({times}; {kept})") from error
+        time.sleep(delay)
 
 
 def _fetch_rest(url: str, file: BinaryIO, token: str | None) -> None:
@@ -91,15 +191,14 @@ def _fetch_rest(url: str, file: BinaryIO, token: str | None) -> None:
         if response.status_code == 206 and not span.startswith(f"bytes {start}-"):
             raise requests.ConnectionError(f"the server sent {span!r} for {headers.get('Range')!r}")
         if response.status_code == 200:
-            file.truncate(0)  # the server sends all of it, Range or not
-            file.seek(0)
+            _empty(file)  # the server sends all of it, Range or not
         if response.status_code != 416:
             for chunk in response.iter_content(1 << 16):
                 file.write(chunk)
         file.flush()
         if (size := file.tell()) != total:
             if size > total:
-                file.truncate(0)  # so it was no beginning of this file
+                _empty(file)  # so it was no beginning of this file
             raise requests.ConnectionError(f"{size:,} bytes arrived, the server says {total:,}")
         _verify_sha256(file, response)
 
@@ -107,13 +206,32 @@ def _fetch_rest(url: str, file: BinaryIO, token: str | None) -> None:
 def _raise_for_status(url: str, response: requests.Response) -> None:
     status = response.status_code
     if status in (408, 429) or status >= 500:
-        raise requests.ConnectionError(f"the server answered {status} {response.reason}")
+        said = f"{urlsplit(response.url).netloc} answered {status} {response.reason}"
+        if status in (429, 503) and (seconds := _seconds_to_wait(response)) is not None:
+            raise Busy(f"{said} and asks to wait {seconds:,.0f} s", seconds)
+        raise requests.ConnectionError(said)
     if status == 404:
         raise FileNotFoundError(f"{url} does not exist (404): check HF_ENDPOINT and the number of shards")
     if status in (401, 403):
         raise PermissionError(f"{url} is not allowed ({status}): set HF_TOKEN to a token that may read it")
     if status not in (200, 206, 416):
         raise ValueError(f"{url}: unexpected answer {status} {response.reason}: check HF_ENDPOINT")
+
+
+def _seconds_to_wait(response: requests.Response) -> float | None:
+    """From Retry-After, seconds or a date, or from RateLimit: "api";r=0;t=55. None where there is neither."""
+    after = response.headers.get("Retry-After", "").strip()
+    if after.isdigit():
+        return float(after)
+    if date := email.utils.parsedate_tz(after):
+        return max(0.0, email.utils.mktime_tz(date) - time.time())
+    limit = re.search(r"\bt=(\d+)", response.headers.get("RateLimit", ""))
+    return float(limit[1]) if limit else None
+
+
+def _empty(file: BinaryIO) -> None:
+    file.truncate(0)
+    file.seek(0)
 
 
 def _verify_sha256(file: BinaryIO, response: requests.Response) -> None:
@@ -125,5 +243,5 @@ def _verify_sha256(file: BinaryIO, response: requests.Response) -> None:
     with open(file.name, "rb") as copy:
         actual = hashlib.file_digest(copy, "sha256").hexdigest()
     if actual != expected:
-        file.truncate(0)
-        raise requests.ConnectionError(f"sha256 is {actual}, the server says {expected}")
+        _empty(file)
+        raise WrongContent(f"sha256 is {actual}, the server says {expected}")

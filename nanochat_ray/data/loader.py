@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,31 +14,51 @@ if TYPE_CHECKING:
     import torch
 
 
-def write_rows(path: str | Path, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
-    """Write token rows (n, T+1), and the mask of the same shape, as an Arrow IPC file of one record batch."""
+def write_rows(uri: str, tokens: np.ndarray, mask: np.ndarray | None = None) -> None:
+    """Write token rows (n, T+1), and the mask of the same shape, as an Arrow IPC file of one record batch.
+
+    The file is written whole or not at all. Raises OSError.
+    """
     if tokens.dtype not in (np.uint16, np.uint32):
         tokens = tokens.astype(np.uint16 if tokens.max(initial=0) < 1 << 16 else np.uint32)
     columns = {"tokens": tokens} if mask is None else {"tokens": tokens, "mask": mask.astype(np.uint8)}
     row_len = tokens.shape[1]
     arrays = [pa.FixedSizeListArray.from_arrays(pa.array(c.reshape(-1)), row_len) for c in columns.values()]
     batch = pa.record_batch(arrays, names=list(columns))
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, batch.schema) as writer:
+    with storage.writing(uri) as sink, pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
 
 
+def row_files(folder: str) -> list[str]:
+    """URIs of a split's row files in order: those that prepare's manifest lists, else all rows_*.arrow of the folder.
+
+    A manifest lists files of folders beside it, too: rows of 172 climbmix shards take the first 26 from those of 26.
+    """
+    rows, split = storage.parent(folder), storage.name(folder)
+    manifest_uri = storage.join(rows, "manifest.json")
+    manifest = storage.read_json(manifest_uri) if storage.exists(manifest_uri) else {}
+    if "splits" in manifest:
+        listed = (name.rpartition("/") for name in manifest["splits"][split]["files"])
+        return [
+            storage.join(storage.parent(rows), other or storage.name(rows), split, file) for other, _, file in listed
+        ]
+    names = [name for name in storage.listdir(folder) if name.startswith("rows_") and name.endswith(".arrow")]
+    return [storage.join(folder, name) for name in names]
+
+
 class Rows:
-    """All rows_*.arrow of a split folder, in name order, as one table of token rows mapped into memory."""
+    """All row files of a split folder as one table of token rows mapped into memory."""
 
     def __init__(self, folder: str):
         """Raises FileNotFoundError when the folder has no row files, ValueError for a damaged or an odd one."""
-        names = [n for n in storage.listdir(folder) if n.startswith("rows_") and n.endswith(".arrow")]
-        if not names:
+        uris = row_files(folder)
+        if not uris:
             raise FileNotFoundError(f"no rows_*.arrow in {folder}: run `nanochat-ray prepare` first")
-        files = [_map_columns(storage.join(folder, name)) for name in names]
+        files = [_map_columns(uri) for uri in uris]
         self.tokens = [columns["tokens"] for columns in files]
         self.masks = [columns["mask"] for columns in files if "mask" in columns]
         self.row_len = self.tokens[0].shape[1]
-        if {tokens.shape[1] for tokens in self.tokens} != {self.row_len} or len(self.masks) not in (0, len(names)):
+        if {tokens.shape[1] for tokens in self.tokens} != {self.row_len} or len(self.masks) not in (0, len(uris)):
             raise ValueError(f"{folder}: its row files differ in row length or columns; prepare them again")
         self.ends = np.cumsum([len(tokens) for tokens in self.tokens])
         if not len(self):

@@ -71,7 +71,7 @@ def pack_documents(documents: Sequence[np.ndarray], row_len: int) -> tuple[np.nd
     return rows, PackCounts(used=rows.size, cropped=cropped, dropped=dropped)
 
 
-def split_conversation(ids: list[int], mask: list[int], row_len: int) -> list[tuple[list[int], list[int]]]:
+def split_conversation(ids: np.ndarray, mask: np.ndarray, row_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """An (ids, mask) pair, which begins with bos, as pairs that fit into rows; a lone one when it fits whole.
 
     The pairs after the first begin with a bos of their own, mask 0: what follows it is still predicted, where a row's
@@ -80,28 +80,28 @@ def split_conversation(ids: list[int], mask: list[int], row_len: int) -> list[tu
     pieces = [(ids[:row_len], mask[:row_len])]
     for start in range(row_len, len(ids), row_len - 1):
         end = start + row_len - 1
-        pieces.append(([ids[0], *ids[start:end]], [0, *mask[start:end]]))
+        pieces.append((np.append(ids[:1], ids[start:end]), np.append(mask[:1] * 0, mask[start:end])))
     return pieces
 
 
 def pack_conversations(
-    conversations: Sequence[tuple[Sequence[int], Sequence[int]]], row_len: int
+    conversations: Sequence[tuple[np.ndarray, np.ndarray]], row_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Fill rows with whole (ids, mask) pairs, the longest that fits first; the rest of a row is bos with mask 0.
 
-    Returns tokens int32 (n, row_len) and mask uint8 (n, row_len). Raises ValueError when one is longer than a row.
+    Returns tokens (n, row_len) in the ids' dtype and mask uint8. Raises ValueError when one is longer than a row.
     """
     lengths = np.array([len(ids) for ids, _ in conversations], dtype=np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= row_len:
         wrong = int(np.flatnonzero((lengths < 1) | (lengths > row_len))[0])
         raise ValueError(f"conversation {wrong} has {lengths[wrong]} tokens, a row holds 1 to {row_len}: split it")
     buckets = LengthBuckets(lengths, row_len)
-    bos = conversations[0][0][0] if len(conversations) else 0
-    ids, masks, space = [], [], row_len
+    bos = conversations[0][0][:1] if len(conversations) else np.empty(0, np.uint16)
+    ids, masks, space = [bos[:0]], [np.empty(0, np.uint8)], row_len
 
     def pad() -> None:
-        ids.append(np.full(space, bos))
-        masks.append(np.zeros(space))
+        ids.append(bos.repeat(space))
+        masks.append(np.zeros(space, np.uint8))
 
     while buckets.filled:
         index = buckets.pop_longest(space)
@@ -114,5 +114,4 @@ def pack_conversations(
         space = space - len(ids[-1]) or row_len
     if space < row_len:
         pad()
-    tokens = np.concatenate([[], *ids]).astype(np.int32).reshape(-1, row_len)
-    return tokens, np.concatenate([[], *masks]).astype(np.uint8).reshape(-1, row_len)
+    return np.concatenate(ids).reshape(-1, row_len), np.concatenate(masks).reshape(-1, row_len)

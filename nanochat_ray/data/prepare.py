@@ -1,15 +1,14 @@
 """The Ray Data job of `nanochat-ray prepare`: read documents, tokenize, pack, write row files and a manifest."""
 
+import errno
 import math
 import os
-import tempfile
 import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
-from pathlib import Path
+from itertools import accumulate, islice
 
 import numpy as np
 import ray
@@ -17,13 +16,16 @@ import ray.data
 
 from nanochat_ray import storage
 from nanochat_ray.data import sources
-from nanochat_ray.data.loader import write_rows
+from nanochat_ray.data.loader import row_files, write_rows
 from nanochat_ray.data.packing import pack_documents
 from nanochat_ray.data.tokenizer import Tokenizer, compression, train
 
 CHUNK_CHARS = 200_000  # encoded by one thread at a time: long beside a switch of threads, short beside a shard
+MOST_TOKENS = 60_000_000  # in the rows of a climbmix shard, if none were cropped
+TASK_MEMORY, MEMORY_PER_BYTE = 350e6, 4  # bytes of a task, and for each byte of its file, which is compressed
 MAX_TASKS = 2_000  # of a job, or 8 a CPU
 MAX_LINES = 1_000  # of progress
+PROGRESS_CHARS = 250_000_000  # of a tokenizer's sample, between lines
 COMPRESSION_SAMPLE = 1_000  # validation documents
 
 
@@ -35,6 +37,8 @@ class PrepareOptions:
     """The column with the text, when it is not `text` or the only string column."""
     shards: int = 8
     """How many climbmix shards to train on."""
+    tokens: int | None = None
+    """Take more climbmix shards, if --shards of them give fewer training tokens than this."""
     vocab_size: int = 32768
     """Tokens in the vocabulary, special tokens included."""
     sequence_len: int = 2048
@@ -66,6 +70,9 @@ class Job:
 
 
 def find_source(options: PrepareOptions) -> sources.Source:
+    """Those --shards that a tokenizer is trained on, of climbmix; `run` gets more if their tokens are too few."""
+    if options.source == "climbmix" and options.tokens:  # whether the disk has room is known before the first byte
+        sources.check_climbmix_room(max(options.shards, min(options.tokens // MOST_TOKENS, sources.CLIMBMIX_LAST)))
     return sources.resolve(options.source, text_column=options.text_column, shards=options.shards)
 
 
@@ -79,25 +86,38 @@ def run(options: PrepareOptions, source: sources.Source | None = None) -> Prepar
         raise ValueError(f"sequence_len {options.sequence_len}: a row needs at least one token to predict")
     source = source or find_source(options)
     tokenizer_uri, tokenizer = find_or_train_tokenizer(options, source)
-    rows_uri = storage.join(storage.home(), "rows", f"{source.name}-{tokenizer.sha[:8]}-T{options.sequence_len}")
+    while True:
+        prepared = _prepare(source, tokenizer_uri, tokenizer, options.sequence_len)
+        shards = _shards_for_tokens(options, prepared)
+        if shards <= len(source.train):
+            return prepared
+        source = sources.climbmix(shards)
+
+
+def _prepare(source: sources.Source, tokenizer_uri: str, tokenizer: Tokenizer, sequence_len: int) -> Prepared:
     inputs = {
         "source": source.name,
         "source_fingerprint": source.fingerprint,
         "tokenizer_sha256": tokenizer.sha,
         "vocab_size": tokenizer.vocab_size,
-        "sequence_len": options.sequence_len,
+        "sequence_len": sequence_len,
     }
-    jobs = _begin(rows_uri, source, inputs)
+    name = f"{source.name}-{tokenizer.sha[:8]}-T{sequence_len}-{source.fingerprint[:8]}"
+    rows_uri = storage.join(storage.home(), "rows", name)
     manifest_uri = storage.join(rows_uri, "manifest.json")
     if storage.exists(manifest_uri):
         print(f"prepare: nothing to do, {rows_uri} is complete", flush=True)
         return Prepared(rows_uri, tokenizer_uri, storage.read_json(manifest_uri))
-    _report_compression(tokenizer, source)
-    if left := unfinished(jobs):
-        _run_jobs(left, len(jobs), tokenizer, options.sequence_len + 1)
-    manifest = {**inputs, "tokenizer": tokenizer_uri, "splits": _collect(jobs, options.sequence_len + 1, source.name)}
+    jobs = plan_jobs(source, rows_uri)
+    left = unfinished(jobs)
+    if len(left) == len(jobs):
+        _report_compression(tokenizer, source)
+    if left:
+        _run_jobs(left, len(jobs), tokenizer, sequence_len + 1)
+    splits = _collect(jobs, rows_uri, sequence_len + 1, source.name)
+    manifest = {**inputs, "tokenizer": tokenizer_uri, "splits": splits}
     storage.write_json(manifest_uri, manifest)
-    for split, total in manifest["splits"].items():
+    for split, total in splits.items():
         print(
             f"prepare: {split} {total['rows']:,} rows, {total['tokens']:,} tokens "
             f"({total['cropped_tokens'] / (total['tokens'] + total['cropped_tokens']):.1%} cropped)",
@@ -106,17 +126,39 @@ def run(options: PrepareOptions, source: sources.Source | None = None) -> Prepar
     return Prepared(rows_uri, tokenizer_uri, manifest)
 
 
+def _shards_for_tokens(options: PrepareOptions, prepared: Prepared) -> int:
+    """How many shards give the wanted tokens, by what those that are prepared gave, as far as there are."""
+    train = prepared.manifest["splits"]["train"]
+    tokens, shards = train["rows"] * options.sequence_len, len(train["files"])
+    if not options.tokens or tokens >= options.tokens:
+        return shards
+    there_are = sources.CLIMBMIX_LAST if options.source == "climbmix" else shards
+    more = min(math.ceil(shards * options.tokens / tokens), there_are)
+    then = f"{more} climbmix shards" if more > shards else f"each is read {options.tokens / tokens:.1f} times"
+    print(f"prepare: {tokens:,} tokens for {options.tokens:,}: {then}", flush=True)
+    return more
+
+
 def find_or_train_tokenizer(options: PrepareOptions, source: sources.Source) -> tuple[str, Tokenizer]:
-    """(folder, tokenizer): the one the options name, or the one trained on this source, now or before."""
+    """(folder, tokenizer): the one the options name, or the one trained on this source, now or before.
+
+    It is named by the shards that were read: where max_chars end in the 8th, it serves any number from 8 on.
+    """
     if options.tokenizer:
         uri = storage.absolute(options.tokenizer)
         return uri, Tokenizer.load(uri)
-    inputs = storage.fingerprint(source.fingerprint, options.max_chars)
-    uri = storage.join(storage.home(), "tokenizers", f"{source.name}-{options.vocab_size}-{inputs[:8]}")
-    if storage.exists(storage.join(uri, "tokenizer.json")):
-        return uri, Tokenizer.load(uri)
+    folder = storage.join(storage.home(), "tokenizers")
+    first = list(accumulate((shard.fingerprint for shard in source.train), storage.fingerprint))  # 1 shard, 2, …
+    inputs = [*((shards, options.max_chars) for shards in first), (first[-1], "all")]
+    names = [f"{source.name}-{options.vocab_size}-{storage.fingerprint(*read)[:8]}" for read in inputs]
+    present = set(storage.listdir(folder))
+    for name in names:
+        if name in present and storage.exists(storage.join(folder, name, "tokenizer.json")):
+            return storage.join(folder, name), Tokenizer.load(storage.join(folder, name))
     start = time.monotonic()
-    tokenizer = train(_sample(source, options.max_chars), options.vocab_size)
+    sample = _Sample(source, options.max_chars)
+    tokenizer = train(sample, options.vocab_size)
+    uri = storage.join(folder, names[sample.shards - 1 if sample.chars >= options.max_chars else -1])
     tokenizer.save(uri)
     print(
         f"prepare: tokenizer of {tokenizer.vocab_size:,} tokens in {time.monotonic() - start:.1f} s: {uri}", flush=True
@@ -124,13 +166,22 @@ def find_or_train_tokenizer(options: PrepareOptions, source: sources.Source) -> 
     return uri, tokenizer
 
 
-def _sample(source: sources.Source, max_chars: int) -> Iterator[str]:
-    for shard in source.train:
-        for text in sources.read_documents(shard):
-            yield text[:max_chars]
-            max_chars -= len(text)
-            if max_chars <= 0:
-                return
+class _Sample:
+    """The source's first max_chars characters, by document. Counts the shards and characters that were read."""
+
+    def __init__(self, source: sources.Source, max_chars: int):
+        self.source, self.max_chars, self.shards, self.chars = source, max_chars, 0, 0
+
+    def __iter__(self) -> Iterator[str]:
+        for shard in self.source.train:
+            self.shards += 1
+            for text in sources.read_documents(shard):
+                yield text[: self.max_chars - self.chars]
+                if (self.chars + len(text)) // PROGRESS_CHARS > self.chars // PROGRESS_CHARS:
+                    print(f"prepare: tokenizer has read {self.chars:,} of {self.max_chars:,} characters", flush=True)
+                self.chars += len(text)
+                if self.chars >= self.max_chars:
+                    return
 
 
 def _report_compression(tokenizer: Tokenizer, source: sources.Source) -> None:
@@ -140,38 +191,50 @@ def _report_compression(tokenizer: Tokenizer, source: sources.Source) -> None:
     print(f"prepare: bytes per token on validation text: {listed}{note}", flush=True)
 
 
-def _begin(rows_uri: str, source: sources.Source, inputs: dict) -> list[Job]:
-    """The jobs of this folder. What other inputs left in it is deleted first, so that rows never mix."""
-    inputs_uri = storage.join(rows_uri, "inputs.json")
-    if storage.exists(rows_uri) and not (storage.exists(inputs_uri) and storage.read_json(inputs_uri) == inputs):
-        storage.remove(rows_uri)
-    if not storage.exists(inputs_uri):
-        storage.write_json(inputs_uri, inputs)
+def plan_jobs(source: sources.Source, rows_uri: str) -> list[Job]:
+    """A file of rows for each shard, in order; where another folder has the shard already, that folder's file."""
+    there = _prepared_shards(rows_uri)
     return [
-        Job(shard, split, storage.join(rows_uri, split, f"rows_{i:05d}.arrow"))
+        Job(shard, split, there.get((split, shard.fingerprint), storage.join(rows_uri, split, f"rows_{i:05d}.arrow")))
         for split, shards in (("train", source.train), ("val", source.val))
         for i, shard in enumerate(shards)
     ]
 
 
+def _prepared_shards(rows_uri: str) -> dict[tuple[str, str], str]:
+    """(split, fingerprint of a shard) -> its row file, of complete folders that differ in which shards they have."""
+    place, kind = storage.parent(rows_uri), storage.name(rows_uri).rpartition("-")[0]
+    found = {}
+    for name in storage.listdir(place):
+        manifest_uri = storage.join(place, name, "manifest.json")
+        if name.rpartition("-")[0] == kind and storage.exists(manifest_uri):
+            for split, counts in storage.read_json(manifest_uri)["splits"].items():
+                files = row_files(storage.join(place, name, split))
+                found |= {(split, shard): file for shard, file in zip(counts["shards"], files, strict=True)}
+    return found
+
+
 def unfinished(jobs: list[Job]) -> list[Job]:
     """Those without counts. One listing of a folder, as each look at an object store takes a round trip."""
-    finished = {job.split: set() for job in jobs}
-    for split in finished:
-        folder = storage.parent(next(job.uri for job in jobs if job.split == split))
-        finished[split].update(storage.listdir(folder))
-    return [job for job in jobs if storage.name(job.counts_uri) not in finished[job.split]]
+    folders = {storage.parent(job.uri) for job in jobs}
+    finished = {storage.join(folder, name) for folder in folders for name in storage.listdir(folder)}
+    return [job for job in jobs if job.counts_uri not in finished]
 
 
 def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int) -> None:
     """One Ray task a shard or a few. Counts come back: tokens go from the task to the file, past the object store."""
-    cpus = ray.cluster_resources()["CPU"]
+    cpus = ray.cluster_resources().get("CPU", 1)  # none yet where nodes come when tasks wait for them
     constants = {"tokenizer": tokenizer, "row_len": row_len, "cpus": cpus}
     start, tokens = time.monotonic(), 0
     # A task a shard, but of very many shards a task has several: each task costs the driver some milliseconds.
     items = [{"job": asdict(job), "left": len(jobs) - index} for index, job in enumerate(jobs)]
     blocks = ray.data.from_items(items, override_num_blocks=min(len(jobs), max(MAX_TASKS, int(8 * cpus))))
-    results = blocks.map(_run_job, fn_kwargs=constants, num_cpus=1).iter_rows()
+    # A node runs as many tasks at once as its memory holds. One that asked for more than any node has would never run,
+    # and nodes that an autoscaler has yet to bring may not say how much they have.
+    there = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    most = max((node.get("memory", 0) for node in there), default=0)
+    memory = min(TASK_MEMORY + MEMORY_PER_BYTE * max(job.shard.size for job in jobs), most)
+    results = blocks.map(_run_job, fn_kwargs=constants, num_cpus=1, memory=memory).iter_rows()
     for done, result in enumerate(results, num_all - len(jobs) + 1):
         if result["error"]:
             raise ValueError(result["error"])
@@ -188,8 +251,9 @@ def _run_job(row: dict, *, cpus: float, **constants) -> dict:
     job = Job(**row["job"] | {"shard": sources.Shard(**row["job"]["shard"])})
     try:
         counts = write_shard(job, num_threads=num_threads, **constants)
-    except ValueError as error:
-        return {"tokens": 0, "error": str(error)}
+    except (ValueError, OSError) as error:
+        full = f" ({storage.disk(job.uri)})" if getattr(error, "errno", None) == errno.ENOSPC else ""
+        return {"tokens": 0, "error": f"{error}{full}"}
     return {"tokens": counts["tokens"] + counts["cropped_tokens"] + counts["dropped_tokens"], "error": ""}
 
 
@@ -200,10 +264,7 @@ def write_shard(job: Job, *, tokenizer: Tokenizer, row_len: int, num_threads: in
         documents += encoded
         num_bytes += size
     rows, tokens = pack_documents(documents, row_len)
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "rows.arrow"
-        write_rows(file, rows)
-        storage.publish(file, job.uri)
+    write_rows(job.uri, rows)
     counts = {
         "rows": len(rows),
         "tokens": tokens.used,
@@ -232,12 +293,11 @@ def _encode(
     chunks: Iterator[list[str]], tokenizer: Tokenizer, num_threads: int
 ) -> Iterator[tuple[list[np.ndarray], int]]:
     """For each chunk, in order: its documents' tokens, bos first, and how many bytes its text has."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    bos = np.array([tokenizer.bos_id], dtype=dtype)
+    bos = np.array([tokenizer.bos_id], dtype=tokenizer.dtype)
 
     def encode(chunk: list[str]) -> tuple[list[np.ndarray], int]:
         ids = map(tokenizer.encode_to_numpy, chunk)
-        documents = [np.concatenate((bos, document), dtype=dtype, casting="unsafe") for document in ids]
+        documents = [np.concatenate((bos, document), dtype=tokenizer.dtype, casting="unsafe") for document in ids]
         return documents, sum(len(text.encode()) for text in chunk)
 
     num_threads = min(num_threads, os.cpu_count())
@@ -251,19 +311,28 @@ def _encode(
             yield waiting.popleft().result()
 
 
-def _collect(jobs: list[Job], row_len: int, name: str) -> dict:
-    """{split: summed counts and rows per file}. Raises ValueError when a split has no rows."""
+def _collect(jobs: list[Job], rows_uri: str, row_len: int, name: str) -> dict:
+    """{split: summed counts, rows by file, and fingerprints of the shards in that order}.
+
+    Raises ValueError when a split has no rows.
+    """
+
+    def named(uri: str) -> str:
+        folder = storage.parent(storage.parent(uri))
+        return storage.name(uri) if folder == rows_uri else f"{storage.name(folder)}/{storage.name(uri)}"
+
     splits = {}
     for split in ("train", "val"):
         ours = [job for job in jobs if job.split == split]
         with ThreadPoolExecutor(32) as pool:
             read = pool.map(storage.read_json, [job.counts_uri for job in ours])
-            counts = {storage.name(job.uri): counts for job, counts in zip(ours, read, strict=True)}
+            counts = {named(job.uri): counts for job, counts in zip(ours, read, strict=True)}
         total = {key: sum(c[key] for c in counts.values()) for key in next(iter(counts.values()))}
         if not total["rows"]:
             raise ValueError(
                 f"the {split} split of {name} has {total['dropped_tokens']} tokens, fewer than a row of {row_len}: "
                 "use more text or a smaller sequence_len"
             )
-        splits[split] = {**total, "files": {file: c["rows"] for file, c in counts.items()}}
+        files = {file: c["rows"] for file, c in counts.items()}
+        splits[split] = {**total, "files": files, "shards": [job.shard.fingerprint for job in ours]}
     return splits

@@ -26,6 +26,8 @@ TXT_SEPARATOR = "<|endoftext|>"
 
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"
 CLIMBMIX_LAST = 6542  # the last shard: validation
+CLIMBMIX_TEXT_BYTES, CLIMBMIX_ROW_BYTES = 98_000_000, 93_000_000  # of disk, for each shard
+CLIMBMIX_TOKENS = 34_000_000  # in a shard's rows, about: 250 million characters at 4.8 a token, a third cropped
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class Shard:
     uri: str
     text_column: str | None
     part: str = "all"
+    version: str = ""  # another one when the content changes
+    size: int = 0  # bytes
+
+    @property
+    def fingerprint(self) -> str:
+        return storage.fingerprint(storage.name(self.uri), self.text_column, self.part, self.version)
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,7 @@ def folder(uri: str, text_column: str | None = None) -> Source:
     with ThreadPoolExecutor(16) as pool:  # on an object store each look takes a round trip
         versions = list(pool.map(storage.version, uris))
         shards = list(pool.map(lambda uri, version: _inspect(uri, version[0], text_column), uris, versions))
+    shards = [replace(s, version=str(v), size=v[0]) for s, v in zip(shards, versions, strict=True)]
     train, val = shards[:-1], shards[-1:]
     if not train:
         train, val = [replace(shards[0], part="train")], [replace(shards[0], part="val")]
@@ -214,10 +223,7 @@ def climbmix(shards: int) -> Source:
     Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE."""
     if not 1 <= shards <= CLIMBMIX_LAST:
         raise ValueError(f"climbmix has 1 to {CLIMBMIX_LAST} training shards, not {shards}: change --shards")
-    names = [f"shard_{i:05d}.parquet" for i in (*range(shards), CLIMBMIX_LAST)]
-    place = storage.join(storage.home(), "sources", "climbmix")
-    present = set(storage.listdir(place))
-    missing = [name for name in names if name not in present]
+    place, names, missing = climbmix_files(shards)
     if missing and os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise FileNotFoundError(
             f"{storage.join(place, missing[0])} is missing and HF_HUB_OFFLINE is set: unset it to download "
@@ -226,9 +232,29 @@ def climbmix(shards: int) -> Source:
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     base = f"{endpoint}/datasets/{CLIMBMIX}/resolve/main"
     if missing:
+        check_climbmix_room(shards)
         fetch_all([(f"{base}/{n}", storage.join(place, n)) for n in missing], os.environ.get("HF_TOKEN"))
-    files = [Shard(storage.join(place, name), "text") for name in names]
+    files = [Shard(storage.join(place, name), "text", version=CLIMBMIX, size=CLIMBMIX_TEXT_BYTES) for name in names]
     return Source("climbmix", tuple(files[:-1]), tuple(files[-1:]), storage.fingerprint(CLIMBMIX, names))
+
+
+def check_climbmix_room(shards: int) -> None:
+    """Raises OSError when the disk has no room for those of so many shards that are missing, and for their rows."""
+    place, _, missing = climbmix_files(shards)
+    needed, free = len(missing) * (CLIMBMIX_TEXT_BYTES + CLIMBMIX_ROW_BYTES), storage.free_bytes(place)
+    if free is not None and needed > free:
+        raise OSError(
+            f"{len(missing)} climbmix shards and their rows take {needed / 1e9:.1f} GB ({storage.disk(place)}): "
+            "make room, or set NANOCHAT_RAY_HOME to a folder of another disk"
+        )
+
+
+def climbmix_files(shards: int) -> tuple[str, list[str], list[str]]:
+    """(folder, names of the training shards and the last one, those that are not there)."""
+    names = [f"shard_{i:05d}.parquet" for i in (*range(shards), CLIMBMIX_LAST)]
+    place = storage.join(storage.home(), "sources", "climbmix")
+    present = set(storage.listdir(place))
+    return place, names, [name for name in names if name not in present]
 
 
 def pydocs(roots: Sequence[str] | None = None) -> Source:
@@ -241,5 +267,6 @@ def pydocs(roots: Sequence[str] | None = None) -> Source:
     place = storage.join(storage.home(), "sources", f"pydocs-{print_of}")
     if not storage.exists(storage.join(place, "manifest.json")):
         docstrings.write_docstrings(roots, place)
-    shards = [Shard(storage.join(place, f"shard_{i:05d}.parquet"), "text") for i in range(docstrings.SHARDS)]
+    names = [f"shard_{i:05d}.parquet" for i in range(docstrings.SHARDS)]
+    shards = [Shard(storage.join(place, name), "text", version=print_of) for name in names]
     return Source("pydocs", tuple(shards[:-1]), tuple(shards[-1:]), print_of)

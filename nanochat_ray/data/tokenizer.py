@@ -6,7 +6,7 @@ import hashlib
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -58,6 +58,7 @@ class Tokenizer:
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self.vocab_size = len(ranks) + len(special_tokens)
         self.bos_id = special_tokens["<|bos|>"]
+        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32  # that holds every id
         self._encoding = tiktoken.Encoding(
             "nanochat_ray", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
         )
@@ -116,11 +117,11 @@ class Tokenizer:
         return [token for piece in _pieces(text) for token in self._encoding.encode_ordinary(piece)]
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        """The ids of `encode` as uint32 (n,): threads don't wait for each other to make a Python integer per token.
-
-        Raises UnicodeEncodeError where the text has half a surrogate pair.
-        """
-        pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+        """The ids of `encode` as uint32 (n,): threads don't wait for each other to make a Python integer per token."""
+        try:
+            pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+        except UnicodeEncodeError:  # half a surrogate pair, which `encode` replaces
+            return np.array(self.encode(text), dtype=np.uint32)
         return np.concatenate(pieces)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 8) -> list[list[int]]:
@@ -148,29 +149,42 @@ class Tokenizer:
         Content is a string or parts {"type": text | python | python_output, "text"}. Both lists are cut to
         max_tokens (None: not cut). Raises ValueError for a malformed conversation.
         """
-        ids, mask = [self.bos_id], [0]
-
-        def add(tokens: list[int], supervised: int) -> None:
+        ids, mask = [], []
+        for tokens, learned in self._render(conversation, self.encode):
             ids.extend(tokens)
-            mask.extend([supervised] * len(tokens))
+            mask.extend([learned] * len(tokens))
+        return ids[:max_tokens], mask[:max_tokens]
 
-        def wrap(name: str, text: str) -> list[int]:
-            return [self.special(f"<|{name}_start|>"), *self.encode(text), self.special(f"<|{name}_end|>")]
+    def render_to_numpy(self, conversation: dict) -> tuple[np.ndarray, np.ndarray]:
+        """All of render_conversation's ids, in `dtype`, and its mask, uint8."""
+        tokens, learned = zip(*self._render(conversation, self.encode_to_numpy), strict=True)
+        ids = np.concatenate(tokens, dtype=self.dtype, casting="unsafe")
+        return ids, np.repeat(np.array(learned, np.uint8), [len(part) for part in tokens])
 
+    def _render(
+        self, conversation: dict, encode: Callable[[str], Sequence[int]]
+    ) -> Iterator[tuple[Sequence[int], int]]:
+        """The tokens in turn, and whether the assistant is to learn them."""
+
+        def wrap(name: str, text: str, learned: int) -> Iterator[tuple[Sequence[int], int]]:
+            yield [self.special(f"<|{name}_start|>")], learned
+            yield encode(text), learned
+            yield [self.special(f"<|{name}_end|>")], learned
+
+        yield [self.bos_id], 0
         for role, parts in _turns(conversation):
             if role == "user":
-                add(wrap("user", "".join(part["text"] for part in parts)), 0)
+                yield from wrap("user", "".join(part["text"] for part in parts), 0)
                 continue
-            add([self.special("<|assistant_start|>")], 0)
+            yield [self.special("<|assistant_start|>")], 0
             for part in parts:
                 if part["type"] == "text":
-                    add(self.encode(part["text"]), 1)
+                    yield encode(part["text"]), 1
                 elif part["type"] == "python":
-                    add(wrap("python", part["text"]), 1)
+                    yield from wrap("python", part["text"], 1)
                 else:  # what the tool said: the model reads it, it does not learn to make it up
-                    add(wrap("output", part["text"]), 0)
-            add([self.special("<|assistant_end|>")], 1)
-        return ids[:max_tokens], mask[:max_tokens]
+                    yield from wrap("output", part["text"], 0)
+            yield [self.special("<|assistant_end|>")], 1
 
     def render_for_completion(self, conversation: dict) -> list[int]:
         """Ids of a conversation up to and including assistant_start: the assistant speaks next.

@@ -34,6 +34,7 @@ from nanochat_ray.train.loop import Measurement
 
 SHOTS_SEED = 1234
 FORWARD_TOKENS = {"cuda": 2**16, "cpu": 2**12}  # in one forward, padding included; one row may be longer
+PATIENCE_SECONDS = 30  # between two lines that say what is waited for
 HEAD_LOGITS = 2**25  # held at once: 128 MB of fp32
 
 
@@ -385,6 +386,9 @@ class Scorer:
         torch.set_num_threads(1)  # sums round as they are split: so they don't depend on how many actors share the CPUs
         self.model: GPT | None = None
 
+    def started(self) -> None:
+        pass
+
     def score(self, model: list[ray.ObjectRef], items: list[Item]) -> list:
         if self.model is None:  # with the first batch: an actor that starts again finds its weights there too
             self.model = ray.get(model[0]).to("cuda" if ray.get_gpu_ids() else "cpu")
@@ -394,6 +398,7 @@ class Scorer:
 class Scorers:
     """Ray actors that score batches, each taking the next one when it is free. They end with this object.
 
+    Those that have not started yet, as others hold what they need, are not waited for, but for the first.
     Raises ValueError when the cluster has no room for so many.
     """
 
@@ -402,12 +407,28 @@ class Scorers:
         kind = "GPU" if resources.get("GPU") else "CPU"
         if count > resources[kind]:
             raise ValueError(f"{count} actors on {resources[kind]:.0f} {kind}s: give at most one a {kind}")
+        self.kind, self.count = kind, count
         self.model = ray.put(model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu())
         scorer = Scorer.options(num_cpus=1, num_gpus=1 if kind == "GPU" else 0)
-        self.pool = ActorPool([scorer.remote() for _ in range(count)])
+        self.starting = {actor.started.remote(): actor for actor in (scorer.remote() for _ in range(count))}
+        self.pool = ActorPool([])
 
     def __call__(self, batches: list[list[Item]]) -> Iterator[list]:
-        return self.pool.map(lambda actor, items: actor.score.remote([self.model], items), batches)
+        while not self._admit(PATIENCE_SECONDS) and len(self.starting) == self.count:
+            print(f"core: waiting for a {self.kind}, none of {self.count} actors has started", flush=True)
+        for items in batches:
+            self.pool.submit(lambda actor, items: actor.score.remote([self.model], items), items)
+        while self.pool.has_next():
+            self._admit(0)
+            yield self.pool.get_next()
+
+    def _admit(self, seconds: float) -> bool:
+        """Take the actors that have started into the pool. Waits so long for one if there is none yet."""
+        seconds = seconds if len(self.starting) == self.count else 0
+        ready = ray.wait(list(self.starting), num_returns=1, timeout=seconds)[0] if self.starting else []
+        for started in ready:
+            self.pool.push(self.starting.pop(started))
+        return bool(ready)
 
 
 # What is written

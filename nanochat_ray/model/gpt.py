@@ -4,7 +4,7 @@ The same module trains and generates. Weights load from nanochat unchanged.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -141,6 +141,8 @@ class GPT(nn.Module):
         self.config = config
         self.compiled = False
         self.recompute = False  # keep a block's input alone for the backward, and compute the rest again there
+        # Called before the weights of a layer are read, and with inf before the head's: they may still be on their way.
+        self.wait_for_weights: Callable[[float], None] | None = None
         V, C, L = config.padded_vocab_size, config.n_embd, config.n_layer
         self.transformer = nn.ModuleDict(
             {"wte": nn.Embedding(V, C), "h": nn.ModuleList([Block(config, layer) for layer in range(L)])}
@@ -206,6 +208,8 @@ class GPT(nn.Module):
         T = idx.size(1)
         if T > self.cos.size(0):
             raise ValueError(f"input of {T} tokens is longer than {self.cos.size(0)}, the reach of rotary positions")
+        wait = self.wait_for_weights or (lambda layer: None)
+        wait(0)
         positions = slice(0, T) if cache is None else cache.at
         embedded = self.transformer.wte(idx)
         cos = self.cos[positions].unsqueeze(-2).to(embedded.dtype)
@@ -218,6 +222,7 @@ class GPT(nn.Module):
         lambdas = F.pad(torch.stack([self.resid_lambdas, self.x0_lambdas], dim=1), (0, 2)).unbind()
         x0, x_mid = x.view_as(x), x  # x0 not the same object as x, which would make another kind of block
         for i, block in enumerate(self.transformer.h):
+            wait(i)
             value_embedding = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
             mask = window_mask(block.attn.backend, T, block.attn.window, idx.device) if compiled else None
             inputs = x, x0, lambdas[i], value_embedding, cos, sin, cache, mask
@@ -225,6 +230,7 @@ class GPT(nn.Module):
             x = block(*inputs) if keeps else checkpoint(block, *inputs, use_reentrant=False)
             if i == self.config.n_layer // 2:
                 x_mid = x
+        wait(math.inf)  # the head's
         return finish(self, x, x_mid)
 
     def smear(self, embedded: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:

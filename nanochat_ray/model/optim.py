@@ -1,18 +1,20 @@
 """MuonAdamW: Muon for the matrices of the blocks, AdamW for everything else, sharded over the ranks (ZeRO-2).
 
-The optimizer reduces gradients itself, so models are not wrapped in DDP: each rank receives the mean gradient of
-its own shard, updates that shard with the only copy of its state, and the shards are gathered back. One rank takes
-the same path with nothing to send.
+The optimizer reduces gradients itself, so models are not wrapped in DDP: each rank receives the mean gradient of what
+it owns, updates that with the only copy of its state, and sends it to the others. Gradients travel while the backward
+still runs, and weights while the next forward does. One rank takes the same path with nothing to send.
 """
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
 
 from nanochat_ray.model.compiling import compile_static
 from nanochat_ray.model.gpt import GPT
+from nanochat_ray.model.shards import Matrices, Shard, make_shards
 
 # Coefficients of five Polar Express steps (arXiv:2505.16932), safety factor 1.01.
 POLAR_EXPRESS = (
@@ -22,7 +24,6 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
-SMALL = 1024  # tensors with fewer elements are all-reduced: splitting them would cost more than it saves
 
 
 def build_optimizer(
@@ -50,7 +51,7 @@ def build_optimizer(
         groups.append(
             {"params": params, "kind": "muon", "lr": matrix_lr, "momentum": 0.95, "weight_decay": weight_decay}
         )
-    return MuonAdamW(groups, matmul_dtype=model.compute_dtype)
+    return MuonAdamW(groups, model.compute_dtype)
 
 
 def adamw_update(p, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay) -> None:
@@ -105,17 +106,26 @@ def muon_update(p, grad, momentum_buffer, second_moment, *, lr, momentum, weight
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups carry kind ("adamw" | "muon"), lr, initial_lr and, for muon, momentum and weight_decay."""
+    """Groups carry kind ("adamw" | "muon"), lr, initial_lr and, for muon, momentum and weight_decay.
 
-    def __init__(self, groups: list[dict], matmul_dtype: torch.dtype = torch.float32):
+    compute_dtype: of Muon's matmuls, and of the forward's. Where a rank does not own a weight, it has it in this dtype.
+    """
+
+    def __init__(self, groups: list[dict], compute_dtype: torch.dtype = torch.float32):
         super().__init__(groups, defaults={"eps": 1e-10})
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]
-        self.matmul_dtype = matmul_dtype
-        self.distributed = dist.is_available() and dist.is_initialized()
-        self.rank = dist.get_rank() if self.distributed else 0
-        self.world_size = dist.get_world_size() if self.distributed else 1
-        self.shards = [shard for group in self.param_groups for shard in self._shards(group)]
+        self.compute_dtype = compute_dtype
+        distributed = dist.is_available() and dist.is_initialized()
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
+        self.shards = make_shards(self.param_groups, rank, world_size, compute_dtype)
+        self.to_reduce = self.shards  # those of this step that have not started; none does before reduce_in_backward
+        self.to_gather: list[Shard] = []  # after a step: those whose weights still travel
+        self.in_backward, self.in_forward = False, False
+        if world_size > 1:
+            for shard in self.shards:
+                for p in shard.params.values():
+                    p.register_post_accumulate_grad_hook(partial(self._has_gradient, shard))
         self._adamw, self._muon, self._scalar = adamw_update, muon_update, float
         if self.param_groups[0]["params"][0].is_cuda:
             self.compile_updates()
@@ -127,167 +137,89 @@ class MuonAdamW(torch.optim.Optimizer):
         self._muon = compile_static(muon_update, **options)
         self._scalar = torch.tensor
 
-    def _shards(self, group: dict) -> list["Shard"]:
-        named = list(zip(group["param_names"], group["params"], strict=True))
-        if group["kind"] == "muon":
-            return [Shard(group, dict(named), self.rank, self.world_size)]
-        return [Shard(group, {name: p}, self.rank, self.world_size) for name, p in named]
+    def overlap(self, model: GPT) -> None:
+        """Let step() return while weights still travel. The model's forward waits for those of each layer; anything
+        else that reads them has to wait() first."""
+        self.in_forward, model.wait_for_weights = True, self.wait
+
+    def reduce_in_backward(self) -> None:
+        """Call it before the last backward of a step: each shard's gradients are sent as soon as they are there."""
+        self.in_backward = True
+        for shard in self.shards:
+            shard.waiting_for = set(shard.params.values())
+
+    def _has_gradient(self, shard: Shard, p: torch.nn.Parameter) -> None:
+        if not self.in_backward:
+            return
+        shard.waiting_for.discard(p)
+        # Always in the same order, as all ranks must send the same.
+        while self.to_reduce and not self.to_reduce[0].waiting_for:
+            self.to_reduce[0].start_reduce()
+            self.to_reduce = self.to_reduce[1:]
 
     @torch.no_grad()
     def step(self) -> None:
         """Update all parameters. Takes their gradients: each is None afterwards, which frees memory for the next."""
-        # All reductions start at once; each shard is updated as its gradient arrives, while later ones still travel.
-        for shard in self.shards:
+        for shard in self.to_reduce:
             shard.start_reduce()
-        for shard in self.shards:
-            p, grad = shard.finish_reduce()
-            self._update(shard, p, grad)
-            shard.start_gather(p)
-        for shard in self.shards:
-            shard.finish_gather()
+        self.to_reduce, self.in_backward = self.shards, False
+        self.to_gather = self.shards[::-1]  # what the forward reads first
+        for shard in self.to_gather:
+            self._update(shard, shard.finish_reduce())
+            shard.start_gather()
+        if not self.in_forward:
+            self.wait()
 
-    def _update(self, shard: "Shard", p: torch.Tensor, grad: torch.Tensor) -> None:
-        group, state = shard.group, shard.state(p)
-        if group["kind"] == "muon":
-            options = {k: self._scalar(group[k]) for k in ("lr", "momentum", "weight_decay")}
-            self._muon(
-                p, grad, state["momentum_buffer"], state["second_moment"], matmul_dtype=self.matmul_dtype, **options
-            )
+    def _update(self, shard: Shard, gradients: list[torch.Tensor]) -> None:
+        owned = shard.owned()
+        if isinstance(shard, Matrices):
+            for group, stack, state in zip(shard.groups, shard.stacks, shard.state, strict=True):
+                options = {k: self._scalar(group[k]) for k in ("lr", "momentum", "weight_decay")}
+                p, grad = (torch.stack([tensors[i] for i in stack]) for tensors in (owned, gradients))
+                for i in stack:
+                    gradients[i] = None  # their memory is free for the update
+                self._muon(
+                    p,
+                    grad,
+                    state["momentum_buffer"],
+                    state["second_moment"],
+                    matmul_dtype=self.compute_dtype,
+                    **options,
+                )
+                torch._foreach_copy_([owned[i] for i in stack], list(p.unbind()))
         else:
-            state["step"] += 1
+            shard.state["step"] += 1
+            group = shard.group
             options = {k: group[k] for k in ("betas", "eps", "weight_decay")} | {"lr": self._scalar(group["lr"])}
-            step = self._scalar(state["step"].item())
-            self._adamw(p, grad, state["exp_avg"], state["exp_avg_sq"], step, **options)
+            step = self._scalar(shard.state["step"].item())
+            moments = shard.state["exp_avg"], shard.state["exp_avg_sq"]
+            if owned[0].numel():  # with many ranks the last may have no rows
+                self._adamw(*owned, *gradients, *moments, step, **options)
+
+    @torch.no_grad()
+    def wait(self, layer: float = math.inf) -> None:
+        """Until the weights have arrived that the forward reads up to this layer: by default all of them."""
+        while self.to_gather and self.to_gather[0].layer <= layer:
+            self.to_gather.pop(0).finish_gather()
+
+    @torch.no_grad()
+    def gather_exactly(self) -> None:
+        """Have all weights in their own dtype on every rank, as a checkpoint keeps them. Every rank calls this."""
+        self.wait()
+        coarse = [shard for shard in self.shards if shard.read_dtype != shard.dtype]
+        for shard in coarse:
+            shard.start_gather(shard.dtype)
+            shard.finish_gather()
 
     def shard_state(self) -> dict[str, tuple[int, torch.Tensor]]:
         """This rank's part of the state: "parameter|state name" -> (first row, rows), for a checkpoint.
 
-        Whole tensors (Muon's matrices, small tensors, step counts) have first row 0; ranks that hold the same
-        small tensor leave it to rank 0.
+        Whole tensors (Muon's matrices, small tensors, step counts) have first row 0; what all ranks hold alike is left
+        to rank 0.
         """
         return {key: value for shard in self.shards for key, value in shard.export().items()}
 
-    def load_shard_state(self, read: Callable[[str], torch.Tensor]) -> None:
-        """Takes this rank's part from `read("parameter|state name")`, which returns the whole, unsharded tensor."""
+    def load_shard_state(self, read: Callable[[str, int, int], torch.Tensor]) -> None:
+        """Takes this rank's part from `read("parameter|state name", start, stop)`: rows of the unsharded tensor."""
         for shard in self.shards:
             shard.load(read)
-
-
-class Shard:
-    """What one rank updates of one AdamW tensor or one stack of Muon matrices, and how it travels.
-
-    A Muon group is split by matrices and a large AdamW tensor by rows, ⌈n/world⌉ to each rank, padded with zeros at
-    the end; a small AdamW tensor is whole on every rank.
-    """
-
-    def __init__(self, group: dict, params: dict[str, torch.nn.Parameter], rank: int, world_size: int):
-        self.group, self.params, self.rank, self.world_size = group, params, rank, world_size
-        self.stacked = group["kind"] == "muon"
-        first = next(iter(params.values()))
-        self.replicated = not self.stacked and first.numel() < SMALL
-        self.length = len(params) if self.stacked else first.size(0)
-        self.chunk = self.length if self.replicated else math.ceil(self.length / world_size)
-        self.start = 0 if self.replicated else rank * self.chunk
-        self.stop = min(self.start + self.chunk, self.length)
-        self.sent: torch.Tensor | None = None  # kept while it travels
-        self._state: dict[str, torch.Tensor] = {}
-
-    def _rows(self, tensors: list[torch.Tensor], start: int, stop: int) -> torch.Tensor:
-        """Rows of the shard's tensors along axis 0, with zeros for those past the end."""
-        end = min(stop, self.length)
-        if not self.stacked:
-            rows = tensors[0][start:end]
-        elif start < end:
-            rows = torch.stack(tensors[start:end])
-        else:
-            rows = tensors[0].new_empty(0, *tensors[0].shape)
-        padding = stop - start - len(rows)
-        return torch.cat([rows, rows.new_zeros(padding, *rows.shape[1:])]) if padding else rows
-
-    def start_reduce(self) -> None:
-        if missing := [name for name, p in self.params.items() if p.grad is None]:
-            raise RuntimeError(f"no gradient for {missing[0]}: call backward before step")
-        self.work = None
-        if self.world_size == 1:
-            return
-        everything = self.length if self.replicated else self.chunk * self.world_size
-        self.grad = self._take_gradients(0, everything)
-        # gloo has no mean
-        self.averages = dist.get_backend() == "nccl"
-        op = dist.ReduceOp.AVG if self.averages else dist.ReduceOp.SUM
-        if self.replicated:
-            self.work = dist.all_reduce(self.grad, op, async_op=True)
-        else:
-            self.sent, self.grad = self.grad.contiguous(), self.grad.new_empty(self.chunk, *self.grad.shape[1:])
-            self.work = dist.reduce_scatter_tensor(self.grad, self.sent, op, async_op=True)
-
-    def _take_gradients(self, start: int, stop: int) -> torch.Tensor:
-        gradients = self._rows([p.grad for p in self.params.values()], start, stop)
-        for p in self.params.values():
-            p.grad = None
-        return gradients
-
-    def finish_reduce(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """This rank's rows of the parameters, to be updated in place, and their mean gradient."""
-        if self.work is not None:
-            self.work.wait()
-            self.sent = None
-            self.grad = self.grad if self.averages else self.grad / self.world_size
-        else:
-            self.grad = self._take_gradients(0, self.length)
-        return self._rows([p.detach() for p in self.params.values()], self.start, self.start + self.chunk), self.grad
-
-    def start_gather(self, p: torch.Tensor) -> None:
-        self.grad, self.work, self.gathered = None, None, p
-        if self.world_size == 1:
-            self.finish_gather()  # at once, so that no two stacks are held
-        elif not self.replicated:
-            self.gathered = p.new_empty(self.chunk * self.world_size, *p.shape[1:])
-            self.work = dist.all_gather_into_tensor(self.gathered, p.contiguous(), async_op=True)
-
-    def finish_gather(self) -> None:
-        if self.gathered is None:
-            return
-        if self.work is not None:
-            self.work.wait()
-        params = [p.detach() for p in self.params.values()]
-        parts = self.gathered.unbind(0)[: self.length] if self.stacked else [self.gathered[: self.length]]
-        if params[0].data_ptr() != parts[0].data_ptr():  # else updated in place
-            torch._foreach_copy_(params, list(parts))
-        self.gathered = None
-
-    def state(self, p: torch.Tensor) -> dict[str, torch.Tensor]:
-        if not self._state:
-            if self.stacked:
-                n, r, c = p.shape
-                self._state["momentum_buffer"] = torch.zeros_like(p)
-                self._state["second_moment"] = p.new_zeros((n, r, 1) if r >= c else (n, 1, c))
-            else:
-                self._state["exp_avg"] = torch.zeros_like(p, dtype=torch.float32)
-                self._state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.float32)
-                self._state["step"] = torch.zeros(1)
-        return self._state
-
-    def export(self) -> dict[str, tuple[int, torch.Tensor]]:
-        if self.stacked:
-            owned = list(self.params)[self.start : self.stop]
-            return {f"{name}|{k}": (0, v[i]) for k, v in self._state.items() for i, name in enumerate(owned)}
-        name = next(iter(self.params))
-        held = {k: v if k == "step" else v[: max(self.stop - self.start, 0)] for k, v in self._state.items()}
-        return {
-            f"{name}|{k}": (0 if k == "step" else self.start, v)
-            for k, v in held.items()
-            if self.rank == 0 or not (self.replicated or k == "step")
-        }
-
-    def load(self, read: Callable[[str], torch.Tensor]) -> None:
-        first = next(iter(self.params.values()))
-        template = first.detach().new_zeros(self.chunk, *(first.shape if self.stacked else first.shape[1:]))
-        for k, value in self.state(template).items():
-            if self.stacked:
-                for i, name in enumerate(list(self.params)[self.start : self.stop]):
-                    value[i].copy_(read(f"{name}|{k}"))
-            else:
-                rows = read(f"{next(iter(self.params))}|{k}")
-                rows = rows if k == "step" else rows[self.start : self.stop]
-                value[: len(rows)].copy_(rows)

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -56,9 +57,8 @@ class Writer:
     could not be written, none is kept.
     """
 
-    def __init__(self, run_dir: str, tokenizer: Tokenizer):
-        self.run_dir, self.tokenizer = run_dir, tokenizer
-        self.rank = dist.get_rank() if dist.is_initialized() else 0
+    def __init__(self, run_dir: str, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1):
+        self.run_dir, self.tokenizer, self.rank, self.world_size = run_dir, tokenizer, rank, world_size
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.copies = HostCopies()
         self.part: Future | None = None  # this rank's files of the checkpoint that start began
@@ -73,6 +73,7 @@ class Writer:
         self.meta = {**meta, "step": step, "model_config": asdict(model.config)}
         files = {}
         if optimizer is not None:
+            self.meta["world_size"] = self.world_size  # that many files of it there are
             state = optimizer.shard_state()
             first_rows = json.dumps({key: row for key, (row, _) in state.items()})
             tensors = {key: value for key, (_, value) in state.items()}
@@ -115,7 +116,7 @@ class Writer:
         except Exception as e:  # OSError of a disk, but object stores have errors of their own
             part, error = {}, f"{type(e).__name__}: {e}"
         self.part = None
-        parts = _gather((part, error))
+        parts = gather((part, error), self.world_size)
         error = next((error for _, error in parts if error), None)
         if self.rank == 0:
             try:
@@ -126,7 +127,7 @@ class Writer:
                 error = f"{type(e).__name__}: {e}"
             # In the thread, as deleting large files takes a while.
             self.thread.submit(storage.remove, self.folder) if error else self.thread.submit(prune, self.run_dir)
-        return next((error for error in _gather(error) if error), None)
+        return next((error for error in gather(error, self.world_size) if error), None)
 
     def close(self) -> None:
         """Wait until nothing is written or deleted any more."""
@@ -146,12 +147,22 @@ def save_checkpoint(
     return writer.folder
 
 
-def _gather(value) -> list:
+def several(world_size: int) -> bool:
+    """Whether there are other ranks to talk to.
+
+    Raises RuntimeError when there were: Ray destroys the process group of workers that it ends, and their training goes
+    on for a moment. What one of them then takes for a whole would be a part.
+    """
+    if world_size > 1 and not dist.is_initialized():
+        raise RuntimeError("the process group is gone, as Ray is ending these workers")
+    return world_size > 1
+
+
+def gather(value, world_size: int) -> list:
     """Every rank's value, on every rank."""
-    if not dist.is_initialized():
-        return [value]
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * world_size
+    if several(world_size):
+        dist.all_gather_object(values, value)
     return values
 
 
@@ -235,16 +246,27 @@ def remove_unfinished(run_dir: str) -> None:
         storage.remove(folder)
 
 
-def latest_checkpoint(run_dir: str) -> str | None:
+def latest_checkpoint(
+    run_dir: str, read: bool = True, rank: int = 0, world_size: int = 1, say: Callable[[str], None] = print
+) -> str | None:
     """The newest checkpoint whose files are all there and intact. Older ones stand in for a damaged one, with a line
-    that says so."""
-    for folder in reversed(checkpoints(run_dir)):
+    that says so.
+
+    read: False looks at sizes alone. When several ranks call it, each reads a part of the files, and all get the same.
+    """
+    folders = checkpoints(run_dir) if rank == 0 else []
+    folders = gather(folders, world_size)[0]  # one could appear or go between two looks
+    for folder in reversed(folders):
+        error = None
         try:
-            verify(folder)
-        except ValueError as error:
-            print(f"checkpoint: skipped a damaged one: {error}", flush=True)
-        else:
+            verify(folder, read, rank, world_size)
+        except ValueError as damaged:
+            error = str(damaged)
+        error = next((error for error in gather(error, world_size) if error), None)
+        if not error:
             return folder
+        if rank == 0:
+            say(f"checkpoint: skipped a damaged one: {error}")
     return None
 
 
@@ -252,22 +274,38 @@ def read_meta(folder: str) -> dict:
     return storage.read_json(storage.join(folder, "meta.json"))
 
 
-def verify(folder: str) -> dict:
-    """meta.json of a checkpoint whose files match it. Raises ValueError naming the file that does not."""
+def verify(folder: str, read: bool = True, rank: int = 0, world_size: int = 1) -> dict:
+    """meta.json of a checkpoint whose files match it. Raises ValueError naming the file that does not.
+
+    read: False looks at sizes alone. Of several ranks each reads a part of the files, if they are as many as those that
+    wrote it then what it wrote itself.
+    """
     meta_uri = storage.join(folder, "meta.json")
     try:
         meta = storage.read_json(meta_uri)
-        entries = meta["files"]
-    except (ValueError, KeyError, TypeError):
+        entries = {storage.join(folder, name): (e["size"], e["sha256"]) for name, e in meta["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{meta_uri} is not a checkpoint's meta.json") from None
-    for name, entry in entries.items():
-        uri = storage.join(folder, name)
-        if not storage.exists(uri):
-            raise ValueError(f"{uri} is missing")
-        file = localize(uri)
-        if file.stat().st_size != entry["size"] or _sha256(file) != entry["sha256"]:
-            raise ValueError(f"{uri} is damaged: its size or sha256 is not the one in meta.json")
+    parts, others = (sorted(uri for uri in entries if _is_part(storage.name(uri)) == part) for part in (True, False))
+    if len(parts) != meta.get("world_size", len(parts)):
+        raise ValueError(f"{meta_uri} has the optimizer's files of {len(parts)} of {meta['world_size']} workers")
+    for uri, (size, _) in entries.items():
+        try:
+            if storage.size(uri) != size:
+                raise ValueError(f"{uri} is damaged: its size is not the one in meta.json")
+        except FileNotFoundError:
+            raise ValueError(f"{uri} is missing") from None
+    mine = (parts + others)[rank::world_size] if read else []
+    with ThreadPoolExecutor() as pool:
+        for uri, sha256 in zip(mine, pool.map(lambda uri: _sha256(localize(uri)), mine), strict=True):
+            if sha256 != entries[uri][1]:
+                raise ValueError(f"{uri} is damaged: its sha256 is not the one in meta.json")
     return meta
+
+
+def _is_part(name: str) -> bool:
+    """Whether it is a rank's part of the optimizer's state."""
+    return name.startswith("optimizer_")
 
 
 def prune(run_dir: str, keep_last: int = 2) -> None:
@@ -336,23 +374,29 @@ def load_weights(model: GPT, folder: str) -> None:
 
 
 def has_optimizer(folder: str) -> bool:
-    return any(name.startswith("optimizer_") for name in read_meta(folder)["files"])
+    return any(map(_is_part, read_meta(folder)["files"]))
 
 
 def load_optimizer(optimizer: MuonAdamW, folder: str) -> None:
-    """Give each rank its part of the saved state, whatever the number of ranks that saved it."""
-    parts = defaultdict(list)  # "parameter|state" -> [(first row, file)]
-    for name in read_meta(folder)["files"]:  # not of the folder: an unfinished save may have left more
-        if name.startswith("optimizer_"):
-            file = safe_open(localize(storage.join(folder, name)), "pt")
-            for key, row in json.loads(file.metadata()["first_rows"]).items():
-                parts[key].append((row, file))
+    """Give each rank its part of the saved state, whatever the number of ranks that saved it. Only that is read."""
+    parts = defaultdict(list)  # "parameter|state" -> [(first row, row after the last, file)]
+    for name in filter(_is_part, read_meta(folder)["files"]):  # not of the folder: a cut-off save may have left more
+        uri = storage.join(folder, name)
+        with storage.reading(uri) as f:
+            header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
+        for key, row in json.loads(header["__metadata__"]["first_rows"]).items():
+            parts[key].append((row, row + header[key]["shape"][0], uri))
+    opened = cache(lambda uri: safe_open(localize(uri), "pt"))
 
-    def read(key: str) -> torch.Tensor:
+    def read(key: str, start: int, stop: int) -> torch.Tensor:
         if key not in parts:
             raise ValueError(f"{folder} has no optimizer state {key}")
-        tensors = [file.get_tensor(key) for _, file in sorted(parts[key], key=lambda part: part[0])]
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+        pieces = [
+            opened(uri).get_slice(key)[max(start - first, 0) : min(stop, end) - first]
+            for first, end, uri in sorted(parts[key])
+            if first < stop and end > start
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     optimizer.load_shard_state(read)
 

@@ -24,10 +24,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from nanochat_ray import storage
 from nanochat_ray.model.gpt import GPTConfig
 from nanochat_ray.train import checkpoint, network
-from nanochat_ray.train.hosts import LostHosts, Request, scaling_config, wait_for_hosts
+from nanochat_ray.train.hosts import (
+    LostHosts,
+    OneHost,
+    Request,
+    Trainer,
+    check_rows,
+    scaling_config,
+    wait_for_hosts,
+)
 from nanochat_ray.train.loop import Measurement, TrainConfig, train_loop_per_worker
 from nanochat_ray.train.plan import GPU_SHARE, MAX_TOKENS_PER_CPU, gpu_memory, rows_that_fit
-from nanochat_ray.versions import pinned
+from nanochat_ray.versions import hosts, pinned
 
 MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
 SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
@@ -37,6 +45,10 @@ CPU_WORKER_ENV = {
 }
 # A GPU's blocks of memory grow in place rather than leave gaps. Not yet run.
 GPU_WORKER_ENV = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+NETWORK_ENV = ("NCCL_", "TORCH_NCCL_", "GLOO_")  # variables of the driver that workers get as they are
+# Seconds, unless the driver's environment has others. How long Ray Train waits for room for workers before it counts
+# hosts again, and how long a worker may not answer until it is taken for dead.
+PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120"}
 
 
 @ray.remote(num_cpus=0)
@@ -48,27 +60,44 @@ class Monitor:
         self.lines: list[str] = []
         self.outcome: dict | None = None
         self.stop, self.save = False, False
-        self.starts, self.furthest = 0, -1
-        self.failure: str | None = None  # the first of the newest workers': the others fail for want of that one
+        self.failures, self.furthest = 0, -1
+        self.first: tuple[int, str] | None = None  # the first of the newest workers to fail, and why
+        self.nodes: dict[int, str] = {}  # of the newest workers, by rank
+        self.blamed: Counter = Counter()  # failures by node, in a row without a new step
+        self.failing: set[str] = set()
 
-    def begin(self) -> bool:
-        """Called by each group of workers when it starts. False: it need not, the run has failed."""
-        self.starts += 1
-        if self.starts > MAX_FAILURES:
-            why = self.failure or "none said why: one may have been killed, or have had too little memory"
-            error = f"workers failed {MAX_FAILURES} times in a row without a new step: {why}"
-            self.outcome = {"step": self.furthest, "error": error}
-        self.failure = None
-        return self.starts <= MAX_FAILURES
+    def started(self, rank: int, node: str) -> None:
+        self.nodes[rank] = node
 
     def failed(self, rank: int, error: str) -> None:
-        self.failure = self.failure or error
+        self.first = self.first or (rank, error)
         self.say(f"worker {rank} failed: {error}")
+
+    def fails_again(self, dead: list[int], why: str | None = None) -> bool:
+        """Count a failure, of these ranks or of the first that said so. True: it is one too many, the run is over."""
+        self.failures += 1
+        ranks = dead or ([self.first[0]] if self.first else [])
+        self.blamed.update({self.nodes[rank] for rank in ranks if rank in self.nodes})
+        if bad := {node for node, count in self.blamed.items() if count == 2} - self.failing:
+            self.failing |= bad
+            names = ", ".join(host for host, node in hosts().items() if node["NodeID"] in bad)
+            self.say(f"workers on {names} failed twice: the run goes on without that host if there are others")
+        if self.failures == MAX_FAILURES:
+            why = why or (self.first and self.first[1])
+            why = why or "none said why: one may have been killed, or have had too little memory"
+            error = f"workers failed {MAX_FAILURES} times in a row without a new step: {why}"
+            self.outcome = {"step": self.furthest, "error": error}
+        self.first = None
+        return self.failures >= MAX_FAILURES
+
+    def failing_nodes(self) -> set[str]:
+        return self.failing
 
     def update(self, metrics: dict) -> None:
         self.latest = metrics
         if metrics["step"] > self.furthest:
-            self.starts, self.furthest = 0, metrics["step"]
+            self.failures, self.furthest = 0, metrics["step"]
+            self.blamed.clear()
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -172,35 +201,40 @@ def train(
     anything is written, when the run was begun with other inputs, when there are more workers than rows in a step,
     when the cluster has no room for workers, or when fp8 is asked for without torchao; and later when the loss
     diverged, when the last checkpoint could not be written, or when workers fail again and again; OSError when they
-    can't be started, as when they don't reach each other.
+    can't be started, as when they don't reach each other, and FileNotFoundError when hosts don't see the rows.
 
     Signals are for this process. Ray ends its workers by SIGTERM itself: one that gets it dies as if it was killed.
     """
     refuse_other_inputs(c.run_dir, record["inputs"])
-    done = checkpoint.latest_checkpoint(c.run_dir)
-    if done and checkpoint.read_meta(done)["step"] == c.num_iterations:
+    if is_finished(c):
         print(f"{c.stage}: nothing to do, {c.run_dir} is finished", flush=True)
         return _result(c)
     if c.fp8 and importlib.util.find_spec("torchao") is None:
         raise ValueError("fp8 needs torchao: pip install 'nanochat-ray[gpu]', or leave --fp8 out")
-    scaling = scaling_config(request.workers, request.use_gpu, elastic=report is None)
+    rows = c.total_batch_size // c.model["sequence_len"]
+    scaling = scaling_config(request.workers, request.use_gpu, elastic=report is None, rows=rows)
     check_batch(c, scaling)
     if report is None:
         scaling = wait_for_hosts(request, scaling, c.stage)
+    check_rows(c.rows)
     c = replace(c, device_batch_size=device_batch_size(c, scaling))
     storage.write_json(storage.join(c.run_dir, "config.json"), record | provenance())
-    if report is None:  # how long Ray Train waits for room for workers before it counts hosts again, instead of 60 s
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    for name, seconds in PATIENCE.items():
+        os.environ.setdefault(name, seconds)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = Monitor.options(scheduling_strategy=here).remote()  # dies with the driver, not with a worker's node
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = Trainer(
         train_loop_per_worker,
+        monitor=monitor,
         train_loop_config=asdict(c) | {"monitor": monitor, "measurement": measurement},
         torch_config=network.TorchConfig(),
         scaling_config=scaling,
         # The monitor counts failures, or the sweep does.
         run_config=run_config(
-            c.run_dir, max_failures=0 if report else -1, callbacks=[SaveFirst(monitor), LostHosts(monitor)]
+            c.run_dir,
+            scaling.use_gpu,
+            max_failures=0 if report else -1,
+            callbacks=[SaveFirst(monitor), LostHosts(monitor), OneHost(monitor)],
         ),
     )
     failure: list[BaseException] = []
@@ -209,11 +243,12 @@ def train(
     with StopOnSignal(monitor) as signals:
         thread.start()
         show_progress(thread, monitor, c, report)
+    last = ray.get(monitor.read_outcome.remote())
     if failure:
         if isinstance(failure[0], ray.train.ControllerError) and not report:
             raise OSError(f"workers could not be started: {last_line(failure[0])}") from failure[0]
-        raise failure[0]
-    last = ray.get(monitor.read_outcome.remote())
+        if not last:
+            raise failure[0]
     if last["error"]:
         raise ValueError(f"{c.run_dir}: {last['error']}")
     if signals.received:
@@ -221,8 +256,20 @@ def train(
     return _result(c)
 
 
-def run_config(run_dir: str, max_failures: int = 0, callbacks: Sequence = ()) -> ray.train.RunConfig:
+def is_finished(c: TrainConfig) -> bool:
+    """Reads the newest checkpoint's files only when it is the last one: the workers read them else, each a part."""
+    newest = checkpoint.latest_checkpoint(c.run_dir, read=False, say=lambda line: None)  # the workers say it
+    if not newest or checkpoint.read_meta(newest)["step"] != c.num_iterations:
+        return False
+    return newest == checkpoint.latest_checkpoint(c.run_dir)
+
+
+def run_config(
+    run_dir: str, use_gpu: bool, max_failures: int = 0, callbacks: Sequence[ControllerCallback] = ()
+) -> ray.train.RunConfig:
     filesystem, path = storage.filesystem(run_dir)
+    ours = GPU_WORKER_ENV if use_gpu else CPU_WORKER_ENV
+    theirs = {name: value for name, value in os.environ.items() if name in ours or name.startswith(NETWORK_ENV)}
     return ray.train.RunConfig(
         name="ray",
         storage_path=path,
@@ -230,7 +277,7 @@ def run_config(run_dir: str, max_failures: int = 0, callbacks: Sequence = ()) ->
         failure_config=ray.train.FailureConfig(max_failures=max_failures),
         callbacks=list(callbacks),
         logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-        worker_runtime_env={"env_vars": GPU_WORKER_ENV if ray.cluster_resources().get("GPU") else CPU_WORKER_ENV},
+        worker_runtime_env={"env_vars": ours | theirs},
     )
 
 
@@ -294,21 +341,18 @@ def _gpu_bytes() -> int:
     return min(int(line) for line in told.split()) * 2**20
 
 
-def _fit(trainer: ray.train.torch.TorchTrainer, monitor, failure: list[BaseException], again: bool) -> None:
-    """A host that is lost while workers start ends fit(), which is called again if there were steps since it was."""
-    before = None
+def _fit(trainer: Trainer, monitor, failure: list[BaseException], again: bool) -> None:
+    """What happens while workers start, as when a port was taken or a host lost, ends fit(): it is called again."""
     while not failure:
         try:
             trainer.fit()
             return
         except BaseException as error:  # for the main thread to raise
-            latest, _ = ray.get(monitor.read.remote(0))
-            step = latest and latest["step"]
-            if not (again and isinstance(error, ray.train.ControllerError)) or step == before:
+            again = again and isinstance(error, ray.train.ControllerError)
+            if not again or ray.get(monitor.fails_again.remote([], last_line(error))):
                 failure.append(error)
             else:
                 monitor.say.remote(f"workers could not be started, once more: {last_line(error)}")
-            before = step
 
 
 def last_line(error: BaseException) -> str:

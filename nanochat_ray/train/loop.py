@@ -23,9 +23,10 @@ from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import MuonAdamW, build_optimizer
 from nanochat_ray.model.scaling import finetune_lr_multiplier, lr_multiplier, muon_momentum, muon_weight_decay
-from nanochat_ray.train import checkpoint
+from nanochat_ray.train import checkpoint, network
 from nanochat_ray.train.metrics import MetricsLog, bits_per_byte, peak_flops, peak_memory_mb
 
+COMPILE_THREADS = 8  # of a worker with a GPU; each worker of a host would start 32 processes that compile
 UNTIMED_STEPS = 10  # the first steps compile and warm caches: they are left out of the training time
 # A smoothed loss this many nats above ln(vocabulary), the cost of guessing blindly, does not come back; nor does it
 # become NaN by itself, as the logits are capped. Finetuning may begin there, with tokens that the base never saw and
@@ -125,6 +126,7 @@ class Worker:
     measurement: Measurement | None = None
 
     def __post_init__(self):
+        self.optimizer.overlap(self.model)
         self.model.recompute = self.config.recompute
         if self.config.fp8:
             self.model.convert_to_fp8()
@@ -144,9 +146,9 @@ def train_loop_per_worker(config: dict) -> None:
     """What Ray Train runs on every worker, and again after a failure, which the monitor hears of and counts."""
     monitor, measurement = config.pop("monitor"), config.pop("measurement")
     rank = ray.train.get_context().get_world_rank()
-    if not broadcast(ray.get(monitor.begin.remote()) if rank == 0 else None):
-        return
+    ray.get(monitor.started.remote(rank, ray.get_runtime_context().get_node_id()))
     try:
+        network.meet()
         run(TrainConfig(**config), monitor, measurement)
     except Exception as error:
         ray.get(monitor.failed.remote(rank, f"{type(error).__name__}: {error}".splitlines()[0]))
@@ -155,7 +157,7 @@ def train_loop_per_worker(config: dict) -> None:
 
 def run(c: TrainConfig, monitor, measurement: Measurement | None) -> None:
     """Train from the run's newest checkpoint to num_iterations or a requested stop; the monitor is told which."""
-    worker = start(c)
+    worker = start(c, monitor.say.remote)
     worker.measurement = measurement
     progress = worker.progress
     log = MetricsLog(c.run_dir, asdict(c), progress.step) if worker.rank == 0 else None
@@ -221,22 +223,25 @@ def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def start(c: TrainConfig) -> Worker:
+def start(c: TrainConfig, say: Callable[[str], None] = print) -> Worker:
     """Build the model and the optimizer, from the run's newest checkpoint when there is one."""
     device = ray.train.torch.get_device()
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
     context = ray.train.get_context()
+    if device.type == "cpu":
+        threads = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
+    else:  # Ray gives a worker with a GPU one thread
+        threads = os.cpu_count() // context.get_local_world_size()
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(threads, COMPILE_THREADS))))
+    torch.set_num_threads(max(1, threads))
     rank, world_size = context.get_world_rank(), context.get_world_size()
 
     torch.manual_seed(c.seed)  # the same weights on every rank
     with device:  # a CPU would take long to fill a large model
         model = GPT(GPTConfig(**c.model))
     model.init_weights()
-    resume_from = checkpoint.latest_checkpoint(c.run_dir) if rank == 0 else None
+    resume_from = checkpoint.latest_checkpoint(c.run_dir, rank=rank, world_size=world_size, say=say)
     if rank == 0:
         checkpoint.remove_unfinished(c.run_dir)
-    resume_from = broadcast(resume_from)  # one rank decides: a checkpoint could appear or go between two looks
     if origin := resume_from or c.init_from:
         checkpoint.load_weights(model, origin)
     model.set_compute_dtype(checkpoint.compute_dtype(c.dtype, device))
@@ -261,22 +266,14 @@ def start(c: TrainConfig) -> Worker:
         val_rows=Rows(storage.join(c.rows, "val")),
         progress=progress,
         resumed=resume_from is not None,
-        writer=checkpoint.Writer(c.run_dir, tokenizer),
+        writer=checkpoint.Writer(c.run_dir, tokenizer, rank, world_size),
     )
-
-
-def broadcast(value):
-    """Rank 0's value on every rank."""
-    values = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(values)
-    return values[0]
 
 
 def all_reduce(worker: Worker, values: list[float]) -> list[float]:
     """Sums over the ranks."""
     sums = torch.tensor(values, dtype=torch.float64, device=worker.device)
-    if dist.is_initialized():
+    if checkpoint.several(worker.world_size):
         dist.all_reduce(sums)
     return sums.tolist()
 
@@ -345,8 +342,10 @@ def forward_backward(worker: Worker) -> tuple[torch.Tensor, float]:
         count = max(all_reduce(worker, [learned])[0], 1.0)
     loss_sum = torch.zeros((), device=worker.device)
     parts = math.ceil(len(idx) / c.device_batch_size)
-    for x, y in zip(idx.tensor_split(parts), targets.tensor_split(parts), strict=True):
+    for i, (x, y) in enumerate(zip(idx.tensor_split(parts), targets.tensor_split(parts), strict=True)):
         loss = worker.model(x, y, loss_reduction="sum")
+        if i == parts - 1:
+            worker.optimizer.reduce_in_backward()
         (loss * (worker.world_size / count)).backward()  # the optimizer takes the mean over ranks
         loss_sum += loss.detach()
     return loss_sum, count
@@ -375,8 +374,9 @@ def metrics_of(worker: Worker) -> dict:
 def start_save(worker: Worker, log: MetricsLog | None) -> None:
     """Begin a checkpoint of where the run stands; it is written while training goes on."""
     c, progress = worker.config, worker.progress
+    worker.optimizer.gather_exactly()
     sums = torch.stack([p.detach().sum().float() for p in worker.model.parameters()])
-    if not sums.isfinite().all():
+    if all_reduce(worker, [float(not sums.isfinite().all())])[0]:  # a rank whose copy alone is bad ends all
         raise Diverged(f"weights are not finite after step {progress.step}: look at the data, or lower the rates")
     meta = {
         "stage": c.stage,
@@ -399,6 +399,7 @@ def finish_save(worker: Worker, monitor) -> str | None:
 
 def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
     """Log what the run's Measurement gives. It takes no training time: only train_step counts."""
+    worker.optimizer.wait()
     with worker.model.uncompiled():  # every prompt would be another shape to compile
         measured = worker.measurement.measure(worker.model, worker.tokenizer)
     if log:
@@ -422,6 +423,7 @@ def write_samples(worker: Worker, monitor) -> None:
 
 def sample(worker: Worker) -> list[str]:
     """A line for each of the run's prompts."""
+    worker.optimizer.wait()
     model, prompts, tokens = worker.model, worker.config.prompts, 24
     length = max(map(len, prompts)) + tokens  # training needs the rest of the memory
     room = cache_bytes(model.config, len(prompts), length, model.compute_dtype.itemsize)

@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -181,7 +182,8 @@ def _start_wandb(run_dir: str, config: dict):
         storage.write_bytes(id_uri, uuid.uuid4().hex.encode())
     parent = storage.name(storage.parent(run_dir))
     local = tempfile.mkdtemp(prefix="wandb-") if storage.is_remote(run_dir) else run_dir
-    return wandb.init(
+    start = partial(
+        wandb.init,
         project="nanochat-ray",
         name=storage.name(run_dir),
         group=None if parent == "runs" else parent,  # the runs of a sweep are in a folder of its own
@@ -189,6 +191,9 @@ def _start_wandb(run_dir: str, config: dict):
         resume="allow",
         dir=local,
         config=config,
-        mode=os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline"),
         settings=wandb.Settings(silent=True, console="off"),
     )
+    try:
+        return start(mode=os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline"))
+    except wandb.errors.Error:  # no answer is no reason to end a run: `wandb sync` brings it there later
+        return start(mode="offline")

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 
 import ray
 import ray.train.torch
+import torch
+import torch.distributed as dist
 
+# In which all ranks must have come to a collective: one that hangs ends then, and the run goes on without it. More than
+# a rank waits for another in good order: for a checkpoint of gigabytes on its way to a slow store.
+TIMEOUT_SECONDS = 600
 SIOCGIFADDR = 0x8915  # Linux: the address of an interface
 
 
@@ -36,15 +41,36 @@ def choose_interface() -> None:
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # just this one: NCCL takes a plain name as a prefix
 
 
+def meet() -> None:
+    """The first collective of this rank, in which NCCL connects. Raises ConnectionError that says where to look."""
+    try:
+        dist.all_reduce(torch.zeros(1, device=ray.train.torch.get_device()))
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        name = "NCCL" if dist.is_initialized() and dist.get_backend() == "nccl" else "GLOO"
+        interface = os.environ.get(f"{name}_SOCKET_IFNAME", "").removeprefix("=") or "any interface"
+        raise ConnectionError(
+            f"workers don't reach each other over {interface} ({name}_SOCKET_IFNAME): {str(error).splitlines()[0]}; "
+            "look at `nanochat-ray doctor`, and with NCCL_DEBUG=INFO at the workers' logs"
+        ) from error
+
+
 class TorchBackend(ray.train.torch.TorchConfig().backend_cls):
     def on_start(self, worker_group, backend_config) -> None:
-        worker_group.execute(choose_interface)  # before the workers connect
-        super().on_start(worker_group, backend_config)
+        try:
+            worker_group.execute(choose_interface)  # before the workers connect
+            super().on_start(worker_group, backend_config)
+        except Exception:
+            worker_group._clear_state()  # Ray then takes it for one that has not started, and frees what it holds
+            raise
 
 
 @dataclass
 class TorchConfig(ray.train.torch.TorchConfig):
     """Ray Train's process group, over the interface that Ray uses itself."""
+
+    timeout_s: int = TIMEOUT_SECONDS
 
     @property
     def backend_cls(self):

@@ -10,8 +10,9 @@ from rich.table import Table
 from nanochat_ray.model.attention import BLOCK
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.loss import chunk_size
-from nanochat_ray.model.optim import Shard, build_optimizer
+from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, param_counts, plan_run
+from nanochat_ray.model.shards import Matrices, Shard, make_shards
 from nanochat_ray.train.checkpoint import compute_dtype
 from nanochat_ray.train.metrics import gpu_peak_flops, peak_flops
 
@@ -65,18 +66,10 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class OptimizerWork:
-    """What the optimizer of one worker does in a step."""
-
-    sent: int  # bytes that it sends to the next worker of the ring, and receives from the one before
-    collectives: int
-    flops: int  # of Muon's matmuls
-
-
-@dataclass(frozen=True)
 class Step:
     seconds: float
     waiting: float  # seconds of them in which the network alone is busy
+    sent: int  # bytes that each worker sends to the next of a ring
 
 
 def run(options: PlanOptions) -> Prediction:
@@ -107,10 +100,14 @@ def run(options: PlanOptions) -> Prediction:
     peak = gpu_peak_flops(options.gpu, dtype) if options.gpus else peak_flops(torch.device("cpu"), dtype)
     steps = {}
     for nodes in sorted({2**i for i in range(options.nodes.bit_length())} | {options.nodes}):
-        work = optimizer_work(plan.config, nodes * max(1, options.gpus), dtype, gloo=not options.gpus)
-        compute = plan.flops_per_token * plan.total_batch_size / (nodes * max(1, options.gpus) * peak * options.mfu)
-        update = work.flops / (peak * options.mfu)
-        steps[nodes] = predict_step(work, nodes, compute, update, 1e9 * options.network, 1e-6 * options.latency)
+        workers = nodes * max(1, options.gpus)
+        shards = plan_shards(plan.config, workers, dtype)
+        compute = plan.flops_per_token * plan.total_batch_size / (workers * peak * options.mfu)
+        passes = math.ceil(plan.total_batch_size / (workers * rows * options.sequence_len))
+        update = muon_flops(shards) / (peak * options.mfu)
+        steps[nodes] = predict_step(
+            shards, nodes, compute, update, passes, 1e9 * options.network, 1e-6 * options.latency
+        )
     seconds = plan.num_iterations * steps[options.nodes].seconds
     prediction = Prediction(
         memory=predict_memory(plan.config, workers, rows, not options.gpus, dtype),
@@ -124,42 +121,57 @@ def run(options: PlanOptions) -> Prediction:
     return prediction
 
 
-def optimizer_work(config: GPTConfig, workers: int, dtype: torch.dtype, gloo: bool = False) -> OptimizerWork:
-    """From the optimizer's own shards, padding included. gloo: its reduce-scatter is an all-reduce of everything.
-
-    On a ring of n workers each sends (n-1)/n of a tensor's bytes in a reduce-scatter or an all-gather, and twice that
-    in an all-reduce. Muon's five steps on r × c matrices, r the smaller, are 5 · (4 r² c + 2 r³) FLOPs.
-    """
+def plan_shards(config: GPTConfig, workers: int, dtype: torch.dtype) -> list[Shard]:
+    """The optimizer's own, as its first rank has them, in the order in which a backward has their gradients."""
     with torch.device("meta"):
         model = GPT(config)
-    optimizer = build_optimizer(model.set_compute_dtype(dtype), **BASE_LRS, weight_decay=0.0)
-    volume, collectives, flops = 0, 0, 0
-    for whole in optimizer.shards:
-        shard = Shard(whole.group, whole.params, 0, workers)
-        first = next(iter(shard.params.values()))
-        rows = shard.length if shard.replicated else shard.chunk * workers
-        passes = 2 if shard.replicated or not gloo else 3
-        volume += passes * rows * first.numel() // (1 if shard.stacked else first.size(0)) * first.itemsize
-        collectives += passes
-        if shard.stacked:
-            r, c = sorted(first.shape)
-            flops += shard.chunk * 5 * (4 * r * r * c + 2 * r**3)
-    return OptimizerWork(volume * (workers - 1) // workers, collectives, flops)
+        groups = build_optimizer(model.set_compute_dtype(dtype), **BASE_LRS, weight_decay=0.0).param_groups
+        return make_shards(groups, 0, workers, dtype)
+
+
+def muon_flops(shards: list[Shard]) -> int:
+    """Of one worker: its five steps on r × c matrices, r the smaller, are 5 · (4 r² c + 2 r³) FLOPs."""
+    matrices = [view.shape for shard in shards if isinstance(shard, Matrices) for view in shard.owned()]
+    return sum(5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in matrices)
 
 
 def predict_step(
-    work: OptimizerWork, nodes: int, compute: float, update: float, network: float, latency: float
+    shards: list[Shard], nodes: int, compute: float, update: float, passes: int, network: float, latency: float
 ) -> Step:
     """A step of `compute` seconds on each worker, `update` of them the optimizer's. network: bits/s of each node.
 
-    Forward and backward come first, and nothing travels meanwhile. Then gradients and weights travel around a ring of
-    all workers, which enters and leaves each node once, and each shard is updated while others are on their way. The
-    slowest node's network decides. Each collective waits for one message after the other between the nodes. Within a
-    node, and for a worker with few rows, nothing is counted.
+    Follows the optimizer: gradients of the last of `passes` backwards travel as they come, one shard after the other;
+    each shard is updated when it has arrived, from the first layer on; and weights travel in that order while the next
+    forward runs, which waits for those of each layer. A forward takes half as long as a backward. What travels goes
+    around a ring of all workers, which enters and leaves each node once, so the slowest node's network decides; each
+    collective waits for one message after the other between the nodes. Within a node nothing is counted.
     """
-    travel = 8 * work.sent / network + work.collectives * (nodes - 1) * latency
-    waiting = max(0.0, travel - update) if nodes > 1 else 0.0
-    return Step(compute + waiting, waiting)
+    sent = [shard.bytes_sent() for shard in shards]
+    total = sum(map(sum, sent))
+    if nodes == 1:
+        return Step(compute, 0.0, total)
+
+    def travel(num_bytes: int) -> float:
+        return 8 * num_bytes / network + (nodes - 1) * latency if num_bytes else 0.0
+
+    layers = 1 + max(shard.layer for shard in shards if shard.layer < math.inf)
+    forward = (compute - update) / passes / 3
+    backward = 2 * forward
+    free, reduced = 0.0, []  # from the last backward's start on: when the network is free, and gradients are there
+    for shard, (gradients, _) in zip(shards, sent, strict=True):
+        done = max(0.0, 1 - shard.layer / layers)  # of the backward
+        free = max(free, backward * done) + travel(gradients)
+        reduced.append(free)
+    now, arrived = backward, []
+    for arrival, (_, weights) in zip(reversed(reduced), reversed(sent), strict=True):
+        now = max(now, arrival) + update / len(shards)
+        free = max(free, now) + travel(weights)
+        arrived.append(free)
+    ahead = now  # when the forward would have begun, had it not waited since
+    for shard, arrival in zip(reversed(shards), arrived, strict=True):
+        ahead = max(ahead, arrival - forward * min(1.0, shard.layer / layers))
+    waiting = ahead - backward - update
+    return Step(compute + waiting, waiting, total)
 
 
 def predict_memory(

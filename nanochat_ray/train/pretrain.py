@@ -43,7 +43,7 @@ class PretrainOptions:
     device_batch_size: int | None = None
     """Most rows in one forward pass of a worker; the default is what fits."""
     workers: int | None = None
-    """Most training workers; the default is every GPU of the cluster, else one on all CPUs. While a node is lost, the
+    """Most training workers; the default is every GPU of the cluster, else one a host. While a node is lost, the
     run goes on with fewer."""
     use_gpu: bool | None = None
     """Train on GPUs, for which the cluster is asked if it has none yet; the default is to if it has some."""
@@ -83,6 +83,10 @@ def run(
     """
     rows, manifest = find_rows(options)
     plan = plan_of(options, manifest)
+    there = manifest["splits"]["train"]["rows"] * manifest["sequence_len"]
+    if there < plan.total_tokens:
+        epochs = plan.total_tokens / there
+        print(f"pretrain: the rows have {there:,} tokens for {plan.total_tokens:,}: {epochs:,.1f} epochs", flush=True)
     inputs = {
         "stage": "pretrain",
         "model": asdict(plan.config),

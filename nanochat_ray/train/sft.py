@@ -1,14 +1,9 @@
 """Supervised finetuning: a base checkpoint and conversations -> a chat model, by the loop of pretraining."""
 
-import tempfile
 from dataclasses import asdict, dataclass
-from itertools import chain
-from pathlib import Path
 
 from nanochat_ray import storage
-from nanochat_ray.data.loader import Rows, write_rows
-from nanochat_ray.data.packing import pack_conversations, split_conversation
-from nanochat_ray.data.tokenizer import Tokenizer
+from nanochat_ray.data.loader import Rows
 from nanochat_ray.model.gpt import GPTConfig
 from nanochat_ray.model.scaling import BASE_LRS, REFERENCE_BATCH, flops_per_token
 from nanochat_ray.train import checkpoint
@@ -17,6 +12,7 @@ from nanochat_ray.train.launch import TrainResult, train
 from nanochat_ray.train.loop import Measurement, TrainConfig
 
 LR_SCALE = 0.8  # of the base run's rates
+MIN_STEPS = 20  # in an epoch: fewer would hardly teach anything
 
 
 @dataclass
@@ -28,11 +24,11 @@ class SftOptions:
     steps: int | None = None
     """Steps to train for; the default is one epoch."""
     total_batch_size: int | None = None
-    """Tokens in a step, over all workers; the default is the base run's."""
+    """Tokens in a step, over all workers; the default is the base run's, halved until an epoch has 20 steps."""
     device_batch_size: int | None = None
     """Most rows in one forward pass of a worker; the default is what fits."""
     workers: int | None = None
-    """Most training workers; the default is every GPU of the cluster, else one on all CPUs. While a node is lost, the
+    """Most training workers; the default is every GPU of the cluster, else one a host. While a node is lost, the
     run goes on with fewer."""
     use_gpu: bool | None = None
     """Train on GPUs, for which the cluster is asked if it has none yet; the default is to if it has some."""
@@ -57,26 +53,25 @@ class SftOptions:
     """Of the order of rows."""
 
 
-def run(
-    options: SftOptions,
-    train_conversations: list[dict],
-    val_conversations: list[dict],
-    measurement: Measurement | None = None,
-) -> TrainResult:
-    """Finetune on conversations (evals/tasks makes them), go on, or return at once when it is finished.
+def run(options: SftOptions, rows: str, measurement: Measurement | None = None) -> TrainResult:
+    """Finetune on the rows of prepare_conversations, go on, or return at once when it is finished.
 
     Rates are 0.8 of the base run's, momentum goes on from its state, Muon's weight decay is off.
     Raises FileNotFoundError without a checkpoint, ValueError for options that can't be, or not in this run folder.
     """
     base = checkpoint.resolve_checkpoint(storage.absolute(options.checkpoint))
-    meta, tokenizer = checkpoint.read_meta(base), Tokenizer.load(base)
+    meta = checkpoint.read_meta(base)
     sequence_len = meta["model_config"]["sequence_len"]
-    splits = {"train": train_conversations, "val": val_conversations}
-    rows = prepare_conversations(splits, tokenizer, sequence_len)
+    tokens = len(Rows(storage.join(rows, "train"))) * sequence_len
     # A checkpoint imported from nanochat has neither batch nor rates to inherit.
-    batch = options.total_batch_size or meta.get("total_batch_size") or 16 * sequence_len
-    lrs = meta.get("lrs") or {name: lr * (batch / REFERENCE_BATCH) ** 0.5 for name, lr in BASE_LRS.items()}
-    epoch = max(1, len(Rows(storage.join(rows, "train"))) * sequence_len // batch)
+    of_base = meta.get("total_batch_size") or 16 * sequence_len
+    chosen = of_base if options.steps else batch_size(of_base, tokens, sequence_len)
+    batch = options.total_batch_size or chosen
+    of_batch = {name: lr * (batch / REFERENCE_BATCH) ** 0.5 for name, lr in BASE_LRS.items()}
+    lrs = {name: lr * (batch / of_base) ** 0.5 for name, lr in meta["lrs"].items()} if meta.get("lrs") else of_batch
+    epoch = max(1, tokens // batch)
+    if not options.steps and epoch < MIN_STEPS:
+        print(f"sft: {tokens:,} tokens are only {epoch} steps of {batch:,}: give more conversations, or --steps")
     inputs = {
         "stage": "sft",
         "init_from": base,
@@ -109,36 +104,9 @@ def run(
     return train(config, asdict(options) | {"inputs": inputs}, request, measurement)
 
 
-def prepare_conversations(splits: dict[str, list[dict]], tokenizer: Tokenizer, sequence_len: int) -> str:
-    """Render and pack conversations into a folder of rows, unless the same ones are there; returns the folder.
-
-    A conversation longer than a row goes on in another; no token is dropped, which manifest.json counts.
-    """
-    fingerprint = storage.fingerprint(splits, tokenizer.sha, sequence_len)
-    folder = storage.join(storage.home(), "conversations", f"{fingerprint[:8]}-T{sequence_len}")
-    manifest_uri = storage.join(folder, "manifest.json")
-    if storage.exists(manifest_uri):
-        return folder
-    counts = {}
-    for split, conversations in splits.items():
-        if not conversations:
-            raise ValueError(f"no {split} conversations to finetune on")
-        rendered = [tokenizer.render_conversation(c, max_tokens=None) for c in conversations]
-        pieces = list(chain.from_iterable(split_conversation(*c, sequence_len + 1) for c in rendered))
-        tokens, mask = pack_conversations(pieces, sequence_len + 1)
-        with tempfile.TemporaryDirectory() as scratch:
-            write_rows(Path(scratch) / "rows.arrow", tokens, mask)
-            storage.publish(Path(scratch) / "rows.arrow", storage.join(folder, split, "rows_00000.arrow"))
-        # Counted in the rows: a conversation has one bos, its first token, and all others that rows hold are added.
-        packed = int((tokens != tokenizer.bos_id).sum()) + len(conversations)
-        counts[split] = count = {
-            "conversations": len(conversations),
-            "rows": len(tokens),
-            "tokens": packed,
-            "dropped_tokens": sum(len(ids) for ids, _ in rendered) - packed,
-            "learned_tokens": int(mask.sum()),
-            "split_conversations": sum(len(ids) > sequence_len + 1 for ids, _ in rendered),
-        }
-        print("sft: " + split + " " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in count.items()))
-    storage.write_json(manifest_uri, {"tokenizer_sha256": tokenizer.sha, "sequence_len": sequence_len, **counts})
-    return folder
+def batch_size(of_base: int, tokens: int, sequence_len: int) -> int:
+    """The base run's, halved until an epoch of `tokens` has MIN_STEPS steps; whole rows, one at least."""
+    rows = of_base // sequence_len
+    while rows > 1 and tokens // (rows * sequence_len) < MIN_STEPS:
+        rows //= 2
+    return rows * sequence_len

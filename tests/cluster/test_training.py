@@ -28,8 +28,9 @@ class Run:
         self.pace, self.out = cluster.shared / "home" / "pace", cluster.shared / f"{name}.out"
         tiny = {"depth": 2, "head_dim": 32, "total_batch_size": ROWS_PER_STEP * 64, "num_iterations": NUM_ITERATIONS}
         tiny |= {"eval_every": 75, "eval_tokens": 1024, "save_every": 8, "sample_every": 0}
-        tiny |= {"dtype": "float32", "compile": False, "workers": 3}
-        self.command = ["python", PACED, json.dumps({"rows": rows, "run": name} | tiny | options)]
+        tiny |= {"dtype": "float32", "compile": False, "workers": 3} | options
+        self.num_iterations = tiny["num_iterations"]
+        self.command = ["python", PACED, json.dumps({"rows": rows, "run": name} | tiny)]
 
     def start(self, seconds_a_step: float = SECONDS_A_STEP) -> None:
         self.pace.write_text(str(seconds_a_step))
@@ -68,7 +69,7 @@ class Run:
     def finish(self) -> None:
         self.pace.write_text("0")
         assert self.process.wait(timeout=240) == 0, self.said[-3000:]
-        assert_every_row_once(self.folder, NUM_ITERATIONS, ROWS_PER_STEP)
+        assert_every_row_once(self.folder, self.num_iterations, ROWS_PER_STEP)
 
     @property
     def val_bpb(self) -> list[float]:
@@ -120,7 +121,7 @@ def hang(host, seconds: float) -> None:
 
 def test_three_hosts_train_as_one_does(start, undisturbed):
     """Each host's name maps to 127.0.1.1, where no other host answers."""
-    run = start("on-3", 0)
+    run = start("on-3", 0, workers=None)
     run.finish()
     assert run.sizes == [3]
     assert len(undisturbed) == 5
@@ -184,7 +185,7 @@ def test_a_run_outlives_a_lost_host_and_a_lost_network_and_grows_back(start, clu
     print(f"next step after: killed {killed:.0f} s, cut off {cut:.0f} s; grown back after {grown:.0f} s, {again:.0f} s")
     assert run.sizes == [3, 2, 3, 2, 3]
     assert run.val_bpb == pytest.approx(undisturbed, abs=1e-3)
-    assert killed < 30 and cut < 60
+    assert killed < 60 and cut < 120  # half of it on an idle machine; without LostHosts and ray.env 90 and 170
 
 
 def test_the_same_job_goes_on_when_its_driver_was_killed_and_in_a_new_cluster(start, cluster, undisturbed):

@@ -70,7 +70,7 @@ def test_no_rows():
 
 def test_conversations_are_never_cropped():
     conversations = [
-        (document.tolist(), [0] + [1] * (len(document) - 1))
+        (document, (document != BOS).astype(np.uint8))
         for document in random_documents(3, 200, 9)
         if len(document) <= 24
     ]
@@ -79,9 +79,9 @@ def test_conversations_are_never_cropped():
     assert mask.dtype == np.uint8
     flat = ",".join(map(str, tokens.reshape(-1).tolist()))
     for ids, _ in conversations:
-        assert ",".join(map(str, ids)) in flat
+        assert ",".join(map(str, ids.tolist())) in flat
     # besides the conversations there is only padding: bos, not learned
-    assert mask.sum() == sum(sum(m) for _, m in conversations)
+    assert mask.sum() == sum(int(m.sum()) for _, m in conversations)
     assert ((tokens == BOS) == (mask == 0)).all()
     assert (tokens[:, 0] == BOS).all()
     assert np.count_nonzero(tokens) == sum(len(ids) - 1 for ids, _ in conversations)
@@ -91,7 +91,7 @@ def test_conversations_are_never_cropped():
 @pytest.mark.parametrize("length", [1, 9, 10, 11, 18, 19, 20, 55])
 def test_a_conversation_longer_than_a_row_goes_on_in_others(length):
     ids, mask = [BOS, *range(1, length)], [0, *(i // 4 % 2 for i in range(1, length))]
-    pieces = split_conversation(ids, mask, 10)
+    pieces = split_conversation(np.array(ids), np.array(mask), 10)
     assert all(len(piece) == len(flags) <= 10 for piece, flags in pieces)
     assert all(piece[0] == BOS and flags[0] == 0 for piece, flags in pieces)
     assert [BOS] + [token for piece, _ in pieces for token in piece[1:]] == ids
@@ -102,6 +102,7 @@ def test_a_conversation_longer_than_a_row_goes_on_in_others(length):
 
 def test_conversation_layout():
     conversations = [([7, 1, 2], [0, 1, 1]), ([7, 3, 4, 5], [0, 0, 1, 1])]
+    conversations = [(np.array(ids), np.array(mask, np.uint8)) for ids, mask in conversations]
     tokens, mask = pack_conversations(conversations, 6)
     assert tokens.tolist() == [[7, 3, 4, 5, 7, 7], [7, 1, 2, 7, 7, 7]]
     assert mask.tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]]

@@ -17,7 +17,7 @@ import pytest
 import ray
 
 from nanochat_ray.data import prepare, sources
-from nanochat_ray.data.loader import Rows
+from nanochat_ray.data.loader import Rows, row_files
 from nanochat_ray.data.packing import pack_documents
 from nanochat_ray.data.prepare import Job, PrepareOptions, run, write_shard
 from nanochat_ray.data.tokenizer import SPECIAL_TOKENS, Tokenizer, train
@@ -35,8 +35,9 @@ def make_source(folder: Path, shards: int, documents: int, words: int = 40) -> l
     return every
 
 
-def row_files(rows_uri: str) -> dict[str, bytes]:
-    return {str(path.relative_to(rows_uri)): path.read_bytes() for path in sorted(Path(rows_uri).rglob("*.arrow"))}
+def rows_of(prepared: prepare.Prepared) -> dict[str, bytes]:
+    uris = [uri for split in ("train", "val") for uri in row_files(os.path.join(prepared.rows, split))]
+    return {uri.rpartition("/rows/")[2]: Path(uri).read_bytes() for uri in uris}
 
 
 @pytest.mark.slow
@@ -45,13 +46,10 @@ def test_end_to_end(ray_session, tmp_path, capsys, nanochat_ray_home):
     options = PrepareOptions(source=str(tmp_path / "words"), vocab_size=400, sequence_len=32)
     prepared = run(options)
     tokenizer = Tokenizer.load(prepared.tokenizer)
-    assert Path(prepared.rows) == nanochat_ray_home / "rows" / f"words-{tokenizer.sha[:8]}-T32"
+    assert prepared.rows.startswith(f"{nanochat_ray_home}/rows/words-{tokenizer.sha[:8]}-T32-")
     assert json.loads((Path(prepared.rows) / "manifest.json").read_text()) == prepared.manifest
     splits = prepared.manifest["splits"]
-    assert [list(splits[split]["files"]) for split in ("train", "val")] == [
-        ["rows_00000.arrow", "rows_00001.arrow", "rows_00002.arrow"],
-        ["rows_00000.arrow"],
-    ]
+    assert [len(splits[split]["files"]) for split in ("train", "val")] == [3, 1]
     total = {key: splits["train"][key] + splits["val"][key] for key in splits["val"] if key != "files"}
     assert total["documents"] == len(texts)
     assert total["bytes"] == sum(len(text.encode()) for text in texts)
@@ -77,18 +75,89 @@ def test_end_to_end(ray_session, tmp_path, capsys, nanochat_ray_home):
 
 
 @pytest.mark.slow
-def test_a_changed_source_is_not_mixed_with_the_old(ray_session, tmp_path):
+def test_runs_share_rows_and_take_none_from_each_other(ray_session, tmp_path, capsys):
+    """Two sizes of a folder, then another text in one of its files."""
     folder = tmp_path / "words"
-    texts = make_source(folder, shards=4, documents=30)
+    texts = make_source(folder, shards=5, documents=30)
     train(iter(texts), 300).save(str(tmp_path / "tokenizer"))
     options = PrepareOptions(source=str(folder), tokenizer=str(tmp_path / "tokenizer"), sequence_len=16)
-    old = run(options)
-    (folder / "part_001.parquet").unlink()
-    new = run(options)
-    assert new.rows == old.rows
-    assert new.manifest["source_fingerprint"] != old.manifest["source_fingerprint"]
-    assert sorted(row_files(new.rows)) == ["train/rows_00000.arrow", "train/rows_00001.arrow", "val/rows_00000.arrow"]
-    assert len(Rows(new.rows + "/train")) == new.manifest["splits"]["train"]["rows"]
+    large = run(options)
+    before = rows_of(large)
+    (folder / "part_003.parquet").rename(tmp_path / "part_003.parquet")
+    small = run(options)
+    assert "prepare: 4/4 shards" not in capsys.readouterr().out  # all were there
+    assert list(rows_of(small)) == [*list(before)[:3], *list(before)[4:]]
+    (tmp_path / "part_003.parquet").rename(folder / "part_003.parquet")
+    assert run(options) == large
+
+    pq.write_table(pa.table({"text": texts[::-1]}), folder / "part_001.parquet")
+    changed = run(options)
+    assert rows_of(large) == before
+    assert [uri in before for uri in rows_of(changed)] == [True, False, True, True, True]
+    assert (
+        len(Rows(changed.rows + "/train"))
+        == changed.manifest["splits"]["train"]["rows"]
+        > len(Rows(large.rows + "/train"))
+    )
+
+
+@pytest.mark.slow
+def test_climbmix_shards_are_as_many_as_give_the_tokens(ray_session, tmp_path, nanochat_ray_home, capsys, monkeypatch):
+    """Each size has a tokenizer of its own only while max_chars reach into other shards."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    make_source(tmp_path / "words", shards=7, documents=40)
+    place = nanochat_ray_home / "sources" / "climbmix"
+    place.mkdir(parents=True)
+    for i, path in enumerate(sorted((tmp_path / "words").iterdir())):
+        path.rename(place / f"shard_{i if i < 6 else sources.CLIMBMIX_LAST:05d}.parquet")
+    size = {"vocab_size": 300, "sequence_len": 16, "max_chars": 5000}
+    two = run(PrepareOptions("climbmix", shards=2, **size))
+    tokens = 16 * two.manifest["splits"]["train"]["rows"]
+    capsys.readouterr()
+    five = run(PrepareOptions("climbmix", shards=2, tokens=2 * tokens, **size))
+    said = capsys.readouterr().out
+    train = five.manifest["splits"]["train"]
+    assert f"prepare: {tokens:,} tokens for {2 * tokens:,}: 4 climbmix shards" in said
+    assert len(train["files"]) in (4, 5)
+    assert 2 * tokens <= 16 * train["rows"] < 3 * tokens
+    assert list(rows_of(five))[:2] == list(rows_of(two))[:2]
+    assert run(PrepareOptions("climbmix", shards=2, tokens=2 * tokens, **size)) == five
+    assert five.tokenizer == two.tokenizer == run(PrepareOptions("climbmix", shards=3, **size)).tokenizer
+    others = [run(PrepareOptions("climbmix", shards=n, **size | {"max_chars": 10**9})).tokenizer for n in (2, 3)]
+    assert len({two.tokenizer, *others}) == 3
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", folder]).returncode:
+        pytest.skip("mounting a small disk takes root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_keeps_nothing_half_written(ray_session, tmp_path, small_disk, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_RAY_HOME", str(small_disk / "home"))
+    texts = make_source(tmp_path / "words", shards=4, documents=1200)
+    train(iter(texts[:500]), 300).save(str(tmp_path / "tokenizer"))
+    options = PrepareOptions(source=str(tmp_path / "words"), tokenizer=str(tmp_path / "tokenizer"), sequence_len=64)
+    with pytest.raises(ValueError, match=rf"No space left on device: '.*\.arrow' \({small_disk}: 0 of 0 MB free\)$"):
+        run(options)
+    assert {path.suffix for path in small_disk.rglob("rows_*")} <= {".arrow", ".json"}
+    assert not list(small_disk.rglob(".*"))
+    subprocess.run(["mount", "-o", "remount,size=10m", small_disk], check=True)
+    assert run(options).manifest["splits"]["train"]["rows"]
+
+
+def test_a_disk_without_room_is_known_before_anything_is_downloaded(nanochat_ray_home, monkeypatch):
+    monkeypatch.setattr("nanochat_ray.storage.free_bytes", lambda uri: 30e9)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    with pytest.raises(OSError, match=r"173 climbmix shards and their rows take 33.0 GB \(.* MB free\): make room"):
+        prepare.find_source(PrepareOptions("climbmix", shards=172))
+    with pytest.raises(OSError, match="201 climbmix shards"):
+        prepare.find_source(PrepareOptions("climbmix", tokens=12_000_000_000))
 
 
 @pytest.mark.slow
@@ -149,7 +218,7 @@ def test_killed_half_way(ray_session, tmp_path, monkeypatch):
     texts = make_source(tmp_path / "words", shards=8, documents=2500)
     train(iter(texts[:500]), 300).save(str(tmp_path / "tokenizer"))
     options = PrepareOptions(source=str(tmp_path / "words"), tokenizer=str(tmp_path / "tokenizer"), sequence_len=64)
-    whole = row_files(run(options).rows)
+    whole = rows_of(run(options))
 
     monkeypatch.setenv("NANOCHAT_RAY_HOME", str(tmp_path / "killed"))
     address = ray.get_runtime_context().gcs_address
@@ -170,4 +239,4 @@ def test_killed_half_way(ray_session, tmp_path, monkeypatch):
     again = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("rows_*.json")}
     assert len(again) == 8
     assert {path: again[path] for path in finished} == finished
-    assert row_files(prepared.rows) == whole
+    assert rows_of(prepared) == whole

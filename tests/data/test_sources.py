@@ -1,5 +1,6 @@
 """Sources: files that are hard to read, a server that is hard to download from, packages never imported."""
 
+import email.utils
 import gzip
 import hashlib
 import json
@@ -7,9 +8,11 @@ import random
 import re
 import socket
 import struct
+import subprocess
 import threading
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
@@ -186,12 +189,14 @@ class NastyHandler(BaseHTTPRequestHandler):
         if data is None:
             return self.answer(404, {})
         if not self.path.startswith("/cdn/"):
-            tag = {"X-Linked-ETag": f'"{hashlib.sha256(data).hexdigest()}"'} if server.sha256 else {}
+            digest = hashlib.sha256(data).hexdigest() if server.sha256 is True else server.sha256
+            tag = {"X-Linked-ETag": f'"{digest}"'} if digest else {}
             return self.answer(302, {"Location": f"{server.url}/cdn/{name}", **tag})
         fault = server.faults[name].pop(0) if server.faults[name] else ""
         server.requests.append((name, self.headers.get("Range"), self.headers.get("Authorization")))
-        if fault.isdigit():
-            return self.answer(int(fault), {})
+        if fault[:3].isdigit():  # "503", or with a header "503 Retry-After: 1"
+            status, _, header = fault.partition(" ")
+            return self.answer(int(status), dict([header.split(": ")]) if header else {})
         start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if server.ranges else 0
         if start >= len(data):
             return self.answer(416, {"Content-Range": f"bytes */{len(data)}"})
@@ -239,6 +244,7 @@ def server(tmp_path):
 @pytest.fixture
 def impatient(monkeypatch):
     monkeypatch.setattr(download, "FIRST_DELAY", 0.01)
+    monkeypatch.setattr(download, "LONGEST_DELAY", 0.1)
     monkeypatch.setattr(download, "TIMEOUT", (5, 0.4))
 
 
@@ -284,6 +290,54 @@ def test_fetch_drops_a_left_over_that_does_not_fit(server, impatient, tmp_path, 
     download._partial_path(str(target)).write_bytes(bytes(size + 5 if left_over == "of a longer file" else size // 3))
     download.fetch(f"{server.url}/x/{NAME}", str(target))
     assert target.read_bytes() == server.files[NAME]
+
+
+def test_fetch_waits_as_long_as_the_server_asks(server, impatient, tmp_path, capsys):
+    """However often: it counts as no failure. Transfers that share a pause wait together."""
+    soon = email.utils.formatdate(time.time() + 2, usegmt=True)
+    asks = ["429 Retry-After: 1", '429 RateLimit: "api";r=0;t=1', f"503 Retry-After: {soon}"]
+    server.faults[NAME] = asks + ["429 Retry-After: 0"] * download.ATTEMPTS
+    pause, other, began = download.Pause(print), "shard_00001.parquet", time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(download.fetch, f"{server.url}/x/{NAME}", str(tmp_path / NAME), None, pause)
+        while not pause.until:
+            time.sleep(0.01)
+        second = pool.submit(download.fetch, f"{server.url}/x/{other}", str(tmp_path / other), None, pause)
+        assert first.result() is second.result() is None
+    assert time.monotonic() - began > 2
+    assert all((tmp_path / name).read_bytes() == server.files[name] for name in (NAME, other))
+    assert "429 Too Many Requests and asks to wait 1 s" in capsys.readouterr().out
+
+
+def test_fetch_does_not_wait_for_hours(server, tmp_path):
+    server.faults[NAME] = ["429 Retry-After: 86400"]
+    with pytest.raises(ConnectionError, match=r"429 .* asks to wait 86,400 s \(tried 1 time; run again later\)"):
+        download.fetch(f"{server.url}/x/{NAME}", str(tmp_path / NAME))
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_fetch_tries_a_wrong_checksum_twice(server, impatient, tmp_path):
+    server.sha256 = "0" * 64
+    with pytest.raises(ConnectionError, match=r"sha256 is .*, the server says 0+ \(tried 2 times; run again later\)"):
+        download.fetch(f"{server.url}/x/{NAME}", str(tmp_path / NAME))
+    assert len(server.requests) == 2
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_download_fills_the_disk(server, tmp_path):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", folder]).returncode:
+        pytest.skip("mounting a small disk takes root")
+    try:
+        with pytest.raises(OSError, match=rf"No space left on device \({folder}: .* MB free\); run again.*{NAME}'$"):
+            download.fetch(f"{server.url}/x/{NAME}", str(folder / NAME))
+        assert download._partial_path(str(folder / NAME)).stat().st_size > 0
+        subprocess.run(["mount", "-o", "remount,size=10m", folder], check=True)
+        download.fetch(f"{server.url}/x/{NAME}", str(folder / NAME))
+        assert (folder / NAME).read_bytes() == server.files[NAME]
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 def test_fetch_without_ranges(server, impatient, tmp_path):

@@ -449,6 +449,20 @@ def test_any_number_of_actors_or_ranks(odd_tasks, model, tokenizer, tmp_path, ra
 
 
 @pytest.mark.slow
+def test_actors_that_find_no_room_are_not_waited_for(odd_tasks, model, tokenizer, tmp_path, ray_session, capsys):
+    """One of two CPUs is held."""
+    [task] = bundle.read_tasks(str(write_bundle(tmp_path, odd_tasks)), names=["plain"])
+    items = core.build_items(task, tokenizer, model)
+    holder = ray.remote(num_cpus=1)(type("Holder", (), {"hold": lambda self: None})).remote()
+    ray.get(holder.hold.remote())
+    try:
+        scores = list(core.Scorers(model, 2)([[item] for item in items]))
+    finally:
+        ray.kill(holder)
+    assert json.dumps(scores) == json.dumps([core.score(model, [item]) for item in items])
+
+
+@pytest.mark.slow
 def test_a_killed_actor_is_started_again(odd_tasks, model, tokenizer, tmp_path, ray_session):
     [task] = bundle.read_tasks(str(write_bundle(tmp_path, odd_tasks)), names=["plain"])
     items = core.build_items(task, tokenizer, model)

@@ -1,12 +1,14 @@
 """The Hub's tasks: rows, prompts, tokens and masks as written out by hand, and judges that are exact."""
 
+import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROWS, talk, write_hub
+from hub import ROWS, talk, write_hub
 
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals.tasks import MixtureOptions, arc, gsm8k, hub_mixture, humaneval, mmlu, smoltalk
@@ -239,27 +241,46 @@ def test_smoltalk_turns_out_of_order_are_named(row, tmp_path):
 
 def kinds(conversations) -> dict[str, int]:
     """How many conversations are of each dataset, told by their questions."""
-    counts = dict.fromkeys(("mmlu", "arc", "gsm8k", "smoltalk"), 0)
+    counts = dict.fromkeys(("mmlu", "arc", "gsm8k", "spelling", "smoltalk"), 0)
     for conversation in conversations:
         question = conversation["messages"][0]["content"]
         of_exam = "mmlu" if "No." in question or "number" in question else "arc"
-        kind = of_exam if "Multiple" in question else "gsm8k" if "eggs" in question else "smoltalk"
+        of_talk = "smoltalk" if re.match("Hi|Be brief|Say", question) else "spelling"
+        kind = of_exam if "Multiple" in question else "gsm8k" if "eggs" in question else of_talk
         counts[kind] += 1
     return counts
 
 
 def test_hub_mixture_has_each_dataset_as_often_as_asked(hub):
-    train = hub_mixture("train", MixtureOptions(datasets_dir=hub))
-    assert kinds(train) == {"smoltalk": 22, "mmlu": 3 * 30, "gsm8k": 4 * 9, "arc": 0}
-    assert train == hub_mixture("train", MixtureOptions(datasets_dir=hub))
-    assert min(kinds(train[:60])[name] for name in ("smoltalk", "mmlu", "gsm8k")) > 0  # mixed
+    train = hub_mixture("train", MixtureOptions(datasets_dir=hub, spelling=100))
+    assert kinds(train) == {"smoltalk": 22, "mmlu": 3 * 30, "gsm8k": 4 * 9, "arc": 0, "spelling": 100}
+    assert train == hub_mixture("train", MixtureOptions(datasets_dir=hub, spelling=100))
+    assert min(kinds(train[:60])[name] for name in ("smoltalk", "mmlu", "gsm8k", "spelling")) > 0  # mixed
     options = MixtureOptions(
-        datasets_dir=hub, smoltalk_epochs=0, mmlu_epochs=1, gsm8k_epochs=2, arc_epochs=2, max_rows=5
+        datasets_dir=hub, smoltalk_epochs=0, mmlu_epochs=1, gsm8k_epochs=2, arc_epochs=2, spelling=0, max_rows=5
     )
-    assert kinds(hub_mixture("train", options)) == {"smoltalk": 0, "mmlu": 5, "gsm8k": 10, "arc": 10 + 2}
+    expected = {"smoltalk": 0, "mmlu": 5, "gsm8k": 10, "arc": 10 + 2, "spelling": 0}
+    assert kinds(hub_mixture("train", options)) == expected
     val = hub_mixture("val", MixtureOptions(datasets_dir=hub, max_rows=60))
-    assert kinds(val) == {"smoltalk": 1, "mmlu": 3, "gsm8k": 2, "arc": 0}
-    assert kinds(hub_mixture("val", MixtureOptions(datasets_dir=hub))) == kinds(val) | {"mmlu": 4}  # all there are
+    assert kinds(val) == {"smoltalk": 1, "mmlu": 3, "gsm8k": 2, "arc": 0, "spelling": 3}
+    everything = {"mmlu": 4, "spelling": 4000}
+    assert kinds(hub_mixture("val", MixtureOptions(datasets_dir=hub))) == kinds(val) | everything
+
+
+def test_an_identity_is_in_the_training_mixture_twice(hub, tmp_path):
+    who = [{"role": "user", "content": "Hi, who are you?"}, {"role": "assistant", "content": "A small model."}]
+    file = tmp_path / "identity.jsonl"
+    file.write_text(f"{json.dumps(who)}\n\n{json.dumps({'messages': who, 'source': 'me'})}\n")
+    options = MixtureOptions(datasets_dir=hub, identity=str(file), max_rows=5)
+    assert hub_mixture("train", options).count({"messages": who}) == 4
+    assert hub_mixture("val", options).count({"messages": who}) == 0
+    for line, said in (('{"a": 1}', "line 1 is neither"), ("[1]", "line 1 is neither"), (json.dumps(who[1:]), "roles")):
+        file.write_text(line)
+        with pytest.raises(ValueError, match=said):
+            hub_mixture("train", options)
+    file.write_text("")
+    with pytest.raises(ValueError, match="no conversations"):
+        hub_mixture("train", options)
 
 
 @pytest.mark.parametrize(

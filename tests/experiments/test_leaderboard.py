@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.leaderboard import LeaderboardOptions, run
+from experiments.leaderboard import LeaderboardOptions, beside_nanochat, run, with_scores
 
 PLAN = {"depth": 4, "num_iterations": 4, "total_batch_size": 1000, "scaling_params": 400}
 
@@ -49,3 +49,12 @@ def test_by_core_the_end_counts(runs):
     assert (line["run"], line["value"], line["seconds"]) == ("series/d4", "0.3000", 360)
     with pytest.raises(ValueError, match="one target"):
         run(LeaderboardOptions(core=0.2, bpb=1))
+
+
+def test_a_score_of_the_end_is_shown_beside_nanochats(runs, nanochat_ray_home):
+    lines = with_scores(str(nanochat_ray_home / "runs" / "series" / "d4"), [{"step": 1, "total_training_time": 90.0}])
+    assert lines[-1] == {"step": 1, "total_training_time": 90.0, "core_metric": 0.3}
+    mine, theirs = beside_nanochat("d4", {"cluster": "2 CPUs"}, lines)
+    assert (mine["reached"], mine["seconds"], theirs["reached"], theirs["seconds"]) == (True, 90.0, True, 10_949)
+    assert not beside_nanochat("d4", {}, [lines[-1] | {"core_metric": 0.1}])[0]["reached"]
+    assert beside_nanochat("d4", {}, lines[:1]) == []

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import speedrun
+from experiments import preflight, speedrun
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.train.checkpoint import load_model
@@ -18,8 +18,8 @@ def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(ray_session, nanoch
     shown = capsys.readouterr().out
     runs = nanochat_ray_home / "runs"
     stages = json.loads((runs / "quick" / "stages.json").read_text())
-    assert [s["stage"] for s in stages] == ["source", "tokenizer", "rows", "pretrain", "sft", "chat"]
-    val_bpb = stages[3]["result"]["val/bpb"]
+    assert [s["stage"] for s in stages] == ["source", "tokenizer", "rows", "sft data", "pretrain", "sft", "chat"]
+    val_bpb = stages[4]["result"]["val/bpb"]
     assert 1 < val_bpb < 4
     for expected in (report, f"{val_bpb:.4f}", *speedrun.QUESTIONS, "=== samples", "nanochat-ray chat --checkpoint"):
         assert expected in shown, expected
@@ -38,3 +38,16 @@ def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(ray_session, nanoch
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("step_*/*")}
     assert speedrun.run(options) == report
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("step_*/*")} == before
+
+
+def test_the_gpu_preset_is_refused_without_gpus_and_an_object_store_is_not_measured(ray_session, monkeypatch):
+    with pytest.raises(ValueError, match="no GPU"):
+        speedrun.find_job(speedrun.SpeedrunOptions(preset="gpu"))
+    job = speedrun.find_job(speedrun.SpeedrunOptions(preset="gpu", use_gpu=False))
+    assert (job.plan.depth, job.plan.num_iterations, job.shards) == (24, 5568, 172)
+    assert job.after == {"core", "sft", "chatcore"} and job.mixture.mixture == "hub"
+    with pytest.raises(ValueError, match="take a smaller --depth"):
+        preflight.memory(job.plan, job.scaling)
+    assert speedrun.find_job(speedrun.SpeedrunOptions(preset="gpu", use_gpu=False, skip=["sft"])).after == {"core"}
+    monkeypatch.setenv("NANOCHAT_RAY_HOME", "s3://bucket/home")
+    assert "rows 1.0 GB = 1.0 GB in s3://bucket/home" in preflight.disk({"rows": 1e9})

@@ -92,8 +92,8 @@ def test_a_series_killed_and_started_again_ends_as_one_that_was_not(rows, ray_se
 
 @pytest.mark.cluster
 def test_runs_of_1_2_and_4_gpus_share_two_nodes_of_4(tmp_path):
-    """They run at once; one that finds no room waits, and no longer than until there is."""
-    runs = [["one", 1, 8], ["two", 2, 8], ["four", 4, 8], ["big", 4, 1]]
+    """They run at once, each on one node; one that finds no room waits, and no longer than until there is."""
+    runs = [["one", 1, 12], ["two", 2, 12], ["four", 4, 12], ["big", 4, 1]]
     script = str(Path(__file__).with_name("pack.py"))
     done = subprocess.run(
         [sys.executable, script, str(tmp_path), json.dumps(runs)],
@@ -106,6 +106,7 @@ def test_runs_of_1_2_and_4_gpus_share_two_nodes_of_4(tmp_path):
     results = {name: json.loads((tmp_path / name / "result.json").read_text()) for name, *_ in runs}
     first = [results[name] for name in ("one", "two", "four")]
     assert max(r["started"] for r in first) < min(r["ended"] for r in first)
+    assert [r["nodes"] for r in results.values()] == [1] * 4
     assert results["big"]["started"] > min(r["ended"] for r in first)
 
 
@@ -150,6 +151,7 @@ def test_a_folder_is_of_one_sweep(nanochat_ray_home):
 def test_workers_by_depth(monkeypatch):
     """On 8 GPUs, as many as let each depth be done no later than the largest."""
     monkeypatch.setattr(sweep.ray, "cluster_resources", lambda: {"GPU": 8.0})
+    monkeypatch.setattr(launch, "smallest_gpu", lambda: 79 * 2**30)
     plans = [plan_run(depth) for depth in (12, 16, 20, 24)]
     shared = sweep.share_workers(sweep.SweepOptions(), plans)
     assert shared == [1, 1, 4, 8]
@@ -161,11 +163,22 @@ def test_workers_by_depth(monkeypatch):
 
 
 @pytest.mark.parametrize(
+    ("depth", "runs", "gpus", "gib", "workers"),
+    [(12, 12, 8, 79, 1), (12, 12, 32, 79, 2), (20, 2, 8, 79, 4), (12, 1, 8, 79, 8), (26, 12, 8, 22, 4)],
+)
+def test_equal_runs_share_the_gpus_evenly(depth, runs, gpus, gib, workers, monkeypatch):
+    """And each gets what its memory needs."""
+    monkeypatch.setattr(sweep.ray, "cluster_resources", lambda: {"GPU": float(gpus)})
+    monkeypatch.setattr(launch, "smallest_gpu", lambda: gib * 2**30)
+    assert sweep.share_workers(sweep.SweepOptions(), [plan_run(depth)] * runs) == [workers] * runs
+
+
+@pytest.mark.parametrize(
     ("gpus", "workers", "wanted"),
     [([4, 4], [1, 2, 4], 3), ([4, 4], [8, 8, 8], 1), ([8], [5, 5, 1, 1, 1], 4), ([2], [4], 1)],
 )
 def test_as_many_runs_at_once_as_have_room(gpus, workers, wanted, monkeypatch):
-    nodes = [{"Alive": True, "Resources": {"GPU": n, "CPU": 8}} for n in gpus]
+    nodes = [{"NodeID": str(i), "Alive": True, "Resources": {"GPU": n, "CPU": 8}} for i, n in enumerate(gpus)]
     monkeypatch.setattr(sweep.ray, "nodes", lambda: nodes)
     monkeypatch.setattr(hosts, "can_grow", lambda: True)
     assert sweep.concurrent(workers) == wanted

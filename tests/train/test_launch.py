@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from nanochat_ray.model.scaling import plan_run
-from nanochat_ray.train import launch, pretrain
+from nanochat_ray.train import hosts, launch, pretrain
 from nanochat_ray.train.hosts import Request
 from nanochat_ray.train.launch import device_batch_size, run_config, train
 
@@ -37,18 +37,23 @@ def test_the_device_batch_of_cpus_does_not_follow_their_memory():
 
 def test_fp8_without_torchao_ends_on_one_line_before_anything_starts(monkeypatch):
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(launch.checkpoint, "latest_checkpoint", lambda run_dir: None)
+    monkeypatch.setattr(launch.checkpoint, "latest_checkpoint", lambda run_dir, **_: None)
     monkeypatch.setattr(launch.storage, "exists", lambda uri: False)
     with pytest.raises(ValueError, match=r"fp8 needs torchao: pip install 'nanochat-ray\[gpu\]'") as raised:
         train(config_of(12, fp8=True), {"inputs": {}}, Request())
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("gpus", [0, 4])
-def test_malloc_is_tuned_for_cpu_workers_alone(gpus, monkeypatch, tmp_path):
-    monkeypatch.setattr(launch.ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
-    names = set(run_config(str(tmp_path)).worker_runtime_env["env_vars"])
-    assert names == ({"PYTORCH_CUDA_ALLOC_CONF"} if gpus else {"GLIBC_TUNABLES"})
+@pytest.mark.parametrize("use_gpu", [False, True])
+def test_workers_get_the_environment_of_their_kind_and_the_users_own(use_gpu, monkeypatch, tmp_path):
+    """Malloc is tuned for CPU workers alone, also in a cluster with GPUs."""
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    ours = run_config(str(tmp_path), use_gpu).worker_runtime_env["env_vars"]
+    assert set(ours) == {"PYTORCH_CUDA_ALLOC_CONF" if use_gpu else "GLIBC_TUNABLES", "NCCL_DEBUG"}
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:native")
+    if use_gpu:
+        theirs = run_config(str(tmp_path), use_gpu).worker_runtime_env["env_vars"]
+        assert theirs == ours | {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}
 
 
 def test_a_gpus_memory_is_asked_of_its_node_or_known_by_its_kind(ray_session, monkeypatch):
@@ -62,6 +67,16 @@ def test_a_gpus_memory_is_asked_of_its_node_or_known_by_its_kind(ray_session, mo
     assert launch.smallest_gpu() == 5 * 2**30
     monkeypatch.setattr(launch.ray, "nodes", lambda: [node])
     assert launch.smallest_gpu() == math.inf
+
+
+def test_hosts_without_the_rows_are_named_before_training(ray_session, monkeypatch, tmp_path):
+    """One host stands in for two."""
+    (node,) = (node for node in ray.nodes() if node["Alive"])
+    monkeypatch.setattr(hosts.versions, "hosts", lambda: {"a": node, "b": node})
+    hosts.check_rows(str(tmp_path))
+    hosts.check_rows("s3://bucket/rows")
+    with pytest.raises(FileNotFoundError, match=r"missing is not on a, b: set NANOCHAT_RAY_HOME to a folder that all"):
+        hosts.check_rows(str(tmp_path / "missing"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from nanochat_ray.model.gpt import GPT, GPTConfig
+from nanochat_ray.model.optim import build_optimizer
+from nanochat_ray.model.scaling import BASE_LRS
 from nanochat_ray.train import loop
 from nanochat_ray.train.loop import Diverged, start_save, train_step, write_samples
 
@@ -35,7 +37,14 @@ def test_one_weight_that_is_not_finite_stops_a_save(wrong):
     model = GPT(GPTConfig(16, 64, 2, 2, 2, 32)).set_compute_dtype(torch.bfloat16)
     with torch.no_grad():
         model.transformer.wte.weight[3, 4] = wrong
-    worker = SimpleNamespace(config=None, progress=SimpleNamespace(step=7), model=model)
+    worker = SimpleNamespace(
+        config=None,
+        progress=SimpleNamespace(step=7),
+        model=model,
+        optimizer=build_optimizer(model, **BASE_LRS, weight_decay=0.0),
+        device=torch.device("cpu"),
+        world_size=1,
+    )
     with pytest.raises(Diverged, match="step 7"):
         start_save(worker, None)
 

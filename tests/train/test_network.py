@@ -23,3 +23,17 @@ def test_workers_keep_an_interface_that_the_user_set(monkeypatch):
     network.choose_interface()
     assert network.os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
     assert network.os.environ["NCCL_SOCKET_IFNAME"] == "=eth1"
+
+
+def test_a_first_collective_that_fails_says_over_what_and_where_to_look(monkeypatch):
+    def fails(tensor):
+        raise RuntimeError("NCCL error: unhandled system error\nLast error: socketStartConnect to 172.17.0.1 failed")
+
+    monkeypatch.setattr(network.dist, "all_reduce", fails)
+    monkeypatch.setattr(network.ray.train.torch, "get_device", lambda: "cpu")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "docker0")
+    with pytest.raises(
+        ConnectionError, match=r"over docker0 \(GLOO_SOCKET_IFNAME\): NCCL error: .*NCCL_DEBUG=INFO"
+    ) as e:
+        network.meet()
+    assert "\n" not in str(e.value)

@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 
 from nanochat_ray import storage
+from nanochat_ray.data.conversations import prepare_conversations
 from nanochat_ray.data.loader import Rows
+from nanochat_ray.data.packing import pack_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals.tasks import arithmetic, spelling
-from nanochat_ray.train.sft import prepare_conversations
+from nanochat_ray.train.sft import batch_size
 
 
 @pytest.fixture
@@ -15,7 +17,8 @@ def tokenizer(golden):
     return Tokenizer.load(str(golden / "nanochat_d2"))
 
 
-def test_no_token_of_a_conversation_is_lost_and_only_the_assistants_are_learned(tokenizer):
+@pytest.mark.slow
+def test_no_token_of_a_conversation_is_lost_and_only_the_assistants_are_learned(ray_session, tokenizer):
     """Among them long ones, which take many rows."""
 
     def talk(text: str, turns: int) -> dict:
@@ -52,10 +55,41 @@ def test_no_token_of_a_conversation_is_lost_and_only_the_assistants_are_learned(
         }
 
 
-def test_the_same_conversations_are_packed_once(tokenizer):
+@pytest.mark.slow
+def test_the_same_conversations_are_packed_once(ray_session, tokenizer):
     splits = {"train": arithmetic.conversations("train", 5), "val": arithmetic.conversations("val", 5)}
     folder = prepare_conversations(splits, tokenizer, 128)
     assert prepare_conversations(splits, tokenizer, 128) == folder
     assert prepare_conversations(splits, tokenizer, 256) != folder
     with pytest.raises(ValueError, match="no val conversations"):
         prepare_conversations({"train": splits["train"], "val": []}, tokenizer, 128)
+    with pytest.raises(ValueError, match=r"^conversation: message 0 has role 'robot', expected 'user'$"):
+        prepare_conversations({"train": [{"messages": [{"role": "robot"}]}], "val": splits["val"]}, tokenizer, 128)
+
+
+@pytest.mark.slow
+def test_rows_are_the_rendered_conversations_packed_in_order(ray_session, tokenizer, monkeypatch):
+    """One after the other in lists, without tasks, and with those that come several times rendered each time."""
+    monkeypatch.setattr("nanochat_ray.data.conversations.TASK_CONVERSATIONS", 7)
+    talk = {"messages": [{"role": r, "content": "half \ud800 a pair, " * 30} for r in ("system", "user", "assistant")]}
+    few, once = arithmetic.conversations("train", 20), spelling.conversations("train", 30)
+    splits = {"train": [*few, talk, *once, *few, *few], "val": [*few[:3], talk]}
+    folder = prepare_conversations(splits, tokenizer, 64)
+    for split, conversations in splits.items():
+        pieces = []
+        for conversation in conversations:
+            ids, mask = tokenizer.render_conversation(conversation, max_tokens=None)
+            pieces.append((ids[:65], mask[:65]))
+            starts = range(65, len(ids), 64)
+            pieces += [([ids[0], *ids[i : i + 64]], [0, *mask[i : i + 64]]) for i in starts]
+        tokens, mask = pack_conversations([(np.array(i), np.array(m, np.uint8)) for i, m in pieces], 65)
+        rows = Rows(storage.join(folder, split))
+        assert rows.tokens[0].dtype == np.uint16
+        assert (rows.tokens[0] == tokens).all()
+        assert (rows.masks[0] == mask).all()
+
+
+def test_the_batch_is_a_share_of_the_data():
+    assert batch_size(1_048_576, 300_000_000, 2048) == 1_048_576  # of the Hub's mixture
+    assert batch_size(1_048_576, 550_912, 2048) == 16_384  # 33 steps of the offline one
+    assert batch_size(1_048_576, 3 * 2048, 2048) == 2048  # one row at least

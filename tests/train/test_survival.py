@@ -173,6 +173,46 @@ def test_what_fails_at_every_start_ends_the_run_and_says_why(tiny, monkeypatch, 
     assert capsys.readouterr().out.count("worker 0 failed: FileNotFoundError: ") == 3
 
 
+def test_workers_that_can_not_connect_are_started_again(tiny, monkeypatch, tmp_path, capsys):
+    """At the first start their interface is not there, as on a host that has just come up."""
+    marker = tmp_path / "first"
+
+    class Backend(launch.network.TorchBackend):
+        def on_start(self, worker_group, backend_config):
+            if not marker.exists():
+                marker.touch()
+                worker_group.execute(lambda: os.environ.update(GLOO_SOCKET_IFNAME="none-such"))
+            super().on_start(worker_group, backend_config)
+
+    class TorchConfig(launch.network.TorchConfig):
+        backend_cls = Backend
+
+    monkeypatch.setattr(launch.network, "TorchConfig", TorchConfig)
+    assert pretrain.run(tiny(run="connects", num_iterations=2)).step == 2
+    said = [line for line in capsys.readouterr().out.splitlines() if "once more" in line]
+    assert len(said) == 1 and said[0].startswith("pretrain: workers could not be started, once more: ")
+    print(said[0])
+
+
+@pytest.mark.cluster
+def test_a_worker_that_is_frozen_is_replaced(tiny, nanochat_ray_home, monkeypatch):
+    """It neither computes nor answers, and holds what it has."""
+    monkeypatch.setenv("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", "10")
+    run_dir, frozen = nanochat_ray_home / "runs" / "frozen", []
+
+    def freeze():
+        wait_until(lambda: max(losses(run_dir), default=0) >= 12)
+        frozen.extend(train_workers(psutil.Process())[:1])
+        frozen[0].suspend()
+
+    thread = threading.Thread(target=freeze)
+    thread.start()
+    pretrain.run(tiny(run="frozen", workers=2, num_iterations=60, eval_every=0))
+    thread.join()
+    assert_every_row_once(run_dir, 60, 8)
+    assert not psutil.wait_procs(frozen, timeout=0)[1]  # it was ended, else it would write when it wakes
+
+
 @pytest.mark.cluster
 def test_a_run_outlives_a_node_grows_back_and_saves_before_a_node_is_drained(tiny, nanochat_ray_home):
     """Seven rows a step, which two workers share unevenly."""
@@ -193,3 +233,15 @@ def test_a_run_outlives_a_node_grows_back_and_saves_before_a_node_is_drained(tin
     before_growing, before_draining = map(int, re.findall(r"step (\d+) is saved, as workers", result.stdout))
     shrunk, grown = map(int, re.findall(r"going on from step (\d+), workers: [12]", result.stdout))
     assert 10 <= shrunk < before_growing <= grown < before_draining
+
+
+@pytest.mark.cluster
+def test_an_elastic_run_starts_beside_a_service_and_grows_when_that_ends(tmp_path):
+    """It took all GPUs or none, and waited in silence."""
+    script = str(Path(__file__).with_name("beside_a_service.py"))
+    result = subprocess.run([sys.executable, script, str(tmp_path)], capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    sizes, seconds, said = json.loads(result.stdout.splitlines()[-1])
+    print(f"the first workers started after {seconds:.0f} s")
+    assert sizes == [2, 3]
+    assert said == ["3 workers of 1 GPU: 2 are free, goes on with 2"]

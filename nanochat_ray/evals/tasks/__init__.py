@@ -6,14 +6,14 @@ from functools import partial
 from random import Random
 from typing import Literal
 
-from nanochat_ray.evals.tasks import arc, arithmetic, gsm8k, mmlu, pydocs, smoltalk, spelling
+from nanochat_ray.evals.tasks import arc, arithmetic, gsm8k, mmlu, own, pydocs, smoltalk, spelling
 from nanochat_ray.evals.tasks.common import VAL_EVERY
 
 
 @dataclass
 class MixtureOptions:
     mixture: Literal["hub", "offline"] = "hub"
-    """hub: SmolTalk, MMLU and GSM8K. offline: docstrings, arithmetic and spelling, which need no network."""
+    """hub: SmolTalk, MMLU, GSM8K and spelling. offline: docstrings, arithmetic and spelling, which need no network."""
     datasets_dir: str | None = None
     """Folder with the Hub's layout (openai/gsm8k/…) to read datasets from; without it they come from the Hub."""
     smoltalk_epochs: int = 1
@@ -24,6 +24,11 @@ class MixtureOptions:
     """How many times GSM8K's train is in it."""
     arc_epochs: int = 0
     """How many times the train splits of ARC-Easy and ARC-Challenge are in it."""
+    spelling: int = 80_000
+    """Conversations in it about the letters of words, about as many as there are different ones."""
+    identity: str | None = None
+    """A jsonl file of conversations about the assistant itself, twice in it; a line is a list of messages, or an object
+    that has one."""
     max_rows: int | None = None
     """Conversations taken of each of its datasets, before they are repeated; all by default."""
 
@@ -32,7 +37,7 @@ def hub_mixture(split: str, options: MixtureOptions) -> list[dict]:
     """Conversations of the Hub's datasets, mixed in an order that is the same every time.
 
     split: "train", a dataset as often as the options say, or "val": once, in about the same proportions. Raises
-    OSError naming the dataset that can't be had."""
+    OSError naming the dataset that can't be had, ValueError naming the line of the identity file that is wrong."""
     o, train, all_rows = options, split == "train", sys.maxsize
     test, validation = ("train", "train") if train else ("test", "validation")
     exams = ("auxiliary_train", "train") if train else ("all", "test")
@@ -44,7 +49,10 @@ def hub_mixture(split: str, options: MixtureOptions) -> list[dict]:
         (o.arc_epochs, partial(arc.conversations, "ARC-Challenge", validation), all_rows),
     ]
     max_rows = all_rows if o.max_rows is None else o.max_rows
-    mixed = []
+    share = 1 if train else VAL_EVERY
+    mixed = spelling.conversations(split, min(o.spelling, max_rows) // share)
+    if o.identity and train:
+        mixed += 2 * own.conversations(o.identity)
     for epochs, conversations, val_rows in datasets:
         if epochs > 0:
             size = max_rows if train else min(val_rows, max(1, max_rows // VAL_EVERY))

@@ -4,11 +4,14 @@ import logging
 import os
 import re
 import tempfile
+import time
+from collections.abc import Callable
 
 from nanochat_ray import storage
 from nanochat_ray.inference.tools import calculate
 
 VAL_EVERY = 20  # one problem in twenty is validation
+CONNECTIONS = 4  # to the Hub for one dataset, before we give up
 
 
 def hub_rows(
@@ -19,21 +22,35 @@ def hub_rows(
     name: of the Hub, or below datasets_dir a folder of the same layout. Raises OSError saying what can't be had."""
     import datasets  # takes a second, and the tasks that need no network do without
 
-    if datasets_dir is not None and not os.path.isdir(os.path.join(datasets_dir, name)):
-        raise FileNotFoundError(f"{name} is not in {datasets_dir}: --datasets-dir takes a folder of the Hub's layout")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # six lines on retries before each error
-    path = os.path.join(datasets_dir or "", name)
     with tempfile.TemporaryDirectory() as scratch:
         # The library's own cache takes two folders of the same name for one: only the Hub's datasets are kept there.
         cache = scratch if datasets_dir else None
-        try:
-            rows = datasets.load_dataset(path, config, split=split, cache_dir=cache)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
-            hint = "" if datasets_dir else "; --datasets-dir takes a folder of the Hub's layout instead"
-            raise OSError(f"{' '.join(filter(None, (name, config, split)))}: {reason}{hint}") from None
+        rows = from_hub(datasets.load_dataset, name, config, datasets_dir, split=split, cache_dir=cache)
         rows = rows.shuffle(seed=42, keep_in_memory=True)
         return rows.select(range(min(len(rows) if size is None else size, len(rows)))).to_list()
+
+
+def from_hub(load: Callable, name: str, config: str | None, datasets_dir: str | None, **arguments):
+    """load(path, config, **arguments), a function of `datasets`. Raises OSError of one line if that fails.
+
+    The library itself repeats requests that the server refuses for now, but not one whose connection breaks off."""
+    if datasets_dir is not None and not os.path.isdir(os.path.join(datasets_dir, name)):
+        raise FileNotFoundError(f"{name} is not in {datasets_dir}: --datasets-dir takes a folder of the Hub's layout")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # six lines on retries before each error
+    for left in reversed(range(CONNECTIONS)):
+        try:
+            return load(os.path.join(datasets_dir or "", name), config, **arguments)
+        except Exception as error:
+            # A broken connection is an error of the HTTP library below, neither OSError nor ValueError.
+            if left and not isinstance(error, OSError | ValueError):
+                time.sleep(1)
+                continue
+            reason = str(error).splitlines()[0].rstrip(".")
+            if "gated" in reason:
+                reason += ": accept its terms on the Hub and set HF_TOKEN to a token that may read it"
+            hint = "" if datasets_dir else "; --datasets-dir takes a folder of the Hub's layout instead"
+            what = " ".join(filter(None, (name, config, arguments.get("split"))))
+            raise OSError(f"{what}: {reason}{hint}") from None
 
 
 def multiple_choice(question: str, choices: list[str], letters: list[str], answer: str) -> dict:

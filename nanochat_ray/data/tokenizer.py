@@ -58,7 +58,7 @@ class Tokenizer:
         self.ranks, self.pattern, self.special_tokens = ranks, pattern, special_tokens
         self.vocab_size = len(ranks) + len(special_tokens)
         self.bos_id = special_tokens["<|bos|>"]
-        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32  # that holds every id
+        self.dtype = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32  # the smallest one for all ids
         self._encoding = tiktoken.Encoding(
             "nanochat_ray", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens
         )

@@ -163,7 +163,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for shard in self.to_reduce:
             shard.start_reduce()
         self.to_reduce, self.in_backward = self.shards, False
-        self.to_gather = self.shards[::-1]  # what the forward reads first
+        self.to_gather = self.shards[::-1]  # in the order in which the forward reads them
         for shard in self.to_gather:
             self._update(shard, shard.finish_reduce())
             shard.start_gather()

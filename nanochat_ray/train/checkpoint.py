@@ -73,7 +73,7 @@ class Writer:
         self.meta = {**meta, "step": step, "model_config": asdict(model.config)}
         files = {}
         if optimizer is not None:
-            self.meta["world_size"] = self.world_size  # that many files of it there are
+            self.meta["world_size"] = self.world_size  # each rank writes one file of the state
             state = optimizer.shard_state()
             first_rows = json.dumps({key: row for key, (row, _) in state.items()})
             tensors = {key: value for key, (_, value) in state.items()}

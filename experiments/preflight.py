@@ -78,9 +78,8 @@ def run(checks: Checks) -> None:
 def climbmix(shards: int) -> str:
     """The first and the last training shard and the validation shard, where they are not in the home yet."""
     _, _, missing = sources.climbmix_files(shards)
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    base = f"{endpoint}/datasets/{sources.CLIMBMIX}/resolve/main"
-    sizes = [first_bytes(f"{base}/{name}", os.environ.get("HF_TOKEN")) for name in {*missing[:1], *missing[-2:]}]
+    looked_at, token = {*missing[:1], *missing[-2:]}, os.environ.get("HF_TOKEN")
+    sizes = [first_bytes(sources.climbmix_url(name), token) for name in looked_at]
     return f"{len(missing)} files to download, {gb(len(missing) * max(sizes, default=0))}"
 
 

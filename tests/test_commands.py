@@ -155,5 +155,5 @@ def test_help_of_every_stage_and_experiment(tmp_path):
 
 @pytest.mark.cluster
 def test_help_of_every_benchmark(tmp_path):
-    modules = set(modules_with_a_main("benchmarks")) - {"benchmarks.gpu_checks"}  # which benchmarks.gpu starts
+    modules = set(modules_with_a_main("benchmarks")) - {"benchmarks.gpu_checks"}  # benchmarks.gpu starts it
     check_help(tmp_path / "home", [(module,) for module in sorted(modules)])

@@ -229,11 +229,9 @@ def climbmix(shards: int) -> Source:
             f"{storage.join(place, missing[0])} is missing and HF_HUB_OFFLINE is set: unset it to download "
             f"{len(missing)} of {len(names)} shards, or copy them there"
         )
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    base = f"{endpoint}/datasets/{CLIMBMIX}/resolve/main"
     if missing:
         check_climbmix_room(shards)
-        fetch_all([(f"{base}/{n}", storage.join(place, n)) for n in missing], os.environ.get("HF_TOKEN"))
+        fetch_all([(climbmix_url(n), storage.join(place, n)) for n in missing], os.environ.get("HF_TOKEN"))
     files = [Shard(storage.join(place, name), "text", version=CLIMBMIX, size=CLIMBMIX_TEXT_BYTES) for name in names]
     return Source("climbmix", tuple(files[:-1]), tuple(files[-1:]), storage.fingerprint(CLIMBMIX, names))
 
@@ -247,6 +245,11 @@ def check_climbmix_room(shards: int) -> None:
             f"{len(missing)} climbmix shards and their rows take {needed / 1e9:.1f} GB ({storage.disk(place)}): "
             "make room, or set NANOCHAT_RAY_HOME to a folder of another disk"
         )
+
+
+def climbmix_url(name: str) -> str:
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    return f"{endpoint}/datasets/{CLIMBMIX}/resolve/main/{name}"
 
 
 def climbmix_files(shards: int) -> tuple[str, list[str], list[str]]:

@@ -119,7 +119,7 @@ class MuonAdamW(torch.optim.Optimizer):
         distributed = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.shards = make_shards(self.param_groups, rank, world_size, compute_dtype)
-        self.to_reduce = self.shards  # those of this step that have not started; none does before reduce_in_backward
+        self.to_reduce = self.shards  # this step's shards that have not started
         self.to_gather: list[Shard] = []  # after a step: those whose weights still travel
         self.in_backward, self.in_forward = False, False
         if world_size > 1:
@@ -152,7 +152,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if not self.in_backward:
             return
         shard.waiting_for.discard(p)
-        # Always in the same order, as all ranks must send the same.
+        # Shards start in one order, as all ranks must send the same at the same time.
         while self.to_reduce and not self.to_reduce[0].waiting_for:
             self.to_reduce[0].start_reduce()
             self.to_reduce = self.to_reduce[1:]

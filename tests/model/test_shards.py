@@ -155,7 +155,7 @@ def test_gradients_are_sent_while_the_backward_runs(ranks):
         reduces = [i for i, name in enumerate(events) if name == "all_to_all_single"]
         first = len(reduces) // STEPS * (STEPS - 1)  # of the last step
         during = sum(i < last_backward for i in reduces[first:])
-        assert during >= len(reduces[first:]) - 2  # what the first layers read is known last
+        assert during >= len(reduces[first:]) - 2  # the gradients of the first layers come last
 
 
 def test_all_ranks_send_the_same_in_the_same_order(ranks):

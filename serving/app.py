@@ -50,7 +50,9 @@ UI = Path(__file__).parent / "ui"
 MOST_BODY_BYTES = 1_000_000
 LOST = "the replica that answered was lost; ask again"
 ATTEMPTS = 3  # to find a replica that is not busy, or one that lives
-SILENCE, SILENT_ATTEMPTS = 8, 8  # seconds without a word from an engine that mean it is lost; it has a word every 2
+# Seconds without a word from an engine that mean it is lost; it has a word every 2. Before its first word the next one
+# is asked sooner, which costs nothing, as that may be a lost one too.
+SILENCE, FIRST_SILENCE, SILENT_ATTEMPTS = 8, 4, 16
 UNREACHABLE = (RayError, RayServeException, TimeoutError)
 CONSISTENT_HASH_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 PAGE_HEADERS = {  # the page's own policy says the rest
@@ -169,7 +171,7 @@ async def capacity(engine: DeploymentHandle) -> int:
     for _ in range(SILENT_ATTEMPTS):  # each at another replica, as without a session any is as good
         with suppress(TimeoutError):
             try:
-                return await asyncio.wait_for(engine.capacity.remote(), SILENCE)
+                return await asyncio.wait_for(engine.capacity.remote(), FIRST_SILENCE)
             except BackPressureError:
                 raise busy() from None
             except (RayError, RayServeException):
@@ -329,21 +331,23 @@ class ChatService:
     ) -> AsyncIterator[dict]:
         """The engine's messages, from another replica if the first one is lost before it said anything.
 
-        Raises ApiError when the engine is lost after that. One that is silent for SILENCE seconds counts as lost: of a
-        host that is cut off Ray itself may know a minute later.
+        Raises ApiError when the engine is lost after that. One that is silent counts as lost: of a host that is cut off
+        Ray itself may know a minute later.
         """
         began = last = time.monotonic()
         attempts = silences = 0
         while attempts < ATTEMPTS:
             # Where the router sends a session depends on its name: another name may find another replica.
             session = f"{affinity} {attempts + silences}" if attempts + silences else affinity
+            silence = FIRST_SILENCE
             answer = model.engine.options(stream=True, session_id=session).generate.remote(prompt, params, stream)
             try:
                 while True:
-                    async with asyncio.timeout(SILENCE):
+                    async with asyncio.timeout(silence):
                         message = await anext(answer, None)
                     if message is None:
                         return
+                    silence = SILENCE
                     if "busy" in message:
                         attempts += 1
                         break

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_ray.model.scaling import model_config
-from nanochat_ray.train.plan import plan_shards, predict_step
+from nanochat_ray.train.plan import GLOO_SHARE, plan_shards, predict_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "cluster"))
 from hosts import BIN, Cluster, Host, run
@@ -67,7 +67,8 @@ def compare(options: Options, num_hosts: int) -> list[dict]:
         for mbits in options.mbits:
             for host in cluster.hosts:
                 limit(host, mbits)
-            predicted = predict_step(shards, num_hosts, compute, update / num_hosts, 1, 1e6 * mbits, latency=1e-4)
+            network = 1e6 * mbits * GLOO_SHARE
+            predicted = predict_step(shards, num_hosts, compute, update / num_hosts, 1, network, latency=1e-4)
             measured = measure(cluster, options, num_hosts)["step_seconds"]
             results.append({"hosts": num_hosts, "mbits": mbits, "sent_mb": predicted.sent / 1e6, "compute": compute})
             results[-1] |= {"predicted": predicted.seconds, "measured": measured}

@@ -24,7 +24,7 @@ from nanochat_ray.model import shards
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import BASE_LRS
-from nanochat_ray.train.plan import plan_shards, predict_step
+from nanochat_ray.train.plan import GLOO_SHARE, plan_shards, predict_step
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "cluster"))
 
@@ -109,7 +109,8 @@ def measure(options: Options) -> None:
     with Hosts(2) as cluster:
         _, fast = train(cluster, options, 20_000)
         apart, overlapped = train(cluster, options, round(network / 1e6))
-    predicted = predict_step(parts, 2, fast, fast - options.seconds, options.passes, network, 1e-4).waiting
+    update, used = fast - options.seconds, GLOO_SHARE * network
+    predicted = predict_step(parts, 2, fast, update, options.passes, used, 1e-4).waiting
     print(f"a link of {network / 1e6:,.0f} Mbit/s between two hosts; {fast:.2f} s a step on one of 20,000")
     rows = (
         ("one after the other", apart - fast),

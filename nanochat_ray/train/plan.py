@@ -23,6 +23,9 @@ CONTEXT_BYTES = 2**30  # of a GPU: CUDA context, cuBLAS's and cuDNN's workspaces
 NCCL_BYTES = 2**30  # its buffers, where there are several workers
 # What CUDA can give of each GPU, in GiB: less than the name says, as vendors count in GB and keep some.
 GPU_GIB = {"B200": 178, "H200": 139, "H100": 79, "A100-80G": 79, "A100": 39, "L40S": 44, "L4": 22, "A10G": 22}
+# Of a link, that gloo uses on CPUs: in each exchange it sends in one direction after the other, and two run at a time.
+# Alone they use from 0.5 to 0.9 of it. Of NCCL nothing was measured.
+GLOO_SHARE = 0.75
 GPU_SHARE = 0.9  # of that memory, which the plan may fill: it is right to some 10 %
 
 
@@ -105,9 +108,8 @@ def run(options: PlanOptions) -> Prediction:
         compute = plan.flops_per_token * plan.total_batch_size / (workers * peak * options.mfu)
         passes = math.ceil(plan.total_batch_size / (workers * rows * options.sequence_len))
         update = muon_flops(shards) / (peak * options.mfu)
-        steps[nodes] = predict_step(
-            shards, nodes, compute, update, passes, 1e9 * options.network, 1e-6 * options.latency
-        )
+        network = 1e9 * options.network * (1 if options.gpus else GLOO_SHARE)
+        steps[nodes] = predict_step(shards, nodes, compute, update, passes, network, 1e-6 * options.latency)
     seconds = plan.num_iterations * steps[options.nodes].seconds
     prediction = Prediction(
         memory=predict_memory(plan.config, workers, rows, not options.gpus, dtype),

@@ -5,7 +5,6 @@ Of a sweep's folder also what its results say: laws, optima, verdicts, with thei
 python -m experiments.report FOLDER [FOLDER …] --out report.html
 """
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -64,14 +63,20 @@ def read_run(uri: str) -> Run:
         raise FileNotFoundError(f"there is no run folder {uri}: give a folder with a metrics.jsonl or config.json")
     notes = []
 
-    def json_or(name: str, default):
+    def json_or(name: str, default, *keys: str):
+        """What is in a file, or default. keys: those that each item of a list has."""
         try:
-            return storage.read_json(storage.join(uri, name))
+            value = storage.read_json(storage.join(uri, name))
         except FileNotFoundError:
             return default
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             notes.append(f"{name} is left out, it is not JSON: {error}")
             return default
+        items = value if isinstance(value, list) else []
+        if type(value) is not type(default) or not all(isinstance(i, dict) and i.keys() >= {*keys} for i in items):
+            notes.append(f"{name} is left out, it is not what a run writes")
+            return default
+        return value
 
     samples = storage.join(uri, "samples.md")
     return Run(
@@ -79,8 +84,8 @@ def read_run(uri: str) -> Run:
         config=json_or("config.json", {}),
         metrics=_by_step(with_scores(uri, read_metrics(uri))),
         samples=storage.read_text(samples).strip() if storage.exists(samples) else "",
-        stages=json_or("stages.json", []),
-        chat=json_or("chat.json", []),
+        stages=json_or("stages.json", [], "stage", "seconds"),
+        chat=json_or("chat.json", [], "prompt", "answer"),
         notes=notes,
     )
 

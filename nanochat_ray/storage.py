@@ -57,7 +57,7 @@ def name(uri: str) -> str:
 
 def _info(uri: str) -> pafs.FileInfo:
     fs, path = filesystem(uri)
-    return call(uri, fs.get_file_info, path)
+    return call(uri, fs.get_file_info, path if is_remote(uri) else os.fsencode(path))  # a name may be no UTF-8
 
 
 def exists(uri: str) -> bool:
@@ -101,7 +101,11 @@ def version(uri: str) -> tuple[int, str]:
             metadata = f.metadata() or {}
             if tag := metadata.get("ETag") or metadata.get("generation"):  # of Google
                 return f.size(), tag.decode()
-    return size(uri), str(modified(uri))
+    try:
+        return size(uri), str(modified(uri))
+    except NotImplementedError:  # a web server says what it says
+        fs, path = filesystem(uri)
+        return size(uri), fingerprint(call(uri, fs.handler.fs.info, path))
 
 
 def free_bytes(uri: str) -> int | None:
@@ -137,11 +141,36 @@ def _list(uri: str) -> list[pafs.FileInfo]:
     return call(uri, fs.get_file_info, pafs.FileSelector(path, allow_not_found=True))
 
 
-def files(uri: str) -> list[str]:
-    """Sorted names of the files in a folder, without its folders. Raises OSError when it can't be listed."""
-    if not is_remote(uri):
-        return [name for name in listdir(uri) if os.path.isfile(join(uri, name))]
-    return sorted(info.base_name for info in _list(uri) if info.type == pafs.FileType.File)
+def walk(uri: str) -> list[tuple[str, int]]:
+    """(path below the folder, bytes) of all files below it, sorted; −1 bytes for a link to nothing.
+
+    Links to folders are followed, into each folder once. Raises OSError when a folder can't be listed."""
+    if is_remote(uri):
+        fs, path = filesystem(uri)
+        below = call(uri, fs.get_file_info, pafs.FileSelector(path, recursive=True))
+        start = len(path.rstrip("/")) + 1
+        return sorted((info.path[start:], info.size or 0) for info in below if info.type == pafs.FileType.File)
+    found, seen = [], set()
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(uri, followlinks=True, onerror=fail):
+        if (place := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(place)
+        for path in (os.path.join(folder, name) for name in names):
+            if os.path.isfile(path):
+                found.append((os.path.relpath(path, uri), os.path.getsize(path)))
+            elif not os.path.lexists(os.path.realpath(path)):
+                found.append((os.path.relpath(path, uri), -1))
+    return sorted(found)
+
+
+def real(uri: str) -> str:
+    """The path without links; a URI is itself."""
+    return uri if is_remote(uri) else os.path.realpath(uri)
 
 
 @contextmanager
@@ -163,7 +192,7 @@ def read_bytes(uri: str) -> bytes:
 
 def read_text(uri: str) -> str:
     """Raises FileNotFoundError, OSError when it can't be read, and UnicodeDecodeError."""
-    return read_bytes(uri).decode()
+    return read_bytes(uri).decode("utf-8-sig")  # a byte order mark is no text
 
 
 def read_json(uri: str):

@@ -26,7 +26,7 @@ from nanochat_ray import storage
 
 TRANSFERS = 8  # at once on a node, however many CPUs it has: servers limit how much one address asks
 ATTEMPTS = 8  # in a row with no new byte since the first of them
-CHECKSUM_ATTEMPTS = 2
+CONTENT_ATTEMPTS = 2  # of a whole file that comes wrong, or breaks off and can't be resumed
 PATIENCE = 3600.0  # seconds in a row that a server may ask to wait before a new byte comes
 FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds between attempts, doubling
 TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next byte
@@ -42,7 +42,7 @@ class Busy(requests.ConnectionError):
 
 
 class WrongContent(requests.ConnectionError):
-    pass
+    """All came that the server sends, and it is not the file; or all was asked for, which is not done for ever."""
 
 
 class Pause:
@@ -170,7 +170,7 @@ def _fetch_with_retries(url: str, file: BinaryIO, token: str | None, pause: Paus
                 pause.extend(max(error.seconds, delay), error)
                 continue
             failures += 1
-            if failures >= ATTEMPTS or mismatches >= CHECKSUM_ATTEMPTS or isinstance(error, Busy):
+            if failures >= ATTEMPTS or mismatches >= CONTENT_ATTEMPTS or isinstance(error, Busy):
                 kept = f"{arrived:,} bytes are kept, run again to continue" if arrived else "run again later"
                 times = f"tried {tries} time{'s' * (tries > 1)}"
                 raise ConnectionError(f"cannot download {url}: {error} ({times}; {kept})") from error
@@ -178,29 +178,52 @@ def _fetch_with_retries(url: str, file: BinaryIO, token: str | None, pause: Paus
 
 
 def _fetch_rest(url: str, file: BinaryIO, token: str | None) -> None:
-    """One request for what `file` lacks, appended to it. Returns when it is whole, else raises."""
+    """One request for what `file` lacks, appended to it. Returns when it is whole, else raises.
+
+    Whole is what has the length and the sha256 that the server names. Without a length it is the end of the stream."""
     headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
     start = file.seek(0, os.SEEK_END)
     if start:
         headers["Range"] = f"bytes={start}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         _raise_for_status(url, response)
-        # "bytes 0-99/200" or, when the server has nothing after `start`, "bytes */200"
-        span, _, total = response.headers.get("Content-Range", "").partition("/")
-        total = int(total if total.isdigit() else response.headers.get("Content-Length", -1))
-        if response.status_code == 206 and not span.startswith(f"bytes {start}-"):
+        # A proxy may compress what it was asked to leave alone: lengths and ranges are then of other bytes.
+        encoded = response.headers.get("Content-Encoding", "identity").lower() not in ("", "identity")
+        span, total = _span_and_total(response, encoded)
+        if response.status_code == 206 and (encoded or not span.startswith(f"bytes {start}-")):
+            if encoded:
+                _empty(file)
             raise requests.ConnectionError(f"the server sent {span!r} for {headers.get('Range')!r}")
+        if response.status_code == 416 and total is None:
+            _empty(file)
+            raise requests.ConnectionError(f"the server has nothing after {start:,} bytes and names no length")
         if response.status_code == 200:
             _empty(file)  # the server sends all of it, Range or not
         if response.status_code != 416:
-            for chunk in response.iter_content(1 << 16):
-                file.write(chunk)
+            try:
+                for chunk in response.iter_content(1 << 16):
+                    file.write(chunk)
+            except (*TRANSIENT, requests.exceptions.ContentDecodingError) as error:
+                if encoded:
+                    _empty(file)
+                if response.status_code == 200 and total is None:
+                    raise WrongContent(f"it broke off, and the server names no length: {error}") from error
+                raise
         file.flush()
-        if (size := file.tell()) != total:
+        if total is not None and (size := file.tell()) != total:
             if size > total:
                 _empty(file)  # so it was no beginning of this file
             raise requests.ConnectionError(f"{size:,} bytes arrived, the server says {total:,}")
-        _verify_sha256(file, response)
+        _verify(file, response, url)
+
+
+def _span_and_total(response: requests.Response, encoded: bool) -> tuple[str, int | None]:
+    """(which bytes come, how many the file has, None where nobody says)."""
+    # "bytes 0-99/200" or, when the server has nothing after `start`, "bytes */200"
+    span, _, total = response.headers.get("Content-Range", "").partition("/")
+    linked = [r.headers.get("X-Linked-Size", "") for r in [*response.history, response]]  # of the Hub
+    length = "" if encoded or response.status_code != 200 else response.headers.get("Content-Length", "")
+    return span, next((int(text) for text in (total, *linked, length) if text.isdigit()), None)
 
 
 def _raise_for_status(url: str, response: requests.Response) -> None:
@@ -234,13 +257,19 @@ def _empty(file: BinaryIO) -> None:
     file.seek(0)
 
 
-def _verify_sha256(file: BinaryIO, response: requests.Response) -> None:
-    """The Hub names a large file's sha256; a resumed file that changed in between is caught by it."""
+def _verify(file: BinaryIO, response: requests.Response, url: str) -> None:
+    """The Hub names a large file's sha256; a resumed file that changed in between is caught by it.
+
+    Of a parquet file without one the end is looked at: an orderly end of a stream may come too early."""
     tags = [r.headers.get("X-Linked-ETag", "").strip('"') for r in [*response.history, response]]
     expected = next((tag for tag in tags if len(tag) == 64), None)
-    if expected is None:
-        return
     with open(file.name, "rb") as copy:
+        if expected is None:
+            copy.seek(max(0, file.tell() - 4))
+            if url.endswith(".parquet") and copy.read() != b"PAR1":
+                _empty(file)
+                raise WrongContent(f"it ends after {copy.tell():,} bytes, before the end of a parquet file")
+            return
         actual = hashlib.file_digest(copy, "sha256").hexdigest()
     if actual != expected:
         _empty(file)

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SPLIT_ROWS = 100  # a document that fills more rows than these is a book or a whole corpus: cropped, most would be lost
+
 
 @dataclass(frozen=True)
 class PackCounts:
-    """Where the tokens went: used + cropped + dropped is all there were."""
+    """Where the tokens went: used + cropped + dropped is all there were, and a bos for each row split off."""
 
     used: int  # in rows
     cropped: int  # cut off a document's end because nothing fit whole
@@ -47,12 +49,16 @@ class LengthBuckets:
 def pack_documents(documents: Sequence[np.ndarray], row_len: int) -> tuple[np.ndarray, PackCounts]:
     """Fill rows with documents (each a token array that begins with bos), the longest that fits first.
 
-    When none fits, the shortest one is cropped to fill the row: it has least to lose. A last row that can't be filled
-    is dropped. Returns rows (n, row_len) in the documents' dtype.
+    When none fits, the shortest one is cropped to fill the row: it has least to lose. A document of more than
+    SPLIT_ROWS rows is first split into rows, each with a bos of its own. A last row that can't be filled is dropped.
+    Returns rows (n, row_len) in the documents' dtype.
     """
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
     if len(lengths) and lengths.min() == 0:
         raise ValueError(f"document {int(lengths.argmin())} has no tokens: every document begins with bos")
+    if lengths.max(initial=0) > SPLIT_ROWS * row_len:
+        documents = [piece for document in documents for piece in _split_document(document, row_len)]
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
     buckets = LengthBuckets(lengths, row_len)
     pieces, space, cropped = [], row_len, 0
     while buckets.filled:
@@ -69,6 +75,14 @@ def pack_documents(documents: Sequence[np.ndarray], row_len: int) -> tuple[np.nd
     # rows have no gaps, so laying the pieces end to end is the whole copy
     rows = np.concatenate([np.empty(0, dtype), *pieces]).reshape(-1, row_len)
     return rows, PackCounts(used=rows.size, cropped=cropped, dropped=dropped)
+
+
+def _split_document(ids: np.ndarray, row_len: int) -> list[np.ndarray]:
+    """A very long document as documents of one row; any other as it is."""
+    if len(ids) <= SPLIT_ROWS * row_len:
+        return [ids]
+    starts = range(row_len, len(ids), row_len - 1)
+    return [ids[:row_len], *(np.append(ids[:1], ids[start : start + row_len - 1]) for start in starts)]
 
 
 def split_conversation(ids: np.ndarray, mask: np.ndarray, row_len: int) -> list[tuple[np.ndarray, np.ndarray]]:

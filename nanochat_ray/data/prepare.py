@@ -3,6 +3,7 @@
 import errno
 import math
 import os
+import pickle
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -15,10 +16,10 @@ import ray
 import ray.data
 
 from nanochat_ray import storage
-from nanochat_ray.data import sources
+from nanochat_ray.data import files, sources
 from nanochat_ray.data.loader import row_files, write_rows
 from nanochat_ray.data.packing import pack_documents
-from nanochat_ray.data.tokenizer import Tokenizer, compression, train
+from nanochat_ray.data.tokenizer import Tokenizer, compression, pieces, train
 
 CHUNK_CHARS = 200_000  # encoded by one thread at a time: long beside a switch of threads, short beside a shard
 MOST_TOKENS = 60_000_000  # in the rows of a climbmix shard, if none were cropped
@@ -27,14 +28,17 @@ MAX_TASKS = 2_000  # of a job, or 8 a CPU
 MAX_LINES = 1_000  # of progress
 PROGRESS_CHARS = 250_000_000  # of a tokenizer's sample, between lines
 COMPRESSION_SAMPLE = 1_000  # validation documents
+COUNTS = ("rows", "tokens", "cropped_tokens", "dropped_tokens", "documents", "bytes", "blank")  # of a shard
 
 
 @dataclass
 class PrepareOptions:
     source: str = "pydocs"
-    """pydocs, climbmix, or a path or URI of a folder of parquet, jsonl or txt files."""
+    """pydocs, climbmix, or paths, patterns or URIs of folders or files (parquet, arrow, jsonl, json, csv, txt), with
+    commas between them."""
     text_column: str | None = None
-    """The column with the text, when it is not `text` or the only string column."""
+    """The column with the text; by default text, content, document or body, the first that there is. body.text is a
+    field of a struct, parts[] the strings of a list."""
     shards: int = 8
     """How many climbmix shards to train on."""
     tokens: int | None = None
@@ -113,16 +117,19 @@ def _prepare(source: sources.Source, tokenizer_uri: str, tokenizer: Tokenizer, s
     if len(left) == len(jobs):
         _report_compression(tokenizer, source)
     if left:
-        _run_jobs(left, len(jobs), tokenizer, sequence_len + 1)
-    splits = _collect(jobs, rows_uri, sequence_len + 1, source.name)
+        _run_jobs(left, len(jobs), tokenizer, sequence_len + 1, source)
+    splits = _collect(jobs, rows_uri, sequence_len + 1, source)
     manifest = {**inputs, "tokenizer": tokenizer_uri, "splits": splits}
     storage.write_json(manifest_uri, manifest)
     for split, total in splits.items():
         print(
             f"prepare: {split} {total['rows']:,} rows, {total['tokens']:,} tokens "
-            f"({total['cropped_tokens'] / (total['tokens'] + total['cropped_tokens']):.1%} cropped)",
+            f"({total['cropped_tokens'] / (total['tokens'] + total['cropped_tokens']):.1%} cropped)"
+            + (f", {total['blank']:,} documents without text" if total["blank"] else ""),
             flush=True,
         )
+    if source.empty:
+        print(f"prepare: {len(source.empty):,} of {source.files:,} files are empty: {files.some(source.empty)}")
     return Prepared(rows_uri, tokenizer_uri, manifest)
 
 
@@ -173,9 +180,11 @@ class _Sample:
         self.source, self.max_chars, self.shards, self.chars = source, max_chars, 0, 0
 
     def __iter__(self) -> Iterator[str]:
+        reading = sources.Reading(unreadable=list(self.source.unreadable))
         for shard in self.source.train:
             self.shards += 1
-            for text in sources.read_documents(shard):
+            sources.check_unreadable(self.source.files, reading.unreadable)
+            for text in sources.read_documents(shard, reading):
                 yield text[: self.max_chars - self.chars]
                 if (self.chars + len(text)) // PROGRESS_CHARS > self.chars // PROGRESS_CHARS:
                     print(f"prepare: tokenizer has read {self.chars:,} of {self.max_chars:,} characters", flush=True)
@@ -185,7 +194,8 @@ class _Sample:
 
 
 def _report_compression(tokenizer: Tokenizer, source: sources.Source) -> None:
-    ratios = compression(tokenizer, list(islice(sources.read_documents(source.val[0]), COMPRESSION_SAMPLE)))
+    texts = sources.read_documents(source.val[0], sources.Reading())
+    ratios = compression(tokenizer, list(islice(texts, COMPRESSION_SAMPLE)))
     listed = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
     note = "" if len(ratios) > 1 else " (gpt2 and cl100k_base are not in tiktoken's cache, so not compared)"
     print(f"prepare: bytes per token on validation text: {listed}{note}", flush=True)
@@ -221,13 +231,14 @@ def unfinished(jobs: list[Job]) -> list[Job]:
     return [job for job in jobs if job.counts_uri not in finished]
 
 
-def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int) -> None:
+def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int, source: sources.Source) -> None:
     """One Ray task a shard or a few. Counts come back: tokens go from the task to the file, past the object store."""
     cpus = ray.cluster_resources().get("CPU", 1)  # none yet where nodes come when tasks wait for them
     constants = {"tokenizer": tokenizer, "row_len": row_len, "cpus": cpus}
-    start, tokens = time.monotonic(), 0
+    start, tokens, unreadable = time.monotonic(), 0, set(source.unreadable)
     # A task a shard, but of very many shards a task has several: each task costs the driver some milliseconds.
-    items = [{"job": asdict(job), "left": len(jobs) - index} for index, job in enumerate(jobs)]
+    # Pickled, because a file's name may be no UTF-8, which Arrow's strings have to be.
+    items = [{"job": pickle.dumps(job), "left": len(jobs) - index} for index, job in enumerate(jobs)]
     blocks = ray.data.from_items(items, override_num_blocks=min(len(jobs), max(MAX_TASKS, int(8 * cpus))))
     # A node runs as many tasks at once as its memory holds. One that asked for more than any node has would never run,
     # and nodes that an autoscaler has yet to bring may not say how much they have.
@@ -238,6 +249,8 @@ def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int)
     for done, result in enumerate(results, num_all - len(jobs) + 1):
         if result["error"]:
             raise ValueError(result["error"])
+        unreadable.update(result["unreadable"])
+        sources.check_unreadable(source.files, sorted(unreadable))
         tokens += result["tokens"]
         speed = tokens / (time.monotonic() - start)
         if done % math.ceil(num_all / MAX_LINES) == 0 or done == num_all:
@@ -248,21 +261,27 @@ def _run_job(row: dict, *, cpus: float, **constants) -> dict:
     """What is wrong with a file is returned, not raised: Ray would wrap one clear line in pages of its own trace."""
     # The last shards share the cores that have no shard of their own; twice as many threads, as some end early.
     num_threads = math.ceil(2 * cpus / row["left"])
-    job = Job(**row["job"] | {"shard": sources.Shard(**row["job"]["shard"])})
+    job = pickle.loads(row["job"])
     try:
         counts = write_shard(job, num_threads=num_threads, **constants)
     except (ValueError, OSError) as error:
         full = f" ({storage.disk(job.uri)})" if getattr(error, "errno", None) == errno.ENOSPC else ""
-        return {"tokens": 0, "error": f"{error}{full}"}
-    return {"tokens": counts["tokens"] + counts["cropped_tokens"] + counts["dropped_tokens"], "error": ""}
+        return {"tokens": 0, "error": files.shown(f"{error}{full}"), "unreadable": []}
+    tokens = counts["tokens"] + counts["cropped_tokens"] + counts["dropped_tokens"]
+    return {"tokens": tokens, "error": "", "unreadable": counts.get("unreadable", [])}
 
 
 def write_shard(job: Job, *, tokenizer: Tokenizer, row_len: int, num_threads: int) -> dict:
     """Tokenize and pack one shard into its row file. Holds the tokens of the shard, its text only by chunks."""
-    documents, num_bytes = [], 0
-    for encoded, size in _encode(_chunks(sources.read_documents(job.shard)), tokenizer, num_threads):
-        documents += encoded
+    documents, num_bytes, reading = [], 0, sources.Reading()
+    bos = np.array([tokenizer.bos_id], dtype=tokenizer.dtype)
+    for encoded, size in _encode(_chunks(sources.read_documents(job.shard, reading)), tokenizer, num_threads):
+        for ids, begins in encoded:
+            if begins:
+                documents.append([bos])
+            documents[-1].append(ids)
         num_bytes += size
+    documents = [np.concatenate(parts) for parts in documents]
     rows, tokens = pack_documents(documents, row_len)
     write_rows(job.uri, rows)
     counts = {
@@ -273,32 +292,33 @@ def write_shard(job: Job, *, tokenizer: Tokenizer, row_len: int, num_threads: in
         "documents": len(documents),
         "bytes": num_bytes,
     }
+    counts |= {key: value for key, value in asdict(reading).items() if value}
     storage.write_json(job.counts_uri, counts)  # after the rows: where it is, the shard is finished
     return counts
 
 
-def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
+def _chunks(texts: Iterator[str]) -> Iterator[list[tuple[str, bool]]]:
+    """Lists of (text, whether a document begins with it): several short documents, or a part of a very long one."""
     chunk, chars = [], 0
     for text in texts:
-        chunk.append(text)
-        chars += len(text)
-        if chars >= CHUNK_CHARS:
-            yield chunk
-            chunk, chars = [], 0
+        for number, part in enumerate(pieces(text)):
+            chunk.append((part, number == 0))
+            chars += len(part)
+            if chars >= CHUNK_CHARS:
+                yield chunk
+                chunk, chars = [], 0
     if chunk:
         yield chunk
 
 
 def _encode(
-    chunks: Iterator[list[str]], tokenizer: Tokenizer, num_threads: int
-) -> Iterator[tuple[list[np.ndarray], int]]:
-    """For each chunk, in order: its documents' tokens, bos first, and how many bytes its text has."""
-    bos = np.array([tokenizer.bos_id], dtype=tokenizer.dtype)
+    chunks: Iterator[list[tuple[str, bool]]], tokenizer: Tokenizer, num_threads: int
+) -> Iterator[tuple[list[tuple[np.ndarray, bool]], int]]:
+    """For each chunk, in order: tokens of its texts, and how many bytes its text has."""
 
-    def encode(chunk: list[str]) -> tuple[list[np.ndarray], int]:
-        ids = map(tokenizer.encode_to_numpy, chunk)
-        documents = [np.concatenate((bos, document), dtype=tokenizer.dtype, casting="unsafe") for document in ids]
-        return documents, sum(len(text.encode()) for text in chunk)
+    def encode(chunk: list[tuple[str, bool]]) -> tuple[list[tuple[np.ndarray, bool]], int]:
+        encoded = [(tokenizer.encode_to_numpy(text).astype(tokenizer.dtype), begins) for text, begins in chunk]
+        return encoded, sum(len(text.encode()) for text, _ in chunk)
 
     num_threads = min(num_threads, os.cpu_count())
     waiting = deque()
@@ -311,28 +331,33 @@ def _encode(
             yield waiting.popleft().result()
 
 
-def _collect(jobs: list[Job], rows_uri: str, row_len: int, name: str) -> dict:
+def _collect(jobs: list[Job], rows_uri: str, row_len: int, source: sources.Source) -> dict:
     """{split: summed counts, rows by file, and fingerprints of the shards in that order}.
 
-    Raises ValueError when a split has no rows.
+    Says which files could not be read to their ends. Raises ValueError when those are too many or a split has no rows.
     """
 
     def named(uri: str) -> str:
         folder = storage.parent(storage.parent(uri))
         return storage.name(uri) if folder == rows_uri else f"{storage.name(folder)}/{storage.name(uri)}"
 
-    splits = {}
+    splits, unreadable = {}, set(source.unreadable)
     for split in ("train", "val"):
         ours = [job for job in jobs if job.split == split]
         with ThreadPoolExecutor(32) as pool:
             read = pool.map(storage.read_json, [job.counts_uri for job in ours])
             counts = {named(job.uri): counts for job, counts in zip(ours, read, strict=True)}
-        total = {key: sum(c[key] for c in counts.values()) for key in next(iter(counts.values()))}
+        total = {key: sum(c.get(key, 0) for c in counts.values()) for key in COUNTS}
+        unreadable |= {message for c in counts.values() for message in c.get("unreadable", [])}
         if not total["rows"]:
             raise ValueError(
-                f"the {split} split of {name} has {total['dropped_tokens']} tokens, fewer than a row of {row_len}: "
-                "use more text or a smaller sequence_len"
+                f"the {split} split of {source.name} has {total['dropped_tokens']} tokens, fewer than a row of "
+                f"{row_len}: use more text or a smaller sequence_len"
             )
-        files = {file: c["rows"] for file, c in counts.items()}
-        splits[split] = {**total, "files": files, "shards": [job.shard.fingerprint for job in ours]}
+        rows = {file: c["rows"] for file, c in counts.items()}
+        splits[split] = {**total, "files": rows, "shards": [job.shard.fingerprint for job in ours]}
+    sources.check_unreadable(source.files, sorted(unreadable))
+    if unreadable:
+        print(f"prepare: {len(unreadable):,} of {source.files:,} files can't be read, or not to their end:")
+        print("\n".join(f"  {message}" for message in sorted(unreadable)), flush=True)
     return splits

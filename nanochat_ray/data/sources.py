@@ -1,28 +1,28 @@
-"""Where documents come from: docstrings of this environment, the ClimbMix dataset, or a folder of files."""
+"""Where documents come from: docstrings of this environment, the ClimbMix dataset, or files of one's own."""
 
 import importlib.metadata
-import io
-import json
 import os
 import platform
-import posixpath
 import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 from nanochat_ray import storage
-from nanochat_ray.data import docstrings
+from nanochat_ray.data import docstrings, files, tables
 from nanochat_ray.data.download import fetch_all
+from nanochat_ray.data.files import DataFile, Unreadable, shown
 
-FILE_NAME = re.compile(r"(?P<stem>[^.].*)\.(?:(?P<parquet>parquet)|(?P<lines>jsonl?|txt)(?:\.gz|\.zst)?)", re.I | re.S)
-LONE_FILE_VAL_EVERY = 20  # of a source of one file, every 20th document is validation
 TXT_SEPARATOR = "<|endoftext|>"
+VAL_EVERY = 20  # of a source without files for validation, every 20th document
+VAL_SHARE, VAL_BYTES = 0.01, 1e6  # as many of the last files are held out as have this part of all, or these bytes
+MOST_VAL, MOST_VAL_FILES = 0.8, 0.2  # not held out: a last file with more of the text than this, more files with
+UNREADABLE = 0.01  # part of the files that may be
+FEW_FILES, GROUP_FILES, GROUP_BYTES = 64, 1000, 8 << 20  # above so many, small files are read together, up to these
+THREADS = 16
+READING = "2"  # counts how often the rules above gave other documents
 
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"
 CLIMBMIX_LAST = 6542  # the last shard: validation
@@ -32,34 +32,48 @@ CLIMBMIX_TOKENS = 34_000_000  # in a shard's rows, about: 250 million characters
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of documents. text_column is None for txt. part is "all", or "train" or "val" for a lone file's halves."""
+    """A file of documents, or several small ones. part is "all", or "train" or "val" where those share a file."""
 
     uri: str
-    text_column: str | None
+    text_column: str | None  # or a path to the text, see tables.choose; None for txt
     part: str = "all"
     version: str = ""  # another one when the content changes
     size: int = 0  # bytes
+    more: tuple[str, ...] = ()  # files that are read after the first
+    offset: int = 0  # the number of the first document, where every VAL_EVERY-th is validation
 
     @property
     def fingerprint(self) -> str:
-        return storage.fingerprint(storage.name(self.uri), self.text_column, self.part, self.version)
+        more = [storage.name(uri) for uri in self.more] + [self.offset] * (self.offset > 0)
+        return storage.fingerprint(storage.name(self.uri), self.text_column, self.part, self.version, *more)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents in order, the last file held out. The fingerprint changes when the content does."""
+    """Documents in order, some held out for validation. The fingerprint changes when the content does."""
 
     name: str
     train: tuple[Shard, ...]
     val: tuple[Shard, ...]
     fingerprint: str
+    files: int = 0  # how many the shards and the next two lists have
+    unreadable: tuple[str, ...] = ()  # what is wrong with files that are left out
+    empty: tuple[str, ...] = ()  # names of files without documents
+
+
+@dataclass
+class Reading:
+    """What reading met besides documents: rows without text, and what is wrong with files that end too early."""
+
+    blank: int = 0
+    unreadable: list[str] = field(default_factory=list)
 
 
 def resolve(source: str, *, text_column: str | None = None, shards: int = 8) -> Source:
     """Find a source's files; pydocs are made and climbmix is downloaded first where missing.
 
-    source: "pydocs", "climbmix", or a path or URI of a folder or a file. text_column: by default `text`, else the
-    only string column. shards: climbmix shards to train on; the validation shard comes on top.
+    source: "pydocs", "climbmix", or what files.find takes. text_column: see tables.choose. shards: climbmix shards to
+    train on; the validation shard comes on top.
     Raises FileNotFoundError for what is missing and ValueError for what can't be used, naming the file."""
     if source == "pydocs":
         return pydocs()
@@ -68,153 +82,230 @@ def resolve(source: str, *, text_column: str | None = None, shards: int = 8) -> 
     return folder(source, text_column)
 
 
-def folder(uri: str, text_column: str | None = None) -> Source:
-    """The parquet, jsonl, json-lines and txt files (also .gz, .zst, not parquet) of a folder, sorted, or one file."""
-    uri = storage.absolute(uri)
-    if not storage.exists(uri):
-        raise FileNotFoundError(f"{uri} does not exist: name pydocs, climbmix, or a folder or file that does")
-    is_folder = storage.is_folder(uri)
-    names = filter(FILE_NAME.fullmatch, storage.files(uri) if is_folder else [storage.name(uri)])
-    uris = [storage.join(uri, name) for name in names] if is_folder else [uri for _ in names]
-    if not uris:
-        raise FileNotFoundError(f"{uri} holds no .parquet, .jsonl, .json or .txt file (the last three also .gz, .zst)")
-    with ThreadPoolExecutor(16) as pool:  # on an object store each look takes a round trip
-        versions = list(pool.map(storage.version, uris))
-        shards = list(pool.map(lambda uri, version: _inspect(uri, version[0], text_column), uris, versions))
-    shards = [replace(s, version=str(v), size=v[0]) for s, v in zip(shards, versions, strict=True)]
-    train, val = shards[:-1], shards[-1:]
-    if not train:
-        train, val = [replace(shards[0], part="train")], [replace(shards[0], part="val")]
-        if next(read_documents(train[0]), None) is None:
-            raise ValueError(f"{uris[0]} has one document: at least two are needed, one of them for validation")
-    base = storage.name(uri) if is_folder else FILE_NAME.fullmatch(storage.name(uri))["stem"]
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", base).strip(".-") or "source"
-    contents = [(storage.name(s.uri), s.text_column, *v) for s, v in zip(shards, versions, strict=True)]
-    return Source(name, tuple(train), tuple(val), storage.fingerprint(contents))
+def folder(source: str, text_column: str | None = None) -> Source:
+    """The data files of a folder and its subfolders, of a pattern or a list, or one file; says which it takes.
+
+    Validation is the split of that name, else the last files; where those are too small or too large a part, every
+    VAL_EVERY-th document."""
+    found = files.find(source)
+    place = shown(storage.absolute(source) if len(found) == 1 else source)
+    splits, left_out = {"train": [], "val": []}, {}
+    for part in found:
+        of_part, others = files.splits(part, place)
+        left_out |= part.left_out | others
+        for split, of_split in of_part.items():
+            splits[split] += of_split
+    chosen = [*splits["train"], *splits["val"]]
+    try:
+        look = _look(chosen, text_column, place)
+    except ValueError as error:
+        if txt := sum(why == files.TXT_BESIDE_TABLES for why in left_out.values()):
+            raise ValueError(f"{error}; to read its {txt:,} txt files, name {place}/**/*.txt") from None
+        raise
+    check_unreadable(len(chosen), list(look.unreadable.values()))
+    left_out |= {file.name: f"no text in a column {look.column}" for file in look.without}
+    out = {*look.unreadable, *look.empty, *look.without}
+    splits = {split: [file for file in of_split if file not in out] for split, of_split in splits.items()}
+    if not splits["train"]:
+        raise ValueError(f"{place} has no documents, what it has is empty: {files.some([f.name for f in look.empty])}")
+    (train, val), part, how = _hold_out(**splits)
+    with ThreadPoolExecutor(THREADS) as pool:  # on an object store each look takes a round trip
+        versions = dict(zip(chosen, pool.map(lambda file: storage.version(file.uri), chosen), strict=True))
+    shards = [_shards(files, look.column, part[i], versions) for i, files in enumerate((train, val))]
+    if look.column or train is val:
+        _check_documents(place, len(chosen), *shards)
+    _say(place, train, val, look.column, how, left_out)
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", _name(source)).strip(".-") or "source"
+    contents = [(file.name, look.column, *versions[file]) for file in chosen if file not in out]
+    return Source(
+        name,
+        *map(tuple, shards),
+        storage.fingerprint(READING, how, contents),
+        files=len(chosen),
+        unreadable=tuple(look.unreadable.values()),
+        empty=tuple(file.name for file in look.empty),
+    )
 
 
-def _inspect(uri: str, size: int, text_column: str | None) -> Shard:
-    """Choose the text column and see that there is something to read."""
-    if size == 0:
-        raise ValueError(f"{uri} is empty: remove or replace it")
-    if _kind(uri) == "parquet":
-        with _naming(uri), storage.reading(uri) as f:
-            file = pq.ParquetFile(f)
-            columns = {field.name: _is_string(field.type) for field in file.schema_arrow}
-            documents = file.metadata.num_rows
-        shard = Shard(uri, _choose_column(uri, columns, text_column))
-    elif _kind(uri) == "txt":
-        shard = Shard(uri, None)
-        documents = next(read_documents(shard), None)
-    else:
-        with _naming(uri):
-            _, documents = next(_json_records(uri), (0, None))
-        columns = {key: isinstance(value, str | None) for key, value in (documents or {}).items()}
-        shard = Shard(uri, _choose_column(uri, columns, text_column) if documents else None)
-    if not documents:
-        raise ValueError(f"{uri} has no documents: remove or replace it")
-    return shard
+def _check_documents(place: str, num_files: int, train: list[Shard], val: list[Shard]) -> None:
+    """Raises ValueError when there is no document to train on."""
+
+    def some(shards: list[Shard], reading: Reading) -> bool:
+        return any(True for shard in shards for _ in read_documents(shard, reading))
+
+    reading = Reading()
+    if not some(train, reading):
+        check_unreadable(num_files, reading.unreadable)
+        if some(val, reading):
+            raise ValueError(f"{place} has one document: at least two are needed, one of them for validation")
+        raise ValueError(f"{place} has no documents: the column of its text is empty in all rows")
 
 
-def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+def _name(source: str) -> str:
+    uri = storage.absolute(source)
+    base = storage.name(uri)
+    return base if storage.exists(uri) and storage.is_folder(uri) else files.stem(base)
 
 
-def _choose_column(uri: str, columns: dict[str, bool], wanted: str | None) -> str:
-    strings = [name for name, is_string in columns.items() if is_string]
-    choice = wanted or ("text" if "text" in strings else strings[0] if len(strings) == 1 else None)
-    if choice in strings:
-        return choice
-    what = f"no text column {wanted!r}" if wanted else "no column `text` and not just one string column"
-    listed = ", ".join(name if is_string else f"{name} (not a string)" for name, is_string in columns.items())
-    raise ValueError(f"{uri} has {what}: name one of its columns with --text-column: {listed}")
+@dataclass(frozen=True)
+class Look:
+    """What a first look into all files says."""
+
+    column: str | None  # of the text, None for txt
+    unreadable: dict[DataFile, str]  # and what is wrong
+    empty: list[DataFile]
+    without: list[DataFile]  # that column
 
 
-def read_documents(shard: Shard) -> Iterator[str]:
+def _look(chosen: list[DataFile], wanted: str | None, place: str) -> Look:
+    def look(file: DataFile) -> tables.Schema | str | None:
+        """Its columns; or what is wrong with it; None for an empty one."""
+        try:
+            if file.size == 0:
+                return None
+            if file.kind != "txt":
+                return tables.schema(file.uri) or None
+            return {} if any(chunk.strip() for chunk in files.text_chunks(file.uri)) else None
+        except Unreadable as error:
+            return str(error)
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        looks = dict(zip(chosen, pool.map(look, chosen), strict=True))
+    schemas = {file: look for file, look in looks.items() if isinstance(look, dict) and file.kind != "txt"}
+    column = tables.choose(list(schemas.values()), wanted, place) if schemas else None
+    return Look(
+        column,
+        {file: look for file, look in looks.items() if isinstance(look, str)},
+        [file for file, look in looks.items() if look is None],
+        [file for file, schema in schemas.items() if not tables.has_text(schema, column)],
+    )
+
+
+def check_unreadable(num_files: int, unreadable: list[str]) -> None:
+    """Raises ValueError when more than UNREADABLE of the files are, with what is wrong with the first ones."""
+    if len(unreadable) > UNREADABLE * num_files:
+        of = f" ({len(unreadable):,} of {num_files:,} files can't be read)" if num_files > 1 else ""
+        raise ValueError("; ".join(unreadable[:3]) + of)
+
+
+def _hold_out(
+    train: list[DataFile], val: list[DataFile]
+) -> tuple[tuple[list[DataFile], list[DataFile]], tuple[str, str], str]:
+    """((files to train on, to validate on), which part of them each, what validation is)."""
+    if val:
+        return (train, val), ("all", "all"), "the split of that name"
+    total, sizes = sum(file.size for file in train), [file.size for file in reversed(train)]
+    held = list(accumulate(sizes))
+    count = next(i for i, size in enumerate(held, 1) if size >= min(VAL_BYTES, VAL_SHARE * total))
+    if held[count - 1] > (MOST_VAL if count == 1 else MOST_VAL_FILES) * total:
+        return (train, train), ("train", "val"), f"every {VAL_EVERY}th document"
+    how = "the last file" if count == 1 else f"the last {count} files"
+    return (train[:-count], train[-count:]), ("all", "all"), how
+
+
+def _shards(chosen: list[DataFile], column: str | None, part: str, versions: dict) -> list[Shard]:
+    """A shard for each file. Of very many files small ones share one, as each shard's last row is never full."""
+    groups, size = [], GROUP_BYTES
+    for file in chosen:
+        if len(chosen) <= FEW_FILES or size >= GROUP_BYTES or len(groups[-1]) == GROUP_FILES:
+            groups.append([])
+            size = 0
+        groups[-1].append(file)
+        size += file.size
+    return [
+        Shard(
+            first.uri,
+            None if first.kind == "txt" else column,
+            part,
+            storage.fingerprint(READING, *(versions[file] for file in (first, *more))),
+            sum(file.size for file in (first, *more)),
+            tuple(file.uri for file in more),
+            0 if part == "all" else index,  # else the first document of each file would be validation
+        )
+        for index, (first, *more) in enumerate(groups)
+    ]
+
+
+def _say(place: str, train: list[DataFile], val: list[DataFile], column: str | None, how: str, left_out: dict) -> None:
+    """Which files are used and how, and which are not."""
+
+    def sizes(chosen: list[DataFile]) -> str:
+        kinds = "/".join(sorted({file.kind for file in chosen}))
+        size = sum(file.size for file in chosen)
+        return f"{len(chosen):,} {kinds} file{'s' * (len(chosen) > 1)} of {size / 1e6:,.1f} MB"
+
+    said = f"source: {place}: {sizes(train)}" + (f", column {column}" if column else "")
+    held_out = how if train is val else f"{how}, {files.some([file.name for file in val], 2)}, {sizes(val)}"
+    print(f"{said}; validation is {held_out}", flush=True)
+    reasons: dict[str, list[str]] = {}
+    for name, why in left_out.items():
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        print(f"source: {len(names):,} left out, {shown(why)}: {files.some(names, 10)}", flush=True)
+
+
+def read_documents(shard: Shard, reading: Reading | None = None) -> Iterator[str]:
     """Stream the documents that are not empty.
 
-    A txt file is split at <|endoftext|> when its first MiB has one, else at blank lines.
-    Raises ValueError naming the file, and the line where there are lines, when it is corrupt."""
-    documents = (text for text in _documents(shard) if text.strip())
-    for index, text in enumerate(documents):
-        if shard.part == "all" or (shard.part == "val") == (index % LONE_FILE_VAL_EVERY == 0):
-            yield text
+    A txt file is split at <|endoftext|> when it has one, else at blank lines. A file that is damaged raises Unreadable
+    naming it, and the line where there are lines; with `reading` that is noted there and the next file goes on."""
+    index = shard.offset
+    for uri in (shard.uri, *shard.more):
+        try:
+            for text in _texts(uri, shard.text_column):
+                if not text.strip():
+                    if reading:
+                        reading.blank += 1
+                    continue
+                if shard.part == "all" or (shard.part == "val") == (index % VAL_EVERY == 0):
+                    yield text
+                index += 1
+        except Unreadable as error:
+            if reading is None:
+                raise
+            reading.unreadable.append(str(error))
 
 
-def _documents(shard: Shard) -> Iterator[str]:
-    with _naming(shard.uri):
-        if _kind(shard.uri) == "parquet":
-            with storage.reading(shard.uri) as f:
-                file = pq.ParquetFile(f, pre_buffer=False)  # buffering would hold the whole file
-                for batch in file.iter_batches(256, columns=[shard.text_column]):
-                    yield from (text or "" for text in batch.column(0).to_pylist())
-        elif _kind(shard.uri) == "txt":
-            with _open(shard.uri) as f:
-                marked = TXT_SEPARATOR.encode() in f.read(1 << 20)
-            yield from _split_txt(_lines(shard.uri), marked)
-        else:
-            for number, record in _json_records(shard.uri):
-                text = record.get(shard.text_column, ...)
-                if not isinstance(text, str | None):
-                    raise ValueError(f"line {number} has no string {shard.text_column!r}")
-                # JSON can spell half a surrogate pair, which UTF-8 can't hold.
-                yield (text or "").encode(errors="replace").decode()
+def _texts(uri: str, column: str | None) -> Iterator[str]:
+    if column is None:
+        marked = _has(files.text_chunks(uri), TXT_SEPARATOR)
+        yield from _split_at_marks(uri) if marked else _split_at_blank_lines(uri)
+        return
+    for text in tables.texts(uri, column):
+        yield text.encode(errors="replace").decode()  # JSON can spell half a surrogate pair, which UTF-8 can't hold
 
 
-def _split_txt(lines: Iterator[str], marked: bool) -> Iterator[str]:
+def _has(chunks: Iterator[str], mark: str) -> bool:
+    end = ""
+    for chunk in chunks:
+        if mark in end + chunk:
+            return True
+        end = (end + chunk)[-len(mark) + 1 :]
+    return False
+
+
+def _split_at_marks(uri: str) -> Iterator[str]:
+    document, end = [], ""  # the end of what was read may be the beginning of a mark
+    for chunk in files.text_chunks(uri):
+        *ended, rest = (end + chunk).split(TXT_SEPARATOR)
+        for text in ended:
+            yield "".join([*document, text]).strip()
+            document = []
+        cut = max(0, len(rest) - len(TXT_SEPARATOR) + 1)
+        document.append(rest[:cut])
+        end = rest[cut:]
+    yield "".join([*document, end]).strip()
+
+
+def _split_at_blank_lines(uri: str) -> Iterator[str]:
     document = []
-    for line in lines:
-        end, *rest = line.split(TXT_SEPARATOR) if marked else ([line] if line.strip() else ["", ""])
-        document.append(end)
-        for start in rest:
-            yield "".join(document).strip()
-            document = [start]
-    yield "".join(document).strip()
-
-
-def _json_records(uri: str) -> Iterator[tuple[int, dict]]:
-    for number, line in enumerate(_lines(uri), 1):
+    for line in files.text_lines(uri):
         if line.strip():
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"line {number} is not JSON: {error}") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"line {number} is not a JSON object (a file has one object a line)")
-            yield number, record
-
-
-def _lines(uri: str) -> Iterator[str]:
-    with _open(uri) as f:
-        for number, line in enumerate(f, 1):
-            try:
-                yield line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"line {number} is not UTF-8: {error.reason} at byte {error.start}") from error
-
-
-@contextmanager
-def _open(uri: str) -> Iterator[io.BufferedReader]:
-    """The file's bytes, decompressed. Arrow's streams notice a cut file and read on after the first member."""
-    codec = {".gz": "gzip", ".zst": "zstd"}.get(posixpath.splitext(storage.name(uri))[1].lower())
-    with storage.reading(uri) as f:
-        # Each read of an object store is a request: few large ones.
-        raw = io.BufferedReader(f, 8 << 20) if storage.is_remote(uri) else f
-        yield io.BufferedReader(pa.CompressedInputStream(raw, codec), 1 << 20) if codec else raw
-
-
-@contextmanager
-def _naming(uri: str):
-    """Turn any failure to read into one line with the file's name."""
-    try:
-        yield
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise ValueError(f"cannot read {uri}: {' '.join(str(error).split())}") from error
-
-
-def _kind(uri: str) -> str:
-    match = FILE_NAME.fullmatch(storage.name(uri))
-    return (match["parquet"] or match["lines"]).lower()
+            document.append(line)
+        elif document:
+            yield "".join(document).strip()
+            document = []
+    yield "".join(document).strip()
 
 
 def climbmix(shards: int) -> Source:
@@ -232,8 +323,8 @@ def climbmix(shards: int) -> Source:
     if missing:
         check_climbmix_room(shards)
         fetch_all([(climbmix_url(n), storage.join(place, n)) for n in missing], os.environ.get("HF_TOKEN"))
-    files = [Shard(storage.join(place, name), "text", version=CLIMBMIX, size=CLIMBMIX_TEXT_BYTES) for name in names]
-    return Source("climbmix", tuple(files[:-1]), tuple(files[-1:]), storage.fingerprint(CLIMBMIX, names))
+    shards = [Shard(storage.join(place, name), "text", version=CLIMBMIX, size=CLIMBMIX_TEXT_BYTES) for name in names]
+    return Source("climbmix", tuple(shards[:-1]), tuple(shards[-1:]), storage.fingerprint(CLIMBMIX, names), len(names))
 
 
 def check_climbmix_room(shards: int) -> None:
@@ -272,4 +363,4 @@ def pydocs(roots: Sequence[str] | None = None) -> Source:
         docstrings.write_docstrings(roots, place)
     names = [f"shard_{i:05d}.parquet" for i in range(docstrings.SHARDS)]
     shards = [Shard(storage.join(place, name), "text", version=print_of) for name in names]
-    return Source("pydocs", tuple(shards[:-1]), tuple(shards[-1:]), print_of)
+    return Source("pydocs", tuple(shards[:-1]), tuple(shards[-1:]), print_of, len(shards))

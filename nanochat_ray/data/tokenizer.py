@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 
@@ -32,6 +33,10 @@ SPECIAL_TOKENS = (
 )
 # The regex engines of tiktoken and rustbpe overflow their stack on a run of a million whitespace characters.
 PIECE_CHARS = 500_000
+# Where the split pattern always cuts: before a space, between a line's end and what is visible, and between a letter or
+# digit and a sign. Both sides have the tokens there that they have in the whole text.
+SAFE_CUT = re.compile(r"\S(?= )|[\r\n](?=\S)|[^\W_](?=[!-/:-@\[-`{-~、。，！？；：])")
+LOOK_BACK = 10_000  # characters that are searched first for the last safe cut of a piece
 # Which files tiktoken downloads for an encoding; it keeps each under the sha1 of its address.
 PUBLISHED = {
     "gpt2": (
@@ -114,15 +119,15 @@ class Tokenizer:
         """Token ids of a text, without bos; special tokens written in it are plain text."""
         if len(text) <= PIECE_CHARS:
             return self._encoding.encode_ordinary(text)
-        return [token for piece in _pieces(text) for token in self._encoding.encode_ordinary(piece)]
+        return [token for piece in pieces(text) for token in self._encoding.encode_ordinary(piece)]
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """The ids of `encode` as uint32 (n,): threads don't wait for each other to make a Python integer per token."""
         try:
-            pieces = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in _pieces(text)]
+            ids = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
         except UnicodeEncodeError:  # half a surrogate pair, which `encode` replaces
             return np.array(self.encode(text), dtype=np.uint32)
-        return np.concatenate(pieces)
+        return np.concatenate(ids)
 
     def encode_batch(self, texts: Sequence[str], num_threads: int = 8) -> list[list[int]]:
         """Token ids of each text, in order."""
@@ -228,14 +233,21 @@ def _turns(conversation: dict) -> list[tuple[str, list[dict]]]:
     return turns
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a very long text where the split pattern always cuts: between a visible character and a space."""
-    while len(text) > PIECE_CHARS:
-        boundaries = [match.end() for match in re.finditer(r"\S(?= )", text[:PIECE_CHARS])]
-        cut = boundaries[-1] if boundaries else PIECE_CHARS
-        yield text[:cut]
-        text = text[cut:]
-    yield text
+def pieces(text: str) -> Iterator[str]:
+    """A very long text in parts, cut where that changes no token. A run without such a place is cut anywhere."""
+    start = 0
+    while len(text) - start > PIECE_CHARS:
+        cut = _last_safe_cut(text, start, start + PIECE_CHARS)
+        yield text[start:cut]
+        start = cut
+    yield text[start:] if start else text
+
+
+def _last_safe_cut(text: str, start: int, end: int) -> int:
+    for begin in (end - LOOK_BACK, start):
+        if cuts := deque(SAFE_CUT.finditer(text[begin:end]), maxlen=1):
+            return begin + cuts[0].end()
+    return end
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -247,9 +259,9 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if num_ranks < 256:
         raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens")
     # rustbpe rejects lone surrogates, which JSON can smuggle in
-    pieces = (piece.encode(errors="replace").decode() for text in texts for piece in _pieces(text))
+    parts = (piece.encode(errors="replace").decode() for text in texts for piece in pieces(text))
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(pieces, num_ranks, pattern=PATTERN)
+    trainer.train_from_iterator(parts, num_ranks, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < num_ranks:
         most = len(ranks) + len(SPECIAL_TOKENS)

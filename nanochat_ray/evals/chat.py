@@ -63,7 +63,7 @@ class ChatCoreOptions:
     top_k: int | None = 50
     """Sample among this many likeliest tokens."""
     out: str | None = None
-    """Folder to write chat.json and chat_answers.jsonl to; the default is the one given as --checkpoint."""
+    """Folder to write chatcore.json and chatcore_answers.jsonl to; the default is the one given as --checkpoint."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str | None = None
     """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
@@ -83,7 +83,8 @@ class ChatCoreInTraining:
 class ChatResult:
     """By task: accuracy, accuracy centered on guessing (0) and perfection (1), and the answers in shuffled order.
 
-    An answer is {correct, answer}; the answer of multiple choice is the letter."""
+    An answer is {correct, answer}; the answer of multiple choice is the letter. It is None, and wrong, where the
+    question is longer than the model's reach."""
 
     accuracy: dict[str, float] = field(default_factory=dict)
     centered: dict[str, float] = field(default_factory=dict)
@@ -169,9 +170,17 @@ def evaluate_chat(
             texts = generate(model, tokenizer, mine, params, batch_size)
         else:
             texts = choose(model, tokenizer, mine, batch_size)
+
+        def judge(conversation: dict, text: str | None, task: Task = task) -> bool:
+            return text is not None and task.judge(conversation, text)
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # HumanEval's programs run side by side
-            correct = list(pool.map(task.judge, mine, texts))
+            correct = list(pool.map(judge, mine, texts))
         answers = gather([{"correct": c, "answer": text} for c, text in zip(correct, texts, strict=True)])
+        too_long = sum(answer["answer"] is None for answer in answers)
+        if too_long and is_first_rank():
+            of = f"{too_long:,} of {len(answers):,} questions"
+            print(f"{name}: {of} longer than the model's reach are counted as wrong", flush=True)
         accuracy = sum(answer["correct"] for answer in answers) / len(answers)
         result.answers[name] = answers
         result.accuracy[name] = accuracy
@@ -181,19 +190,25 @@ def evaluate_chat(
 
 def generate(
     model: GPT, tokenizer: Tokenizer, conversations: list[dict], params: SamplingParams, batch_size: int
-) -> list[str]:
-    """Each answer as text, tool calls included."""
-    completions = Engine(model, tokenizer, batch_size).generate(prompts(tokenizer, conversations), params)
-    return [tokenizer.decode(completion.tokens) for completion in completions]
+) -> list[str | None]:
+    """Each answer as text, tool calls included; None to a question that leaves no room for one."""
+    engine = Engine(model, tokenizer, batch_size)
+    asked = prompts(tokenizer, conversations)
+    fitting = [prompt for prompt in asked if len(prompt) < engine.manager.capacity]
+    texts = (tokenizer.decode(completion.tokens) for completion in engine.generate(fitting, params))
+    return [next(texts) if len(prompt) < engine.manager.capacity else None for prompt in asked]
 
 
 @torch.inference_mode()
-def choose(model: GPT, tokenizer: Tokenizer, conversations: list[dict], batch_size: int) -> list[str]:
-    """Each answer's letter: of the question's letters the one with the highest logit, the first of equals."""
+def choose(model: GPT, tokenizer: Tokenizer, conversations: list[dict], batch_size: int) -> list[str | None]:
+    """Each answer's letter: of the question's letters the one with the highest logit, the first of equals.
+
+    None where the question is longer than the model's reach."""
     device, ids = model.cos.device, prompts(tokenizer, conversations)
-    chosen = [""] * len(ids)
-    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]), reverse=True)  # little padding, and the most first
-    for start in range(0, len(ids), batch_size):
+    chosen: list[str | None] = [None] * len(ids)
+    fitting = (i for i in range(len(ids)) if len(ids[i]) <= model.cos.size(0))
+    by_length = sorted(fitting, key=lambda i: len(ids[i]), reverse=True)  # little padding, and the most first
+    for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
         longest = len(ids[batch[0]])
         # Padding comes after the question, where it changes nothing.
@@ -227,6 +242,10 @@ def share(items: list) -> list:
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
+def is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def gather(mine: list) -> list:
     """What share took apart, from all ranks, in order."""
     if not dist.is_initialized():
@@ -241,17 +260,17 @@ def check_sandbox() -> None:
     result = run_program(SANDBOX_CHECK)
     if not result.passed:
         raise OSError(f"the sandbox can't run {SANDBOX_CHECK!r}: {result.error}")
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first_rank():
         print(f"HumanEval's programs run in a sandbox of {result.protection}", flush=True)
 
 
 def save(result: ChatResult, folder: str) -> None:
-    """chat.json with the numbers, and chat_answers.jsonl, a line an answer in shuffled order."""
+    """chatcore.json with the numbers, and chatcore_answers.jsonl, a line an answer in shuffled order."""
     numbers = {"chatcore_metric": result.chatcore_metric, "accuracy": result.accuracy, "centered": result.centered}
-    storage.write_json(storage.join(folder, "chat.json"), numbers)
+    storage.write_json(storage.join(folder, "chatcore.json"), numbers)
     lines = [
         json.dumps({"task": task, "index": index, **answer})
         for task, answers in result.answers.items()
         for index, answer in enumerate(answers)
     ]
-    storage.write_bytes(storage.join(folder, "chat_answers.jsonl"), "".join(f"{line}\n" for line in lines).encode())
+    storage.write_bytes(storage.join(folder, "chatcore_answers.jsonl"), "".join(f"{line}\n" for line in lines).encode())

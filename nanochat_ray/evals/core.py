@@ -136,17 +136,20 @@ def evaluate_core(
     for task in read:
         began = time.perf_counter()
         items = build_items(task, tokenizer, model)
-        batches = make_batches(items, budget)
+        batches = make_batches([(i, item) for i, item in enumerate(items) if item], budget)
         scores = {}
         for batch, batch_scores in zip(batches, score_all([[items[i] for i in b] for b in batches]), strict=True):
             scores |= zip(batch, batch_scores, strict=True)
-        judged = [judge(task, i, items[i], scores[i]) for i in range(len(items))]
+        judged = [judge(task, i, item, scores[i]) if item else unread(task, i) for i, item in enumerate(items)]
         accuracy = sum(example["correct"] for example in judged) / len(judged)
         result.examples[task.name] = judged
         result.accuracy[task.name] = accuracy
         result.centered[task.name] = (accuracy - task.baseline) / (1 - task.baseline)
         if not dist.is_initialized() or dist.get_rank() == 0:
             rate = len(items) / (time.perf_counter() - began)
+            if too_long := items.count(None):
+                of = f"{too_long:,} of {len(items):,} examples"
+                print(f"core {task.name:<32} {of} longer than the model's reach are counted as wrong", flush=True)
             print(f"core {task.name:<32} accuracy {accuracy:.4f} · {len(items)} examples · {rate:,.1f}/s", flush=True)
     return result
 
@@ -175,8 +178,8 @@ class Item:
         return sum(map(len, self.branches))
 
 
-def build_items(task: Task, tokenizer: Tokenizer, model: GPT) -> list[Item]:
-    """Tokens of each example after its shots."""
+def build_items(task: Task, tokenizer: Tokenizer, model: GPT) -> list[Item | None]:
+    """Tokens of each example after its shots; None where a choice alone is longer than the model's reach."""
     examples = task.examples
     shots = [example.texts[example.gold] + "\n\n" for example in examples]
     prompts = []
@@ -237,17 +240,17 @@ def common_prefix(sequences: list[np.ndarray]) -> int:
     return int(differs.argmax())
 
 
-def build_item(sequences: list[np.ndarray], starts: list[int], model: GPT) -> Item:
+def build_item(sequences: list[np.ndarray], starts: list[int], model: GPT) -> Item | None:
     """One item of the choices' tokens; the targets of sequence i are its tokens from starts[i] on.
 
     Of the prefix, what no target can see is left out: each layer looks back by its window, the smear by one token.
-    A sequence beyond the reach of rotary positions loses its beginning. Raises ValueError when its choice alone is.
+    A sequence beyond the reach of rotary positions loses its beginning. None when its choice alone is.
     """
     shared = max(1, common_prefix([sequence[:-1] for sequence in sequences]))
     unseen = min(starts) - 1 - sum(model.config.window_sizes) - 1
     excess = max(0, max(map(len, sequences)) - 1 - model.cos.size(0))
     if excess >= shared:
-        raise ValueError(f"a choice alone is longer than {model.cos.size(0)} tokens, the reach of rotary positions")
+        return None
     cut = min(max(excess, unseen), shared - 1)
     branches, offsets, slots, width = [], {}, [], 0
     for sequence, start in zip(sequences, starts, strict=True):
@@ -263,17 +266,22 @@ def build_item(sequences: list[np.ndarray], starts: list[int], model: GPT) -> It
     return Item(sequences[0][cut:shared], branches, slots, targets, cut - excess, len(sequences[0]), starts[0])
 
 
-def make_batches(items: list[Item], budget: int) -> list[list[int]]:
+def make_batches(items: list[tuple[int, Item]], budget: int) -> list[list[int]]:
     """Indices of items of about the same length, the longest first; `budget` tokens a batch, padding included."""
-    order = sorted(range(len(items)), key=lambda i: (len(items[i].prefix), items[i].branched), reverse=True)
+    order = sorted(items, key=lambda pair: (len(pair[1].prefix), pair[1].branched), reverse=True)
     batches, prefix, branched = [], 0, 0
-    for i in order:
-        prefix, branched = max(prefix, len(items[i].prefix)), max(branched, items[i].branched)
+    for i, item in order:
+        prefix, branched = max(prefix, len(item.prefix)), max(branched, item.branched)
         if not batches or (len(batches[-1]) + 1) * (prefix + branched) > budget:
             batches.append([])
-            prefix, branched = len(items[i].prefix), items[i].branched
+            prefix, branched = len(item.prefix), item.branched
         batches[-1].append(i)
     return batches
+
+
+def unread(task: Task, index: int) -> dict:
+    """What is written of an example whose choices the model can't read."""
+    return {"correct": False, "gold": task.examples[index].gold, "pred": None, "mean_losses": []}
 
 
 def judge(task: Task, index: int, item: Item, scores: list[tuple[float, bool]]) -> dict:

@@ -35,6 +35,8 @@ DENIED = {
     "socket": (41, 198),
     "socketpair": (53, 199),
     "io_uring_setup": (425, 425),
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
     # more processes, or other programs
     "fork": (57, None),
     "vfork": (58, None),
@@ -54,6 +56,13 @@ DENIED = {
     "process_madvise": (440, 440),
     "pidfd_open": (434, 434),
     "pidfd_send_signal": (424, 424),
+    "pidfd_getfd": (438, 438),
+    "process_mrelease": (448, 448),
+    "kcmp": (312, 272),
+    "get_robust_list": (274, 100),
+    "setpgid": (109, 154),
+    "timer_create": (222, 107),
+    "personality": (135, 92),
     "prlimit64": (302, 261),
     "setpriority": (141, 140),
     "ioprio_set": (251, 30),
@@ -82,13 +91,31 @@ DENIED = {
     "removexattr": (197, 14),
     "lremovexattr": (198, 15),
     "fremovexattr": (199, 16),
-    # memory that RLIMIT_AS does not count
+    # what others do with files, and locks that they wait for
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
+    "fanotify_init": (300, 262),
+    "flock": (73, 32),
+    # memory that RLIMIT_AS does not count, and memory, queues and semaphores of others
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
+    "shmat": (30, 196),
+    "shmctl": (31, 195),
     "msgget": (68, 186),
+    "msgsnd": (69, 189),
+    "msgrcv": (70, 188),
+    "msgctl": (71, 187),
     "semget": (64, 190),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
+    "semctl": (66, 191),
     "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
+    "mq_timedsend": (242, 182),
+    "mq_timedreceive": (243, 183),
+    "mq_notify": (244, 184),
+    "mq_getsetattr": (245, 185),
     # the kernel's large doors
     "unshare": (272, 97),
     "setns": (308, 268),
@@ -104,6 +131,19 @@ DENIED = {
     "keyctl": (250, 219),
     "syslog": (103, 116),
 }
+# System calls of many commands: numbers, which argument is the command, and those that are allowed. Others make the
+# kernel signal another process, or lock what that one uses.
+ALLOWED_COMMANDS = {
+    "fcntl": ((72, 25), 1, {"F_DUPFD": 0, "F_GETFD": 1, "F_SETFD": 2, "F_GETFL": 3, "F_DUPFD_CLOEXEC": 1030}),
+    "ioctl": (
+        (16, 29),
+        1,
+        {"TCGETS": 0x5401, "TIOCGWINSZ": 0x5413, "FIONREAD": 0x541B, "FIONBIO": 0x5421, "FIONCLEX": 0x5450}
+        | {"FIOCLEX": 0x5451, "TCGETS2": 0x802C542A},
+    ),
+    "prctl": ((157, 167), 0, {"PR_SET_NAME": 15, "PR_GET_NAME": 16}),
+}
+F_SETFL, O_ASYNC = 4, 0x2000
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -256,11 +296,11 @@ def restrict_files(folder: str) -> None:
 
 
 def deny_system_calls() -> None:
-    """A seccomp filter: what is DENIED fails with EPERM; another architecture's calls end the process."""
+    """A seccomp filter: what is DENIED or no ALLOWED_COMMAND fails with EPERM; another architecture's calls kill."""
     machine = os.uname().machine
     if machine not in AUDIT_ARCH:
         raise OSError(f"no system call numbers for {machine}")
-    load, equal, at_least, result = 0x20, 0x15, 0x35, 0x06  # opcodes of classic BPF on 32-bit words
+    load, equal, at_least, any_bit, result = 0x20, 0x15, 0x35, 0x45, 0x06  # opcodes of classic BPF on 32-bit words
     kill_process, fail_with_eperm, allow = 0x80000000, 0x00050001, 0x7FFF0000
     column = list(AUDIT_ARCH).index(machine)
     program = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (result, 0, 0, kill_process), (load, 0, 0, 0)]
@@ -268,6 +308,14 @@ def deny_system_calls() -> None:
     for numbers in DENIED.values():
         if numbers[column] is not None:
             program += [(equal, 0, 1, numbers[column]), (result, 0, 0, fail_with_eperm)]
+    for numbers, argument, commands in ALLOWED_COMMANDS.values():
+        block = [(load, 0, 0, 16 + 8 * argument)]  # the lower half of 64 bits
+        for command in commands.values():
+            block += [(equal, 0, 1, command), (result, 0, 0, allow)]
+        if numbers == ALLOWED_COMMANDS["fcntl"][0]:  # a file's flags, but not the one that asks for signals
+            block += [(equal, 0, 3, F_SETFL), (load, 0, 0, 32), (any_bit, 1, 0, O_ASYNC), (result, 0, 0, allow)]
+        block.append((result, 0, 0, fail_with_eperm))
+        program += [(equal, 0, len(block), numbers[column]), *block]
     program.append((result, 0, 0, allow))
     instructions = b"".join(
         op.to_bytes(2, sys.byteorder) + bytes([if_true, if_false]) + k.to_bytes(4, sys.byteorder)
@@ -279,10 +327,12 @@ def deny_system_calls() -> None:
 
 
 def run(code: bytes, token: bytes):
-    """Run the program as __main__. Only one that comes to its end writes the token."""
-    main = sys.modules["__main__"] = ModuleType("__main__")
+    """Import the program as a module: what it does only as __main__, as a demo, is left out.
+
+    Only one that comes to its end writes the token. This file's own names are out of its sight."""
+    module = sys.modules["program"] = sys.modules["__main__"] = ModuleType("program")
     try:
-        exec(compile(code, "<program>", "exec"), main.__dict__)
+        exec(compile(code, "<program>", "exec"), module.__dict__)
     except BaseException as error:
         verdict = f"{type(error).__name__}: {error}"[:STATUS_BYTES]
         works(lambda: sys.stdout.flush())

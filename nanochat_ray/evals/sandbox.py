@@ -1,11 +1,13 @@
 """Runs a program that a model wrote where it can do no harm: a process of its own, locked up by jail.py.
 
-It is killed after 5 s, has 256 MB, no network, no other process or thread, an empty folder as the only place to write
-to, and nothing of this process's environment or descriptors. Limits are kept everywhere; three more layers are put on
-where the kernel has them, and the result says which are in force:
+A program is imported as a module, not run as __main__. It is killed after 5 s, has 256 MB, no network, no other process
+or thread, an empty folder as the only place to write to, and nothing of this process's environment or descriptors.
+Limits are kept everywhere; three more layers are put on where the kernel has them, and the result says which are in
+force:
 - namespaces: it sees no process but itself, no network, and of the disk only Python and the system's libraries.
 - landlock, where namespaces are refused (containers mostly do): the same of the disk.
-- seccomp: no sockets, no new processes, no signals or ptrace to others, no mounts.
+- seccomp: no sockets, no new processes, no signals or ptrace to others, no mounts, no shared memory, locks or leases;
+  of fcntl, ioctl and prctl only the commands that a program on its own needs.
 With neither of the first two it may read and write files as this user may (started by root, as nobody if nobody may
 read Python's library). This guards the machine, not the score: a program that is out to deceive shares its process with
 its tests.

@@ -179,6 +179,32 @@ def test_what_is_wrong_is_one_line(ray_session, tmp_path):
     assert not list((tmp_path / "home" / "rows").rglob("manifest.json"))
 
 
+@pytest.mark.slow
+def test_broken_and_empty_files_are_named_at_the_end_and_not_read_again(ray_session, tmp_path, capsys):
+    folder = tmp_path / "words"
+    texts = make_source(tmp_path / "made", shards=1, documents=300)
+    train(iter(texts), 300).save(str(tmp_path / "tokenizer"))
+    folder.mkdir()
+    for i, text in enumerate(texts[:150]):
+        (folder / f"{i:03}.json").write_text(json.dumps({"text": text}, indent=1))
+    (folder / "007.json").write_text('{"text": "cut')
+    (folder / "008.json").write_text("")
+    os.rename(folder / "009.json", os.fsencode(folder) + b"/009\xff.json")
+    options = PrepareOptions(source=str(folder), tokenizer=str(tmp_path / "tokenizer"), sequence_len=16)
+    prepared = run(options)
+    said = capsys.readouterr().out
+    assert "prepare: 1 of 150 files are empty: 008.json" in said
+    assert "prepare: 1 of 150 files can't be read, or not to their end:\n  cannot read" in said
+    assert "007.json: line 1 is not JSON" in said
+    splits = prepared.manifest["splits"]
+    assert splits["train"]["documents"] + splits["val"]["documents"] == 148
+    assert run(options) == prepared
+    assert "nothing to do" in capsys.readouterr().out
+    (folder / "010.json").write_text("not JSON")
+    with pytest.raises(ValueError, match=r"007\.json: .*; .*010\.json: .* \(2 of 150 files can't be read\)"):
+        run(options)
+
+
 @pytest.mark.parametrize("num_threads", [1, 4])
 def test_rows_are_the_packed_documents(tmp_path, monkeypatch, num_threads):
     texts = make_source(tmp_path / "words", shards=1, documents=300)

@@ -1,9 +1,11 @@
 """Sources: files that are hard to read, a server that is hard to download from, packages never imported."""
 
+import bz2
 import email.utils
 import gzip
 import hashlib
 import json
+import lzma
 import random
 import re
 import socket
@@ -24,7 +26,7 @@ import zstandard
 from nanochat_ray.data import docstrings, download, sources
 from nanochat_ray.data.sources import read_documents, resolve
 
-PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".XZ": lzma.compress}
 
 
 def documents(shards):
@@ -44,18 +46,26 @@ def write_parquet(path, columns):
 
 @pytest.mark.parametrize("pack", PACK)
 def test_folder_of_every_format(tmp_path, pack):
-    write_parquet(tmp_path / "a.parquet", {"text": ["p0", "", None, "p1"], "title": ["x"] * 4})
+    tables, txt = tmp_path / "tables", tmp_path / "txt"
+    tables.mkdir()
+    txt.mkdir()
+    write_parquet(tables / "a.parquet", {"text": ["p0", "", None, "p1"], "title": ["x"] * 4})
     # two members one after the other, as parallel compressors write them
-    (tmp_path / f"b.jsonl{pack}").write_bytes(PACK[pack](jsonl(["j0", "", "jé\ud800"])) + PACK[pack](jsonl(["j2"])))
-    (tmp_path / f"c.txt{pack}").write_bytes(PACK[pack](b"one\nline\n\n \ntwo\r\n\r\n"))
-    (tmp_path / f"d.TXT{pack}").write_bytes(PACK[pack](b"x\n\ny<|endoftext|>z\n<|endoftext|>"))
-    (tmp_path / f"e.json{pack}").write_bytes(PACK[pack](b'{"content": "held out"}\n\n{"content": null}'))
-    (tmp_path / ".hidden.jsonl").write_text("not JSON")
-    (tmp_path / "README.md").write_text("not data")
-    (tmp_path / "sub.parquet").mkdir()
-    source = resolve(str(tmp_path))
-    assert documents(source.train) == ["p0", "p1", "j0", "jé?", "j2", "one\nline", "two", "x\n\ny", "z"]
-    assert documents(source.val) == ["held out"]
+    (tables / f"b.jsonl{pack}").write_bytes(PACK[pack](jsonl(["j0", "", "jé\ud800"])) + PACK[pack](jsonl(["j2"])))
+    (tables / f"c.CSV{pack}").write_bytes(PACK[pack](b'id,text\r\n1,"a ""quoted"", \r\n\r\nfield"\r\n2,\r\n'))
+    (tables / f"d.tsv{pack}").write_bytes(PACK[pack](b"text\tid\nd0, d1\t1\n"))
+    (tables / f"e.json{pack}").write_bytes(PACK[pack](b'{"text": "held out"}\n\n{"text": null}'))
+    (tables / ".hidden.jsonl").write_text("not JSON")
+    (tables / "README.md").write_text("not data")
+    (tables / "sub.parquet").mkdir()
+    (txt / f"a.txt{pack}").write_bytes(PACK[pack](b"one\nline\n\n \ntwo\r\n\r\n"))
+    (txt / f"b.TXT{pack}").write_bytes(PACK[pack](b"x\n\ny<|endoftext|>z\n<|endoftext|>"))
+    (txt / f"c.txt{pack}").write_bytes(PACK[pack](b"held out"))
+    source = resolve(str(tables))
+    table_documents = ["p0", "p1", "j0", "jé?", "j2", 'a "quoted", \r\n\r\nfield', "d0, d1"]
+    assert documents(source.train) == table_documents
+    assert documents(source.val) == documents(resolve(str(txt)).val) == ["held out"]
+    assert documents(resolve(str(txt)).train) == ["one\nline", "two", "x\n\ny", "z"]
     assert re.fullmatch(r"[\w.-]+", source.name)
 
 
@@ -95,11 +105,6 @@ def test_fingerprint_follows_names_content_and_column(tmp_path):
     assert resolve(str(tmp_path)).fingerprint == prints[-1]
 
 
-def test_text_column_is_the_only_string_column(tmp_path):
-    write_parquet(tmp_path / "a.parquet", {"id": [1, 2], "story": ["one", "two"]})
-    assert documents(resolve(str(tmp_path)).train) == ["two"]
-
-
 GOOD = jsonl(["first", "second"])
 NOISE = jsonl(hashlib.sha256(bytes([i])).hexdigest() for i in range(200))
 BAD = {
@@ -114,7 +119,11 @@ BAD = {
     "JSON array": ("x.json", b'["text"]\n', "line 1 is not a JSON object"),
     "no text in a line": ("x.jsonl", GOOD + b'{"txt": "?"}\n', "line 3 has no string 'text'"),
     "number for text": ("x.jsonl", GOOD + b'{"text": 7}\n', "line 3 has no string 'text'"),
-    "no text column": ("x.jsonl", b'{"a": "?", "b": "?", "n": 1}\n', "--text-column: a, b, n (not a string)"),
+    "no text column": (
+        "x.jsonl",
+        b'{"a": "?", "b": "?", "n": 1}\n',
+        "--text-column: a (string), b (string), n (int64)",
+    ),
     "not UTF-8": ("x.txt", b"fine\ncaf\xe9\n", "line 2 is not UTF-8"),
     "cut gz": ("x.jsonl.gz", gzip.compress(NOISE)[:-9], "cannot read"),
     "cut zst": ("x.jsonl.zst", zstandard.compress(NOISE)[:-9], "cannot read"),
@@ -138,8 +147,10 @@ def test_bad_input_is_one_line_with_the_files_name(tmp_path, case):
 def test_bad_parquet_is_named(tmp_path):
     path = tmp_path / "x.parquet"
     write_parquet(path, {"a": ["?"], "n": [1], "b": ["?"]})
-    for column in (None, "c", "n"):
-        with pytest.raises(ValueError, match=r"x\.parquet has no .*text-column: a, n \(not a string\), b$"):
+    for column, said in ((None, "no column text, content"), ("c", "no column c"), ("n", "a column n that is no text")):
+        with pytest.raises(
+            ValueError, match=rf"x\.parquet has {said}.*-column: a \(string\), n \(int64\), b \(string\)$"
+        ):
             resolve(str(path), text_column=column)
     write_parquet(path, {"text": pa.array([], pa.string())})
     with pytest.raises(ValueError, match=r"x\.parquet has no documents"):
@@ -175,7 +186,7 @@ class NastyServer(ThreadingHTTPServer):
     def __init__(self, files):
         super().__init__(("127.0.0.1", 0), NastyHandler)
         self.files, self.faults, self.requests = files, defaultdict(list), []
-        self.ranges, self.sha256 = True, True
+        self.ranges, self.sha256, self.transfer = True, True, "length"
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -201,9 +212,16 @@ class NastyHandler(BaseHTTPRequestHandler):
         if start >= len(data):
             return self.answer(416, {"Content-Range": f"bytes */{len(data)}"})
         body = data[start:]
-        partial = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
-        self.answer(206 if start else 200, partial, len(body))
-        self.wfile.write(body[: len(body) // 2] if fault else body)
+        headers = {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        if server.transfer.startswith("gzip"):
+            body, headers = gzip.compress(body, 1), headers | {"Content-Encoding": "gzip"}
+        chunked = server.transfer.endswith("chunked")
+        if chunked:
+            self.protocol_version, self.close_connection = "HTTP/1.1", True
+            headers["Transfer-Encoding"] = "chunked"
+        self.answer(206 if start else 200, headers, len(body) if server.transfer in ("length", "gzip") else None)
+        sent = body[: len(body) // 2] if fault else body
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(sent), sent) + (b"" if fault else b"0\r\n\r\n") if chunked else sent)
         self.wfile.flush()
         if fault == "stall":
             time.sleep(1.5)
@@ -214,7 +232,7 @@ class NastyHandler(BaseHTTPRequestHandler):
 
     def answer(self, status, headers, length=0):
         self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(length)}.items():
+        for key, value in (headers | ({} if length is None else {"Content-Length": str(length)})).items():
             self.send_header(key, value)
         self.end_headers()
 
@@ -225,14 +243,18 @@ class NastyHandler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
-@pytest.fixture
-def server(tmp_path):
-    files = {}
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    files, path = {}, tmp_path_factory.mktemp("shards") / "made.parquet"
     for i in (0, 1, 2, 6542):
-        path = tmp_path / "made.parquet"
         write_parquet(path, {"text": [random.Random(f"{i} {j}").randbytes(4096).hex() for j in range(250)]})
         files[f"shard_{i:05d}.parquet"] = path.read_bytes()
-    server = NastyServer(files)
+    return files
+
+
+@pytest.fixture
+def server(shards):
+    server = NastyServer(shards)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,))
     thread.start()
     yield server
@@ -346,6 +368,29 @@ def test_fetch_without_ranges(server, impatient, tmp_path):
     download.fetch(f"{server.url}/x/{NAME}", str(tmp_path / NAME))
     assert (tmp_path / NAME).read_bytes() == server.files[NAME]
     assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize("transfer", ["close", "chunked", "gzip", "gzip chunked", "gzip close"])
+@pytest.mark.parametrize("sha256", [True, False])
+def test_fetch_without_a_length_or_compressed_on_the_way(server, impatient, tmp_path, transfer, sha256, monkeypatch):
+    """Whole by checksum, by the end of the stream or by how a parquet file ends; one that breaks off is noticed."""
+    monkeypatch.setattr(download, "TIMEOUT", (5, 20))
+    server.transfer, server.sha256, server.ranges = transfer, sha256, False
+    server.faults[NAME] = ["short"]
+    download.fetch(f"{server.url}/x/{NAME}", str(tmp_path / NAME))
+    assert (tmp_path / NAME).read_bytes() == server.files[NAME]
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("transfer", ["close", "chunked", "gzip"])
+def test_fetch_asks_twice_at_most_for_what_it_cannot_resume(server, impatient, tmp_path, transfer, monkeypatch):
+    monkeypatch.setattr(download, "TIMEOUT", (5, 20))
+    server.transfer, server.ranges = transfer, False
+    server.faults[NAME] = ["drop"] * 20
+    with pytest.raises(ConnectionError, match=rf"cannot download .*{NAME}: .*\(tried \d times?; ") as caught:
+        download.fetch(f"{server.url}/x/{NAME}", str(tmp_path / NAME))
+    assert len(server.requests) == 2
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("status", "error"), [("401", PermissionError), ("403", PermissionError), ("400", ValueError)])

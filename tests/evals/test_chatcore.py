@@ -116,6 +116,22 @@ def test_letters_in_batches_are_those_one_by_one(untrained, tokenizer, problems)
         assert chat.choose(untrained, tokenizer, conversations, batch_size) == expected
 
 
+def test_a_question_longer_than_the_models_reach_is_wrong_and_the_rest_goes_on(knowing, tokenizer, problems, capsys):
+    some = {}
+    for name in ("ARC-Easy", "GSM8K"):
+        first, *rest = problems[name]
+        question, answer = first["messages"]
+        long = first | {"messages": [question | {"content": question["content"] + " and" * 2000}, answer]}
+        some[name] = [long, *rest]
+    result = evaluate_chat(knowing, tokenizer, some, SamplingParams(max_tokens=64, temperature=0.0))
+    shown = capsys.readouterr().out
+    for name, conversations in some.items():
+        assert result.answers[name][0] == {"correct": False, "answer": None}
+        assert all(answer["correct"] for answer in result.answers[name][1:])
+        of = f"1 of {len(conversations)} questions longer than the model's reach are counted as wrong"
+        assert f"{name}: {of}" in shown
+
+
 def test_equal_logits_take_the_first_letter(untrained, tokenizer, problems):
     with torch.no_grad():
         head = untrained.lm_head.weight.clone()
@@ -203,8 +219,8 @@ def test_the_command_prints_the_table_and_writes_the_answers(hub, saved, tmp_pat
         ["MMLU", "3", "1.0000", "1.0000"],
     ]
     assert "ChatCORE" in shown and "the mean of 2 of its 5 tasks" in shown
-    assert json.loads((tmp_path / "chat.json").read_text())["chatcore_metric"] == 1
-    lines = [json.loads(line) for line in (tmp_path / "chat_answers.jsonl").read_text().splitlines()]
+    assert json.loads((tmp_path / "chatcore.json").read_text())["chatcore_metric"] == 1
+    lines = [json.loads(line) for line in (tmp_path / "chatcore_answers.jsonl").read_text().splitlines()]
     assert [(line["task"], line["index"], line["correct"]) for line in lines] == [
         *(("GSM8K", i, True) for i in range(2)),
         *(("MMLU", i, True) for i in range(3)),

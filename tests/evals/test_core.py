@@ -216,8 +216,8 @@ def test_a_continuation_is_right_when_each_token_is_the_likeliest(model, tokeniz
     assert result.accuracy["said"] == pytest.approx(8 / 12)
 
 
-def test_longer_than_the_models_reach(tokenizer, tmp_path):
-    """A prompt of more than 10·T tokens loses its beginning, and only then."""
+def test_longer_than_the_models_reach(tokenizer, tmp_path, capsys):
+    """A prompt of more than 10·T tokens loses its beginning, and only then. A choice that is longer alone is wrong."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(8, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32, window_pattern="L"))
     for parameter in model.parameters():
@@ -225,10 +225,12 @@ def test_longer_than_the_models_reach(tokenizer, tmp_path):
     contexts = [{"context": "cat dog " * n, "continuation": "sat"} for n in (30, 39, 41, 200)]
     folder = write_bundle(tmp_path, {"long": ("language_modeling", 0, None, 0, contexts)})
     assert [e["len"] for e in core.evaluate_core(model, tokenizer, str(folder)).examples["long"]]
-    choices = [{"query": "a", "choices": ["dog " * 200, "cat"], "gold": 0}]
+    choices = [{"query": "a", "choices": ["dog " * n, "cat"], "gold": 1} for n in (1, 200, 2)]
     folder = write_bundle(tmp_path, {"long": ("multiple_choice", 0, None, 0, choices)})
-    with pytest.raises(ValueError, match="longer than 80 tokens"):
-        core.evaluate_core(model, tokenizer, str(folder))
+    result = core.evaluate_core(model, tokenizer, str(folder))
+    assert [e["correct"] for e in result.examples["long"] if e["pred"] is None] == [False]
+    assert "1 of 3 examples longer than the model's reach are counted as wrong" in capsys.readouterr().out
+    core.save(result, str(tmp_path))
 
 
 def test_bf16(odd_tasks, model, tokenizer, tmp_path):

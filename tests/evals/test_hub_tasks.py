@@ -198,6 +198,40 @@ def test_humaneval_judge(hub, answer, passes):
     assert humaneval.judge(conversation, answer) == passes
 
 
+HELPER = """import math
+
+FACTOR = 2
+
+
+def poly(xs: list, x: float):
+    # two lines
+    return sum(coeff * math.pow(x, i) for i, coeff in enumerate(xs)) * FACTOR
+
+
+def find_zero(xs: list):
+    \"\"\" The zero. \"\"\"
+"""
+
+
+@pytest.mark.parametrize(
+    ("answer", "passes"),
+    [
+        ("def find_zero(xs): return poly(xs, 1)", True),
+        ("from __future__ import annotations\nimport math\ndef find_zero(xs): return poly(xs, 1) * FACTOR / 2", True),
+        ("def poly(xs, x): return 0\ndef find_zero(xs): return poly(xs, 1)", False),  # the answer's own comes later
+        ("FACTOR = 1", False),
+        ("def find_zero(xs): return poly(xs, 1)\nif __name__ == '__main__':\n    while True: input()", True),
+    ],
+)
+def test_humaneval_prompts_definitions_are_there_for_the_answer(answer, passes):
+    problem = {
+        "messages": [{"role": "user", "content": HELPER}],
+        "entry_point": "find_zero",
+        "test": "def check(candidate):\n    assert candidate([1, 2]) == 6",
+    }
+    assert humaneval.judge(problem, answer) == passes
+
+
 def test_all_canonical_solutions_pass_and_none_without_its_body(shared):
     problems = humaneval.conversations(str(shared / "datasets"))
     assert len(problems) == 164

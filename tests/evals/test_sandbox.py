@@ -235,6 +235,80 @@ for pid in ({os.getpid()}, {victim.pid}, os.getppid(), -1, -{os.getpgid(0)}, 0):
     victim.wait()
 
 
+ATTEMPTS = {
+    "owner of a pipe": "fcntl.fcntl(1, fcntl.F_SETOWN, VICTIM)",
+    "signal of a pipe": "fcntl.fcntl(1, fcntl.F_SETSIG, 9)",
+    "owner of a pipe by thread": "call(72, 1, 15, struct.pack('ii', 0, VICTIM))",
+    "signals when a pipe is ready": "fcntl.fcntl(1, fcntl.F_SETFL, fcntl.fcntl(1, fcntl.F_GETFL) | os.O_ASYNC)",
+    "changes of a folder": "fcntl.fcntl(os.open('.', os.O_RDONLY), fcntl.F_NOTIFY, fcntl.DN_CREATE)",
+    "lease": "fcntl.fcntl(os.open(os.__file__, os.O_RDONLY), fcntl.F_SETLEASE, fcntl.F_RDLCK)",
+    "lock of a file": "fcntl.flock(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_EX)",
+    "lock of a part": "fcntl.lockf(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_SH)",
+    "FIOASYNC": "fcntl.ioctl(1, 0x5452, struct.pack('i', 1))",
+    "FIOSETOWN": "fcntl.ioctl(1, 0x8901, struct.pack('i', VICTIM))",
+    "SIOCSPGRP": "fcntl.ioctl(1, 0x8902, struct.pack('i', VICTIM))",
+    "TIOCSTI": "fcntl.ioctl(1, 0x5412, b'x')",
+    "timer for a thread": "call(222, 1, struct.pack('qiii', 0, 9, 4, VICTIM) + bytes(64), bytes(8))",
+    "mq_notify": "call(244, 0, struct.pack('qiii', 0, 9, 0, 0) + bytes(64))",
+    "shared memory": "call(29, 1, 4096, 0o1666)",
+    "shared memory of another": "call(30, 0, 0, 0)",
+    "message to a queue of another": "call(69, 0, bytes(16), 1, 0)",
+    "semaphore of another": "call(65, 0, bytes(6), 1)",
+    "abstract socket": "socket.socket(socket.AF_UNIX)",
+    "pair of sockets": "socket.socketpair()",
+    "pidfd": "os.pidfd_open(VICTIM)",
+    "pidfd_send_signal": "call(424, 1, 9, 0, 0)",
+    "pidfd_getfd": "call(438, 1, 0, 0)",
+    "queued signal": "call(129, VICTIM, 9, bytes(128))",
+    "thread's signal": "call(234, VICTIM, VICTIM, 9)",
+    "tkill": "call(200, VICTIM, 9)",
+    "life beyond the guard's": "call(157, 1, 0, 0, 0, 0)",
+    "tracer": "call(157, 0x59616D61, VICTIM, 0, 0, 0)",
+    "ptrace": "call(101, 16, VICTIM, 0, 0)",
+    "process_vm_readv": "call(310, VICTIM, 0, 0, 0, 0, 0)",
+    "kcmp": "call(312, VICTIM, VICTIM, 0, 0, 0)",
+    "io_uring": "call(425, 1, bytes(120))",
+    "keys": "call(250, 0, -3, 0)",
+    "userfaultfd": "call(323, 1)",
+    "perf": "call(298, bytes(128), VICTIM, -1, -1, 0)",
+    "inotify": "call(294, 0)",
+    "group of processes": "os.setpgid(0, 0)",
+}
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="system calls by number")
+@pytest.mark.parametrize("layers", [EVERYTHING, CONTAINER], ids=["everything", "container"])
+def test_the_kernel_is_not_made_to_reach_others(layers):
+    """Each call that could make it is refused. Those that a program needs are not."""
+    victim = subprocess.Popen(["sleep", "60"])
+    program = f"""
+import ctypes, fcntl, os, socket, struct
+VICTIM, libc = {victim.pid}, ctypes.CDLL(None, use_errno=True)
+def call(*args):
+    if libc.syscall(*args) == -1: raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+for name, attempt in {ATTEMPTS!r}.items():
+    try: eval(attempt)
+    except OSError as error: assert error.errno == 1, (name, error)
+    else: raise SystemExit(name)
+copy = fcntl.fcntl(1, fcntl.F_DUPFD_CLOEXEC, 10)
+os.set_inheritable(copy, True)
+os.set_blocking(copy, False)
+assert not os.isatty(copy) and not os.get_blocking(copy)
+"""
+    result = run(program, layers)
+    assert result.passed, result.error
+    assert victim.poll() is None
+    victim.kill()
+    victim.wait()
+
+
+def test_what_a_program_does_as_main_is_left_out():
+    demo = "if __name__ == '__main__':\n    import sys\n    sys.exit(input())\n    while True: pass"
+    assert run(
+        f"import dataclasses, pickle\n@dataclasses.dataclass\nclass A: x: int\npickle.loads(pickle.dumps(A(1)))\n{demo}"
+    ).passed
+
+
 @each_layer
 def test_other_processes_cannot_be_traced(layers):
     program = f"""

@@ -163,3 +163,13 @@ def test_command_line(tmp_path):
     assert "<title>Three steps</title>" in out.read_text()
     with pytest.raises(SystemExit, match=r"^error: there is no run folder .*gone"):
         main([str(tmp_path / "gone")], str(tmp_path / "none.html"))
+
+
+def test_a_file_of_another_shape_is_left_out_with_a_note(tmp_path):
+    run = tmp_path / "d4"
+    write_run(run)
+    (run / "chat.json").write_text('{"chatcore_metric": 0.1, "accuracy": {}}')
+    (run / "stages.json").write_text('[{"stage": "rows"}]')
+    _, page = report(tmp_path, str(run))
+    for name in ("chat.json", "stages.json"):
+        assert f"{name} is left out, it is not what a run writes" in page.text

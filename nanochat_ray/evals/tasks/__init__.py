@@ -27,8 +27,8 @@ class MixtureOptions:
     spelling: int = 80_000
     """Conversations in it about the letters of words, about as many as there are different ones."""
     identity: str | None = None
-    """A jsonl file of conversations about the assistant itself, twice in it; a line is a list of messages, or an object
-    that has one."""
+    """A file of conversations about the assistant itself, twice in it: jsonl, json, parquet or arrow; each is a list of
+    messages, or has one as `messages` or `conversations`."""
     max_rows: int | None = None
     """Conversations taken of each of its datasets, before they are repeated; all by default."""
 

@@ -1,5 +1,6 @@
 """HumanEval (arXiv:2107.03374): the beginning of a Python function, to be completed so that its tests pass."""
 
+import ast
 import re
 
 from nanochat_ray.evals.sandbox import run_program
@@ -7,6 +8,7 @@ from nanochat_ray.evals.tasks.common import conversation, hub_rows
 
 FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.S)  # a model that is cut off does not close its block
 IMPORT = re.compile(r"(?:import|from) .*")
+FUTURE = re.compile(r"^from __future__ import .*", re.M)
 
 
 def conversations(datasets_dir: str | None = None, size: int | None = None) -> list[dict]:
@@ -25,11 +27,27 @@ def judge(conversation: dict, answer_text: str) -> bool:
 
 
 def program(conversation: dict, answer_text: str) -> str:
-    """The prompt's imports, the answer's code, the tests, and the call that runs them."""
-    prompt = conversation["messages"][0]["content"]
-    imports = [line for line in prompt.splitlines() if IMPORT.fullmatch(line)]
-    check = f"check({conversation['entry_point']})"
-    return "\n".join([*imports, "", code_of(answer_text), "", conversation["test"], "", check, ""])
+    """What the prompt defines besides the asked function, the answer's code, the tests, and the call that runs them."""
+    prompt, entry_point = conversation["messages"][0]["content"], conversation["entry_point"]
+    code = code_of(answer_text)
+    futures = FUTURE.findall(code)  # which have to be a program's first statements
+    given = [*futures, *definitions(prompt, entry_point), "", FUTURE.sub("", code)]
+    return "\n".join([*given, "", conversation["test"], "", f"check({entry_point})", ""])
+
+
+def definitions(prompt: str, entry_point: str) -> list[str]:
+    """The prompt's imports, helpers and constants: an answer may use them, or bring its own, which come later."""
+    lines = prompt.split("\n")
+    try:
+        statements = ast.parse(prompt).body
+    except (SyntaxError, ValueError):  # the asked function has no body, not even a docstring
+        return [line for line in lines if IMPORT.fullmatch(line)]
+    found = []
+    for statement in statements:
+        if getattr(statement, "name", None) != entry_point:
+            first = min([statement.lineno, *(d.lineno for d in getattr(statement, "decorator_list", []))])
+            found += lines[first - 1 : statement.end_lineno]
+    return found
 
 
 def code_of(answer_text: str) -> str:

@@ -1,6 +1,7 @@
 """A Serve replica with one checkpoint's engine: a thread steps it, requests wait for their tokens in asyncio."""
 
 import asyncio
+import logging
 import math
 import os
 import queue
@@ -27,6 +28,8 @@ HEARTBEAT = 2  # seconds without news after which a message without any says tha
 GPU_MEMORY_SHARE = 0.85  # of what is free, for keys and values; the rest is for activations and CUDA graphs
 GPU_SWITCH_SECONDS = 0.0001  # a GPU step's many launches each give up Python's lock and wait for it again
 SWITCH_SECONDS = 0.001  # that Python lets the engine's thread keep others from running, instead of 5 ms
+
+logger = logging.getLogger("ray.serve")
 
 
 class EngineThread(threading.Thread):
@@ -116,7 +119,11 @@ class EngineServer:
         # In a thread that ends, and OpenMP's with it: with more of those than CPUs, all sleep between kernels, and
         # decoding takes twice as long.
         with ThreadPoolExecutor(1) as loader:
-            self.engine = loader.submit(load_engine, checkpoint, options).result()
+            try:
+                self.engine = loader.submit(load_engine, checkpoint, options).result()
+            except (OSError, ValueError) as error:  # Serve tries again, and has a traceback of many lines
+                logger.error("this engine cannot start: %s", error)
+                raise
         self.most_ongoing = options["max_batch_size"] + options["queue_limit"]
         self.ongoing, self.thread = 0, None
         self.compiled = on_gpu and options["compile"]
@@ -135,7 +142,11 @@ class EngineServer:
         """Messages of what is new in each sample: index, tokens, logprobs, finish_reason; first of all {"busy": …}.
 
         There is one every HEARTBEAT seconds or more often; it has no choices when nothing is new, or `stream` is false.
+        The first with choices has prompt_logprobs, if they are asked for. {"error": …} ends a request for which no
+        token could be drawn. Raises ValueError for what the engine cannot take.
         """
+        if params["n"] > self.most_ongoing:
+            raise ValueError(f"n {params['n']} is above {self.most_ongoing}, the answers that an engine takes at once")
         if self.ongoing + params["n"] > self.most_ongoing:
             yield {"busy": True}
             return
@@ -145,8 +156,10 @@ class EngineServer:
         thread, news, sequences = self.thread, asyncio.Event(), []
         self.ongoing += params["n"]
         try:
+            if params["grammar"]:  # compiled before the engine's thread needs it, which has others to serve
+                await asyncio.to_thread(self.engine.grammars.matcher, params["grammar"])
             sequences = await thread.call(self._submit, prompt, SamplingParams(**params), news)
-            told, ended = [0] * len(sequences), set()
+            told, ended, scores = [0] * len(sequences), set(), sequences[0].prompt_logprobs
             loop = asyncio.get_running_loop()
             beat = loop.time() + HEARTBEAT
             while True:
@@ -160,10 +173,17 @@ class EngineServer:
                 news.clear()
                 if thread.failure:
                     raise RuntimeError(thread.failure)
+                if error := next((s.error for s in sequences if s.error), None):
+                    yield {"error": error}
+                    return
                 if not stream and not all(s.finish_reason for s in sequences):
                     continue
                 beat = loop.time() + HEARTBEAT
-                yield {"choices": list(self._news(sequences, told, ended)), "cached_tokens": sequences[0].cached_tokens}
+                choices = list(self._news(sequences, told, ended))
+                message = {"choices": choices, "cached_tokens": sequences[0].cached_tokens}
+                if scores and choices:
+                    message["prompt_logprobs"], scores = scores, None
+                yield message
                 if len(ended) == len(sequences):  # not those that have ended since
                     return
         finally:

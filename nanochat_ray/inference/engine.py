@@ -3,6 +3,7 @@
 Results do not depend on who else is in the batch, but for rounding.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,9 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from nanochat_ray.inference.grammar import Grammars
 from nanochat_ray.inference.kv_cache import BlockManager, cache_bytes, page_bytes
 from nanochat_ray.inference.model_runner import ModelRunner
-from nanochat_ray.inference.sampling import Controls, SamplingParams, logprobs, sample
+from nanochat_ray.inference.sampling import (
+    NO_TOKEN,
+    Controls,
+    SamplingParams,
+    logprobs,
+    penalize,
+    sample,
+)
 from nanochat_ray.inference.scheduler import Scheduler
 from nanochat_ray.inference.sequence import Completion, Sequence
 from nanochat_ray.inference.text import AnswerStream
@@ -26,6 +35,7 @@ GPU_CHUNK, GPU_CHUNK_BESIDE_ROWS = 8192, 2048
 LEAST_CHUNK = 12  # beside running sequences: so that a prompt is read at all, however slow the machine
 STALL = 0.5  # of a decoding step's time: how much longer a step may become by a part of a prompt
 ENDING = 3  # times that if prompts end in it
+SCORED = 128  # tokens of prompts whose logits are there at a time
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,6 @@ class Launched:
     rows: int
     logits: torch.Tensor  # (sequences or more, V), valid until the next step is launched
     tokens: object  # tolist() waits for them
-    seen: torch.Tensor | None  # of the rows, for repetition penalties
     began: float
     prompt_tokens: int
 
@@ -71,8 +80,9 @@ class Engine:
         names = ("assistant_end", "python_start", "python_end", "output_start", "output_end")
         self.special = {name: tokenizer.special(f"<|{name}|>") for name in names} if tokenizer else {}
         self.stop = {self.special["assistant_end"], tokenizer.bos_id} if tokenizer else set()
+        self.grammars = Grammars(tokenizer, config.vocab_size) if tokenizer else None
         self.rows: list[Sequence] = []  # whose tables the runner has, row by row
-        self.controls, self.seen = None, None
+        self.controls = Controls([], config.vocab_size, self.runner.device)
         self.changed: set[Sequence] = set()  # their tables changed since the runner was told
         self.in_flight: Launched | None = None  # on a GPU, the step before the one that is launched next
         self.decode_seconds: dict[int, float] = {}  # of a decoding step, by its rows
@@ -93,7 +103,8 @@ class Engine:
         """Queue params.n sequences that go on from the prompt; step() moves them on.
 
         max_tokens is cut where the model's reach or the room for keys and values ends. Raises ValueError for a prompt
-        that is empty, too long, or holds ids outside the vocabulary, and for stop strings without a tokenizer.
+        that is empty, too long, or holds ids outside the vocabulary, for a bias of such ids, for stop strings or a
+        grammar without a tokenizer, and for a grammar that is wrong.
         """
         capacity, vocab_size = self.manager.capacity, self.config.vocab_size
         if not prompt:
@@ -103,13 +114,18 @@ class Engine:
             raise ValueError(f"a prompt of {len(prompt)} tokens leaves no room within {limit} of {capacity}")
         if min(prompt) < 0 or max(prompt) >= vocab_size:
             raise ValueError(f"a prompt holds token ids outside 0 … {vocab_size - 1}")
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer")
-        sequences = []
+        if any(not 0 <= token < vocab_size for token, _ in params.logit_bias):
+            raise ValueError(f"logit_bias holds token ids outside 0 … {vocab_size - 1}")
+        if (params.stop or params.grammar) and self.tokenizer is None:
+            raise ValueError("stop strings and grammars need a tokenizer")
+        sequences, scored = [], params.prompt_logprobs is not None
+        most = min(params.max_tokens, capacity - len(prompt))
         for i in range(params.n):
             answer = AnswerStream(self.tokenizer, params.stop) if params.stop else None
-            most = min(params.max_tokens, capacity - len(prompt))
-            sequences.append(Sequence(list(prompt), params, i, most, answer, arrival=self.arrivals + i))
+            matcher = self.grammars.matcher(params.grammar) if params.grammar else None
+            scores = [None] if scored and i == 0 else None
+            arrival = self.arrivals + i
+            sequences.append(Sequence(list(prompt), params, i, most, answer, matcher, scores, arrival=arrival))
         self.arrivals += params.n
         self.scheduler.waiting.extend(sequences)
         self.counts["requests"] += 1
@@ -148,26 +164,29 @@ class Engine:
         rows, chunks = self.rows, scheduler.next_chunks(*self._chunk_budget())
         if not rows and not chunks:
             return None
+        joining = [sequence for sequence, end in chunks if end == len(sequence.ids)]
+        sequences = [*rows, *joining]
+        matchers = [sequence.matcher for sequence in sequences]
+        allowed = self.grammars.allowed(matchers) if any(matchers) else None  # found while the forward runs
         logits, drawn = self.runner.run(rows, chunks)
+        self._score_prompts(chunks)
         prompt_tokens = 0
         for sequence, end in chunks:
             prompt_tokens += end - sequence.table.length
             self.manager.advance(sequence.table, sequence.ids, end)
-        joining = [sequence for sequence, end in chunks if end == len(sequence.ids)]
-        drawn = self._sample(logits, drawn, joining)
+        drawn = self._sample(logits, drawn, sequences, allowed)
         for sequence in joining:
             scheduler.start(sequence)
             if not sequence.generated:
                 self.counts["prompt_tokens"] += sequence.prompt_len
                 self.counts["cached_tokens"] += sequence.cached_tokens
-        sequences = [*rows, *joining]
         for slot, sequence in enumerate(sequences):
             sequence.slot = slot
             sequence.in_flight += 1
-            if sequence.generated + sequence.in_flight == sequence.max_tokens:
+            if sequence.generated + sequence.in_flight >= sequence.max_tokens:
                 scheduler.retire(sequence)
         tokens = self.runner.fetch(drawn[: len(sequences)])
-        return Launched(sequences, len(rows), logits, tokens, self.seen, began, prompt_tokens)
+        return Launched(sequences, len(rows), logits, tokens, began, prompt_tokens)
 
     def _collect(self, step: Launched) -> list[Sequence]:
         """Give each sequence of a step its next token: tool output that is due, else the one that was drawn."""
@@ -186,11 +205,9 @@ class Engine:
                 self.changed.add(sequence)
             moved.append((sequence, tokens[slot]))
         self._note_logprobs(step.logits, step.sequences, tokens)
-        if step.seen is not None:
-            step.seen[torch.arange(step.rows), tokens[: step.rows]] = True
         for sequence, token in moved:
             self._append(sequence, token)
-        self.counts["generated_tokens"] += len(moved)
+        self.counts["generated_tokens"] += sum(sequence.max_tokens > 0 for sequence, _ in moved)
         if step.rows and not self.runner.runs_ahead:
             self._adapt(time.perf_counter() - step.began, step.prompt_tokens, step.rows)
         return [sequence for sequence, _ in moved]
@@ -260,52 +277,79 @@ class Engine:
             self.token_seconds = 0.7 * (self.token_seconds or each) + 0.3 * each
 
     def _place_rows(self, changed: set[Sequence]) -> None:
-        """Tell the runner who is in which row, and hold the rows' parameters as tensors while they stay the same."""
+        """Tell the runner who is in which row."""
         running, placed = self.scheduler.running, self.rows
         self.changed.clear()
-        same = len(running) == len(placed) and all(a is b for a, b in zip(running, placed, strict=True))
         for row, sequence in enumerate(running):
             if sequence in changed or row >= len(placed) or placed[row] is not sequence:
                 self.runner.place(row, sequence.table)
-        if not same:
-            self.rows = list(running)
-            self.controls = Controls([s.params for s in running], self.config.vocab_size, self.runner.device)
-            self.seen = self._seen(running) if self.controls.penalizes else None
+        self.rows = list(running)
 
-    def _seen(self, sequences: list[Sequence]) -> torch.Tensor:
-        seen = torch.zeros(len(sequences), self.config.vocab_size, dtype=torch.bool)
-        for row, sequence in zip(seen, sequences, strict=True):
-            row[sequence.ids] = True
-        return seen.to(self.runner.device)
+    def _sample(self, logits: torch.Tensor, drawn: torch.Tensor, sequences: list[Sequence], allowed) -> torch.Tensor:
+        """The tokens that the runner drew, with those replaced that parameters or grammars are to change.
 
-    def _sample(self, logits: torch.Tensor, drawn: torch.Tensor, joining: list[Sequence]) -> torch.Tensor:
-        """The tokens drawn from the logits of the rows and of those that join: by the runner, or here where parameters
-        ask for more than it does."""
-        B, runner = len(self.rows), self.runner
-        joined = Controls([s.params for s in joining], self.config.vocab_size, runner.device)
-        for first, sequences, controls in ((0, self.rows, self.controls), (B, joining, joined)):
-            if not sequences or controls.plain or (runner.filters and not controls.penalizes):
-                continue
-            part = slice(first, first + len(sequences))
-            keys = np.array([s.key for s in sequences], dtype=np.uint64)
-            seen = None
-            if controls.penalizes:
-                seen = self._seen(sequences) if sequences is joining else self.seen
-            drawn = drawn.clone()
-            drawn[part] = sample(logits[part], controls, keys, seen).to(drawn.dtype)
+        Where a grammar allows the runner's token it is taken, else one is drawn of those that it allows: together that
+        is as likely as drawing once among those, and costs less.
+        """
+        filters, mask, chosen, keys = self.runner.filters, None, [], []
+        if allowed is not None:
+            mask, tokens = allowed.result(), drawn.tolist()
+        for i, sequence in enumerate(sequences):
+            if sequence.params.penalizes or (sequence.params.filters and (not filters or sequence.matcher)):
+                chosen.append(i)
+                keys.append(sequence.key)
+            elif sequence.matcher and tokens[i] != NO_TOKEN and not mask[i, tokens[i]]:
+                chosen.append(i)
+                keys.append(sequence.second_key)
+        if not chosen:
+            return drawn
+        picked, params = logits[chosen], [sequences[i].params for i in chosen]
+        if any(p.penalizes for p in params):
+            penalize(picked, params, [(sequences[i].ids, sequences[i].prompt_len) for i in chosen])
+        if mask is not None:
+            picked.masked_fill_(~torch.from_numpy(mask[chosen]).to(picked.device), -math.inf)
+        if self.controls.rows != params:
+            self.controls = Controls(params, self.config.vocab_size, self.runner.device)
+        drawn = drawn.clone()
+        drawn[chosen] = sample(picked, self.controls, np.array(keys, dtype=np.uint64)).to(drawn.dtype)
         return drawn
 
+    def _score_prompts(self, chunks: list[tuple[Sequence, int]]) -> None:
+        """Note the log probabilities of prompts' tokens, after those that this step has read."""
+        wanted, place = [], len(self.rows)
+        for sequence, end in chunks:
+            start = sequence.table.length
+            if sequence.prompt_logprobs is not None:
+                first = max(start, len(sequence.prompt_logprobs) - 1)
+                last = min(end, sequence.prompt_len - 1)
+                wanted += [(sequence, place + at - start, sequence.ids[at + 1]) for at in range(first, last)]
+            place += end - start
+        for i in range(0, len(wanted), SCORED):
+            sequences, places, tokens = zip(*wanted[i : i + SCORED], strict=True)
+            most = max(s.params.prompt_logprobs for s in sequences)
+            scores = logprobs(self.runner.logits_at(list(places)), list(tokens), min(most, self.config.vocab_size))
+            for sequence, (own, likeliest) in zip(sequences, scores, strict=True):
+                sequence.prompt_logprobs.append((own, likeliest[: sequence.params.prompt_logprobs]))
+
     def _note_logprobs(self, logits: torch.Tensor, sequences: list[Sequence], tokens: list[int]) -> None:
-        asked = [row for row, s in enumerate(sequences) if s.params.logprobs is not None]
+        asked = [
+            row
+            for row, s in enumerate(sequences)
+            if s.params.logprobs is not None and s.max_tokens and tokens[row] not in (NO_TOKEN, *self.stop)
+        ]
         if asked:
             most = min(max(sequences[row].params.logprobs for row in asked), logits.size(-1))
             for row, (own, likeliest) in zip(
                 asked, logprobs(logits[asked], [tokens[row] for row in asked], most), strict=True
             ):
-                if tokens[row] not in self.stop:
-                    sequences[row].logprobs.append((own, likeliest[: sequences[row].params.logprobs]))
+                sequences[row].logprobs.append((own, likeliest[: sequences[row].params.logprobs]))
 
     def _append(self, sequence: Sequence, token: int) -> None:
+        if token == NO_TOKEN:
+            wrong = sequence.matcher and sequence.matcher.get_error()
+            return self._fail(sequence, wrong or "the model's output is not a number (NaN)")
+        if sequence.max_tokens == 0:
+            return self._end(sequence, "length")
         if token in self.stop and not sequence.forced:
             return self._end(sequence, "stop")
         sequence.ids.append(token)
@@ -318,8 +362,17 @@ class Engine:
             sequence.answer.push(token)
             if sequence.answer.stopped:
                 return self._end(sequence, "stop")
+        if sequence.matcher:
+            if not sequence.matcher.consume_token(token):
+                return self._fail(sequence, sequence.matcher.get_error())
+            if sequence.matcher.is_stopped():  # it is complete, and nothing may follow
+                return self._end(sequence, "stop")
         if sequence.generated == sequence.max_tokens:
             self._end(sequence, "length")
+
+    def _fail(self, sequence: Sequence, error: str) -> None:
+        sequence.error = error.splitlines()[0]
+        self._end(sequence, "error")
 
     def _end(self, sequence: Sequence, reason: str) -> None:
         sequence.finish_reason = reason

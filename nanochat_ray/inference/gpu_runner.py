@@ -18,6 +18,7 @@ from nanochat_ray.inference.kv_cache import PAGE, BlockManager, BlockTable, page
 from nanochat_ray.inference.sampling import GREEDY, SamplingParams, uniforms
 from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.model.gpt import GPT, Block
+from nanochat_ray.model.loss import softcap
 
 EAGER_STEPS = 32  # of a size, before it gets a CUDA graph
 UNKNOWN = -1  # instead of a place in `drawn`: the host gives the token's id itself
@@ -137,7 +138,7 @@ class GPURunner:
         """Read the last token of each sequence that has its row, and of others the tokens up to a position.
 
         The logits (S, V) after the rows and the prompts, and a token (S,) drawn from each by its sequence's parameters
-        but for the repetition penalty. Both are valid until the next run.
+        but for penalties, biases and grammars; NO_TOKEN where the logits are not numbers. Valid until the next run.
         """
         for row, (sequence, _) in enumerate(prompts, start=len(rows)):
             self.place(row, sequence.table)
@@ -155,6 +156,15 @@ class GPURunner:
             columns = self._pinned(_pad(np.concatenate([tokens, sampling])))
             self._decode(columns.to(self.device, non_blocking=True), S)
         return self.logits[:S], self.drawn[:S]
+
+    @torch.inference_mode()
+    def logits_at(self, places: list[int]) -> torch.Tensor:
+        """The logits (n, V) after those of the last run's tokens, which are counted from its first row on. Of a run
+        that read prompts."""
+        index = torch.tensor(places, device=self.device)
+        x, y, x_mid = (each.index_select(0, index) for each in self.ends)
+        raw = F.linear(kernels.mix_norm(x, y, x_mid, self.backout), self.head)
+        return softcap(raw[:, : self.config.vocab_size])
 
     def fetch(self, drawn: torch.Tensor) -> Tokens:
         return Tokens(drawn)
@@ -213,6 +223,7 @@ class GPURunner:
             if i == config.n_layer // 2:
                 x_mid = x + y
         if last is not None:
+            self.ends = x, y, x_mid
             x, y, x_mid = (each.index_select(0, last) for each in (x, y, x_mid))
         raw = F.linear(kernels.mix_norm(x, y, x_mid, self.backout), self.head)
         temperature, uniform, top_k, top_p, min_p = sampling

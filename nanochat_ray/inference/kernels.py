@@ -43,6 +43,7 @@ def embed_kernel(
     n = tl.program_id(0)
     where = tl.load(source + n)
     token = tl.where(where >= 0, tl.load(drawn + tl.maximum(where, 0)), tl.load(idx + n))
+    token = tl.maximum(token, 0)  # of a sequence that ends, since no token could be drawn
     tl.store(idx + n, token)
     c = tl.arange(0, BLOCK)
     inside = c < C
@@ -337,7 +338,7 @@ def sample_kernel(
                 last = tl.maximum(last, tl.max(tl.where(weight > 0, i, 0), axis=0))
             total += tl.sum(weight, axis=0)
         target = tl.where(temperature > 1e-29, tl.load(uniforms + n), 0.0) * total
-    tl.store(drawn + n, tl.minimum(token, last))
+    tl.store(drawn + n, tl.where(total > 0, tl.minimum(token, last), -1))  # NO_TOKEN
 
 
 def embed(idx, source, drawn, previous, at, wte, gate, smear_lambda) -> torch.Tensor:
@@ -416,7 +417,8 @@ def relu_square(x: torch.Tensor) -> torch.Tensor:
 
 
 def sample(raw, vocab_size: int, temperature, uniforms, top_k, top_p, min_p, logits, drawn) -> None:
-    """Of the head's output raw (S, padded V): logits (S, V) gets the capped ones in fp32, drawn a token id of each row.
+    """Of the head's output raw (S, padded V): logits (S, V) gets the capped ones in fp32, drawn a token id of each row,
+    NO_TOKEN where they are not numbers.
 
     top_k is int32, V for none; the other parameters are fp32: 1 and 0 for no top_p and min_p. All are (S,).
     """

@@ -38,6 +38,7 @@ class BlockTable:
     length: int = 0  # tokens whose keys and values are stored
     room: int = 0  # tokens that the blocks have a place for
     hashes: list[bytes] = field(default_factory=list)  # of the sequence up to the end of each full block
+    root: bytes = b""  # that the first of them goes on from
 
 
 def page_bytes(config: GPTConfig, itemsize: int) -> int:
@@ -68,10 +69,12 @@ class BlockManager:
         """Pages that sequences hold now."""
         return self.num_pages - len(self.free) - self.unused_pages
 
-    def open(self, tokens: list[int]) -> BlockTable:
-        """A table that holds the longest known prefix of tokens, short of the last one, which is always computed."""
-        table = BlockTable([[] for _ in self.windows], [0 for _ in self.windows])
-        hashes = self._hashes(tokens[: (len(tokens) - 1) // PAGE * PAGE])
+    def open(self, tokens: list[int], most: int | None = None, salt: str = "") -> BlockTable:
+        """A table that holds the longest prefix of tokens that is known with this salt: at most `most` of them, and not
+        the last one, which is always computed."""
+        table = BlockTable([[] for _ in self.windows], [0 for _ in self.windows], root=_root(salt))
+        limit = len(tokens) - 1 if most is None else min(most, len(tokens) - 1)
+        hashes = self._hashes(tokens[: limit // PAGE * PAGE], table.root)
         length = self._longest_known(hashes)
         table.length, table.room, table.hashes = length * PAGE, length * PAGE, hashes[:length]
         for group, window in enumerate(self.windows):
@@ -106,7 +109,8 @@ class BlockManager:
         before, table.length = len(table.hashes), length
         if length // PAGE == before:
             return False
-        table.hashes += self._hashes(tokens[before * PAGE : length // PAGE * PAGE], *table.hashes[-1:])
+        last = table.hashes[-1] if table.hashes else table.root
+        table.hashes += self._hashes(tokens[before * PAGE : length // PAGE * PAGE], last)
         released = False
         for group, (window, blocks) in enumerate(zip(self.windows, table.blocks, strict=True)):
             for index in range(max(before, table.first[group]), length // PAGE):
@@ -163,13 +167,18 @@ class BlockManager:
                 known = length
         return known
 
-    def _hashes(self, tokens: list[int], last: bytes = b"") -> list[bytes]:
+    def _hashes(self, tokens: list[int], last: bytes) -> list[bytes]:
         """Of each block's tokens and all before them; sha256, since a collision would show one user another's text."""
         hashes = []
         for start in range(0, len(tokens), PAGE):
             last = hashlib.sha256(last + array("i", tokens[start : start + PAGE]).tobytes()).digest()
             hashes.append(last)
         return hashes
+
+
+def _root(salt: str) -> bytes:
+    """What no block's hash can be but by collision: 32 bytes are hashed, fewer than a block has."""
+    return hashlib.sha256(hashlib.sha256(salt.encode()).digest()).digest() if salt else b""
 
 
 def _first_visible(length: int, window: int) -> int:

@@ -169,7 +169,7 @@ class ModelRunner:
         # when it compiles, so options won't do. One patch for all steps: each leaves a context variable in its thread.
         freezing = torch._inductor.config.patch(freezing=True)
 
-        def forward(*inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        def forward(*inputs) -> tuple[torch.Tensor, ...]:
             with freezing:
                 return compiled(*inputs)
 
@@ -197,7 +197,7 @@ class ModelRunner:
         """Read the last token of each sequence that has its row, and of others the tokens up to a position.
 
         The logits (S, V) after the rows and the prompts, and a token drawn from each by its sequence's temperature and
-        seed, (S,).
+        seed, (S,), NO_TOKEN where the logits are not numbers.
         """
         sequences = [*rows, *(sequence for sequence, _ in prompts)]
         idx, previous, at = [s.ids[-1] for s in rows], [s.ids[-2:][0] for s in rows], [len(s.ids) - 1 for s in rows]
@@ -220,8 +220,13 @@ class ModelRunner:
         pages = [table[:, :S, :width] for table, width in zip(self.tables, widths, strict=True)]
         first = [first[:S] for first in self.first]
         draws = np.array([temperature, chances], dtype=np.float32)[..., None]
-        logits, drawn = self.forward(*self._inputs(idx, previous, at, counts, pages, first, *draws))
+        logits, drawn, self.hidden = self.forward(*self._inputs(idx, previous, at, counts, pages, first, *draws))
         return logits[: len(sequences)], drawn[: len(sequences)]
+
+    @torch.inference_mode()
+    def logits_at(self, places: list[int]) -> torch.Tensor:
+        """The logits (n, V) after those of the last run's tokens, which are counted from its first row on."""
+        return self.model.logits(self.hidden[places])
 
     def fetch(self, drawn: torch.Tensor) -> torch.Tensor:
         """Tokens whose tolist() the engine may call later."""
@@ -241,9 +246,10 @@ class ModelRunner:
         return idx, step, *to_device(*draws)
 
     def _forward(self, idx: torch.Tensor, step: Step, temperature: torch.Tensor, uniforms: torch.Tensor):
-        """Logits after each sequence's last token, and what is drawn from them."""
-        logits = self.model.logits(self.model.hidden(idx, step)[0, step.last])
-        return logits, draw(logits, temperature, uniforms)
+        """Logits after each sequence's last token, what is drawn from them, and the hidden states of all tokens."""
+        hidden = self.model.hidden(idx, step)[0]
+        logits = self.model.logits(hidden[step.last])
+        return logits, draw(logits, temperature, uniforms), hidden
 
 
 def _guards_of_inputs(guards) -> list[bool]:

@@ -1,6 +1,7 @@
 """Choosing the next token of every row at once. A row's choice depends on its own parameters, seed and step alone."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,7 @@ GREEDY = 1e-30  # stands for temperature 0: small enough that all but the larges
 BLOCK = 128  # tokens whose weights are summed, so that the running sum is a short one
 MOST_SORTED = 1024  # likeliest tokens among which top_p is looked for before the whole vocabulary is sorted
 MOST_LOGPROBS = 20
+NO_TOKEN = -1  # what is drawn from logits that are not numbers
 ONE = np.uint64(1)
 
 
@@ -19,9 +21,16 @@ ONE = np.uint64(1)
 class SamplingParams:
     """How to answer a prompt.
 
-    Applied in this order: repetition_penalty (arXiv:1909.05858, over the prompt and the answer), temperature, top_k,
-    top_p over what top_k left, min_p (arXiv:2407.01082). Temperature 0 is greedy. stop: strings that end the answer.
+    Applied in this order: repetition_penalty (arXiv:1909.05858, over the prompt and the answer); OpenAI's
+    presence_penalty and frequency_penalty (over the answer) and logit_bias, pairs of a token and what is added to its
+    logit; grammar; temperature, top_k, top_p over what top_k left, min_p (arXiv:2407.01082). Temperature 0 and top_p 0
+    are greedy; top_k 0 and -1 are off.
+
+    grammar: what inference/grammar.py makes of a schema; the answer follows it, calls no tool, and ends where it does.
+    stop: strings that end the answer, also before its grammar does.
     logprobs: how many of the likeliest tokens to tell with each, by the model's own distribution.
+    prompt_logprobs: the same of the prompt's tokens; then max_tokens may be 0. cache_salt: requests share what the
+    cache knows of their prompts with those of the same salt alone.
     Of the n samples of a prompt, sample i is the same whatever n is. Raises ValueError for a value out of range.
     """
 
@@ -35,23 +44,52 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: int | None = None
+    grammar: str | None = None
+    cache_salt: str = ""
 
     def __post_init__(self):
-        for name in ("max_tokens", "n", "top_k"):
+        if self.top_k in (0, -1):
+            object.__setattr__(self, "top_k", None)
+        if self.top_p == 0:
+            object.__setattr__(self, "top_p", None)
+            object.__setattr__(self, "temperature", 0.0)
+        least = 1 if self.prompt_logprobs is None else 0
+        for name, low in (("max_tokens", least), ("n", 1), ("top_k", 1)):
             value = getattr(self, name)
-            if value is not None or name != "top_k":
-                _check(name, value, isinstance(value, int) and value >= 1, "a whole number from 1 up")
+            valid = (isinstance(value, int) and value >= low) or (value is None and name == "top_k")
+            _check(name, value, valid, f"a whole number from {low} up")
         _check("seed", self.seed, isinstance(self.seed, int) and 0 <= self.seed < 2**63, "from 0 to 2^63 - 1")
         _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 (greedy) or more")
-        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1")
+        _check("top_p", self.top_p, self.top_p is None or 0 < self.top_p <= 1, "from 0 (greedy) to 1")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, 0 < penalty < math.inf, "above 0; 1 has no effect")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(name, getattr(self, name), -2 <= getattr(self, name) <= 2, "from -2 to 2; 0 has no effect")
+        for token, bias in self.logit_bias:
+            _check("logit_bias", (token, bias), isinstance(token, int) and -100 <= bias <= 100, "(token, -100 to 100)")
         valid = not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop)
         _check("stop", self.stop, valid, "a tuple of texts that are not empty")
-        logprobs = self.logprobs
-        valid = logprobs is None or (isinstance(logprobs, int) and 0 <= logprobs <= MOST_LOGPROBS)
-        _check("logprobs", logprobs, valid, f"from 0 to {MOST_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            valid = count is None or (isinstance(count, int) and 0 <= count <= MOST_LOGPROBS)
+            _check(name, count, valid, f"from 0 to {MOST_LOGPROBS}")
+        _check("grammar", self.grammar, self.grammar is None or bool(self.grammar), "a grammar that is not empty")
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether logits change by what was said, or by a bias."""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penalties or self.logit_bias)
+
+    @property
+    def filters(self) -> bool:
+        """Whether some tokens are left out by their probability."""
+        return bool(self.top_k or self.min_p > 0) or (self.top_p is not None and self.top_p < 1)
 
 
 def _check(name: str, value, valid: bool, expected: str) -> None:
@@ -60,15 +98,14 @@ def _check(name: str, value, valid: bool, expected: str) -> None:
 
 
 class Controls:
-    """The parameters of a batch's rows: what they ask for, and as columns (B, 1), which are made when they are used."""
+    """The parameters of a batch's rows that choose among tokens: what they ask for, and as columns (B, 1), which are
+    made when they are used."""
 
     def __init__(self, rows: list[SamplingParams], vocab_size: int, device="cpu"):
         self.rows, self.vocab_size, self.device = rows, vocab_size, device
-        self.filters = any(p.top_k or (p.top_p or 1) < 1 for p in rows)
         self.nuclear = any((p.top_p or 1) < 1 for p in rows)
-        self.penalizes = any(p.repetition_penalty != 1 for p in rows)
+        self.filters = self.nuclear or any(p.top_k for p in rows)
         self.limits = any(p.min_p > 0 for p in rows)
-        self.plain = not (self.filters or self.limits or self.penalizes)  # temperature is all that matters
 
     def _column(self, values, dtype=torch.float32) -> torch.Tensor:
         return torch.tensor(list(values), dtype=dtype, device=self.device).unsqueeze(1)
@@ -99,20 +136,41 @@ class Controls:
     def min_p(self) -> torch.Tensor:
         return self._column(p.min_p for p in self.rows)
 
-    @cached_property
-    def penalty(self) -> torch.Tensor:
-        return self._column(p.repetition_penalty for p in self.rows)
+
+def penalize(logits: torch.Tensor, rows: list[SamplingParams], said: list[tuple[list[int], int]]) -> None:
+    """Change logits (B, V) by the penalties and biases of their rows. said: each row's ids, the prompt's and the
+    answer's, and how many are the prompt's."""
+    repeated, added = [], []
+    for row, (params, (ids, prompt_len)) in enumerate(zip(rows, said, strict=True)):
+        if params.repetition_penalty != 1:
+            repeated += [(row, token, params.repetition_penalty) for token in set(ids)]
+        changes = dict(params.logit_bias)
+        if params.presence_penalty or params.frequency_penalty:
+            for token, count in Counter(ids[prompt_len:]).items():
+                penalty = params.presence_penalty + count * params.frequency_penalty
+                changes[token] = changes.get(token, 0) - penalty
+        added += [(row, token, change) for token, change in changes.items()]
+    if repeated:
+        place, penalty = _columns(repeated, logits.device)
+        logits[place] = torch.where(logits[place] > 0, logits[place] / penalty, logits[place] * penalty)
+    if added:
+        place, change = _columns(added, logits.device)
+        logits[place] += change
 
 
-def sample(logits: torch.Tensor, controls: Controls, keys: np.ndarray, seen: torch.Tensor | None = None):
-    """Logits (B, V) to token ids (B,). Row b's randomness is a function of the integers keys[b] alone.
+def _columns(entries: list[tuple[int, int, float]], device) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """((rows, tokens), values) of entries (row, token, value)."""
+    rows, tokens, values = zip(*entries, strict=True)
+    place = torch.tensor([rows, tokens], device=device).unbind()
+    return place, torch.tensor(values, dtype=torch.float32, device=device)
 
-    keys is (B, any) uint64; the engine uses (seed, sample, step). seen is (B, V), true for the tokens that a
-    repetition penalty is for. Ties go to the lowest id.
+
+def sample(logits: torch.Tensor, controls: Controls, keys: np.ndarray) -> torch.Tensor:
+    """Logits (B, V) to token ids (B,), NO_TOKEN where they are not numbers, or all -inf. Row b's randomness is a
+    function of the integers keys[b] alone.
+
+    keys is (B, any) uint64; the engine uses (seed, sample, step). Ties go to the lowest id.
     """
-    if controls.penalizes:
-        penalized = torch.where(logits > 0, logits / controls.penalty, logits * controls.penalty)
-        logits = torch.where(seen, penalized, logits)
     weights = _weights(logits, controls.temperature)
     if controls.filters:
         weights = _filter(weights / weights.sum(dim=-1, keepdim=True), controls)
@@ -141,7 +199,8 @@ def _draw(weights: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tens
     block = _first_above(sums, target)
     target = target - torch.where(block > 0, sums.gather(-1, (block - 1).clamp(min=0)), 0)
     inside = weights.gather(1, block.unsqueeze(-1).expand(-1, -1, BLOCK)).squeeze(1).cumsum(dim=-1)
-    return (block * BLOCK + _first_above(inside, target)).squeeze(-1)
+    token = block * BLOCK + _first_above(inside, target)
+    return torch.where(sums[:, -1:] > 0, token, NO_TOKEN).squeeze(-1)
 
 
 def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -157,7 +216,8 @@ def _filter(weights: torch.Tensor, controls: Controls) -> torch.Tensor:
         largest, count = _nucleus(weights, largest, controls)
     else:
         count = controls.top_k.clamp(max=controls.most)
-    threshold = largest.gather(-1, count - 1).masked_fill(controls.unfiltered, 0)
+    least = torch.finfo(weights.dtype).tiny  # tokens that cannot come are not chosen
+    threshold = largest.gather(-1, count - 1).clamp(min=least).masked_fill(controls.unfiltered, 0)
     chosen = weights >= threshold
     if (chosen.sum(dim=-1, keepdim=True) > count.masked_fill(controls.unfiltered, weights.size(-1))).any():
         above, tied = weights > threshold, weights == threshold  # of tied tokens the first ones

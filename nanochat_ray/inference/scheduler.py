@@ -54,7 +54,7 @@ class Scheduler:
         """Up to which position to read a sequence in this step, beside others, or None."""
         alone = not self.running and not self.retired and not others
         if sequence.table is None:
-            sequence.table = self.manager.open(sequence.ids)
+            sequence.table = self.manager.open(sequence.ids, sequence.findable, sequence.params.cache_salt)
             too_long = not budget and len(sequence.ids) - sequence.table.length > most
             if too_long or not (alone or self._fits(sequence, len(others))) or _repeats(sequence, others):
                 self._give_up(sequence)
@@ -83,7 +83,8 @@ class Scheduler:
 
     def start(self, sequence: Sequence) -> None:
         """Let the head of the queue, whose ids are all read, join the batch."""
-        assert self.waiting.popleft() is sequence
+        head = self.waiting.popleft()
+        assert head is sequence
         self.running.append(sequence)
 
     def make_room(self) -> list[Sequence]:
@@ -142,5 +143,6 @@ class Scheduler:
 
 def _repeats(sequence: Sequence, others: list[tuple[Sequence, int]]) -> bool:
     """Whether the next block that a sequence lacks is being read for another: after this step it can be found."""
-    end = sequence.table.length + PAGE
-    return end < len(sequence.ids) and any(read >= end and s.ids[:end] == sequence.ids[:end] for s, read in others)
+    end, salt = sequence.table.length + PAGE, sequence.params.cache_salt
+    alike = (s for s, read in others if read >= end and s.params.cache_salt == salt)
+    return end <= sequence.findable and any(s.ids[:end] == sequence.ids[:end] for s in alike)

@@ -352,13 +352,17 @@ def load_model(
 ) -> tuple[GPT, Tokenizer, dict]:
     """(model, tokenizer, meta) of a checkpoint, or of a run's newest. dtype None: what is fastest on the device.
 
-    Raises FileNotFoundError when there is no checkpoint, ValueError when it is damaged.
+    Raises FileNotFoundError when there is no checkpoint, ValueError when it is damaged, or holds weights that are not
+    numbers.
     """
     folder = resolve_checkpoint(folder)
     meta = read_meta(folder)
     with torch.device(device):
         model = GPT(GPTConfig(**meta["model_config"]))
     load_weights(model, folder)
+    for name, weight in model.named_parameters():
+        if not weight.detach().sum().isfinite():  # one pass, where isfinite() over all makes three
+            raise ValueError(f"{folder}: {name} holds NaN or Infinity; the run diverged, take an earlier checkpoint")
     model.set_compute_dtype(compute_dtype(dtype, device))
     return model.eval(), Tokenizer.load(folder), meta
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanochat_ray.inference import engine as engine_module
+from nanochat_ray.inference import grammar
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.kv_cache import page_bytes
 from nanochat_ray.inference.model_runner import ModelRunner
@@ -106,6 +107,54 @@ def test_every_row_of_a_steps_inputs_is_aligned(small, random_prompts):
         engine.generate(random_prompts(7, 13, 1), SamplingParams(3))
     assert seen == {0}
     assert all(table[i].data_ptr() % 16 == 0 for table in engine.runner.tables for i in range(len(table)))
+
+
+def test_scores_penalties_and_grammars_are_the_cpus(kernel_device, tokenizer, random_prompts, monkeypatch):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(64, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32, window_pattern="L"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.4)
+    kinds = [
+        {"max_tokens": 0, "prompt_logprobs": 3},
+        {"grammar": grammar.from_regex("[a-z]{9}")},
+        {"grammar": grammar.json_object(), "top_k": 20, "presence_penalty": 1.0},
+        {"frequency_penalty": 2, "logit_bias": ((9, 4.0),), "prompt_logprobs": 0},
+        {},
+    ]
+    prompts = random_prompts(9, 4, 6, 12, 5)
+    asked = [(p, SamplingParams(**{"max_tokens": 4} | k)) for p, k in zip(prompts, kinds, strict=True)]
+    answers = []
+    for runner in (None, ModelRunner):
+        if runner:
+            monkeypatch.setattr(engine_module, "runner_of", lambda model: ModelRunner)
+        engine = Engine(model.to("cpu" if runner else kernel_device), tokenizer, 3, chunk=7)
+        sequences = [engine.submit(prompt, params)[0] for prompt, params in asked]
+        while engine.busy:
+            engine.step()
+        answers.append(sequences)
+    for ours, theirs in zip(*answers, strict=True):
+        assert (ours.tokens, ours.finish_reason) == (theirs.tokens, theirs.finish_reason)
+        assert (ours.prompt_logprobs is None) == (theirs.prompt_logprobs is None)
+        for (own, likeliest), (expected, others) in zip(
+            (ours.prompt_logprobs or [])[1:], (theirs.prompt_logprobs or [])[1:], strict=True
+        ):
+            assert own == pytest.approx(expected, abs=1e-3)
+            assert [value for _, value in likeliest] == pytest.approx([value for _, value in others], abs=1e-3)
+
+
+def test_no_token_is_drawn_from_nan(small, random_prompts):
+    engine = Engine(small, None, 2)
+    sequences = [
+        engine.submit(prompt, SamplingParams(3, **kind))[0]
+        for prompt, kind in zip(random_prompts(3, 2), ({}, {"top_k": 5, "top_p": 0.5}), strict=True)
+    ]
+    engine.step()
+    engine.runner.head = engine.runner.head * float("nan")
+    while engine.busy:
+        engine.step()
+    assert [s.finish_reason for s in sequences] == ["error", "error"]
+    assert all(0 <= min(s.tokens) for s in sequences)
 
 
 def test_few_graph_sizes_with_little_padding():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from nanochat_ray.inference import sampling
-from nanochat_ray.inference.sampling import Controls, SamplingParams, logprobs, sample, uniforms
+from nanochat_ray.inference.sampling import Controls, SamplingParams, logprobs, penalize, sample, uniforms
 
 LOGITS = torch.tensor([1.0, 0.0, 2.0, 0.5, 2.0, -1.0])  # probabilities .131 .048 .356 .079 .356 .018
 ROWS = 8_000
@@ -108,7 +108,7 @@ def test_of_tied_tokens_the_first_are_kept():
 
 
 def test_a_repetition_penalty_makes_seen_tokens_less_likely():
-    seen = torch.tensor([True, False, True, False, False, True])
+    seen = [2, 0, 5, 2]
     penalized = torch.tensor([1.0 / 1.5, 0.0, 2.0 / 1.5, 0.5, 2.0, -1.0 * 1.5])
     kinds = [
         SamplingParams(repetition_penalty=1.5),
@@ -116,9 +116,9 @@ def test_a_repetition_penalty_makes_seen_tokens_less_likely():
         SamplingParams(temperature=0.0, repetition_penalty=9),
     ]
     rows = kinds * ROWS
-    tokens = sample(LOGITS.expand(len(rows), -1), Controls(rows, 6), keys(len(rows)), seen.expand(len(rows), -1)).view(
-        ROWS, 3
-    )
+    logits = LOGITS.repeat(len(rows), 1)
+    penalize(logits, rows, [(seen, len(seen))] * len(rows))
+    tokens = draw(logits, rows).view(ROWS, 3)
     for drawn, logits in zip(tokens.T[:2], (penalized, LOGITS), strict=True):
         expected = logits.double().softmax(0) * ROWS
         assert chi_square(drawn.bincount(minlength=6).double(), expected) < 20.5
@@ -184,9 +184,9 @@ def test_logprobs_are_of_the_plain_softmax():
         ("temperature", -0.1),
         ("temperature", math.nan),
         ("temperature", math.inf),
-        ("top_k", 0),
+        ("top_k", -2),
         ("top_k", 1.5),
-        ("top_p", 0.0),
+        ("top_p", -0.1),
         ("top_p", 1.01),
         ("top_p", math.nan),
         ("seed", -1),
@@ -200,6 +200,14 @@ def test_logprobs_are_of_the_plain_softmax():
         ("stop", "END"),  # not three stop strings of a letter each
         ("logprobs", -1),
         ("logprobs", 21),
+        ("prompt_logprobs", 21),
+        ("presence_penalty", 2.1),
+        ("presence_penalty", math.nan),
+        ("frequency_penalty", -2.1),
+        ("logit_bias", ((3, 101),)),
+        ("logit_bias", ((3, math.nan),)),
+        ("logit_bias", (("a", 1),)),
+        ("grammar", ""),
     ],
 )
 def test_values_out_of_range_are_named(name, value):

@@ -62,7 +62,7 @@ class CheckedRunner(ModelRunner):
             assert len(tokens) == 1
             said += tokens
         logits = torch.nn.functional.one_hot(torch.tensor(said), V).float()
-        return logits, draw(logits, *draws)
+        return logits, draw(logits, *draws), None  # no hidden states
 
     def _store(self, layer, pages, offset, tokens, before, positions) -> int:
         """Note the tokens in a layer's pages and check all that they see; the next token."""

@@ -107,6 +107,16 @@ def test_the_last_two_and_the_best_are_kept(trained, tmp_path):
     assert kept == ["000002", "000004", "000005"]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_refused_with_the_tensors_name(trained, tmp_path, value):
+    model, _, tokenizer = trained
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_fc.weight[3, 5] = value
+    folder = checkpoint.save_checkpoint(str(tmp_path), 1, model, None, tokenizer, {})
+    with pytest.raises(ValueError, match=r"step_000001: transformer\.h\.1\.mlp\.c_fc\.weight holds NaN or Infinity"):
+        checkpoint.load_model(folder)
+
+
 def test_no_checkpoint_is_one_clear_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*nowhere"):
         checkpoint.load_model(str(tmp_path / "nowhere"))

@@ -7,7 +7,6 @@ import secrets
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -148,7 +147,9 @@ FAST_SERVE = {
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     "RAY_SERVE_PORT_QUARANTINE_S": "0",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.connections:limit_connections",
     "RAY_worker_niceness": "0",
+    "grpc_proxy": "",  # none, whatever http_proxy says
 }
 
 
@@ -159,14 +160,16 @@ def serve(args: list[str]) -> None:
     own_ray = "RAY_ADDRESS" not in os.environ
     if own_ray:  # before Ray Serve is imported; a cluster's processes have settings of their own
         os.environ |= FAST_SERVE
-    from serving.app import ServiceOptions, app, check_port, free_port, start
+    from serving.app import ServiceOptions, address, app, check_port, free_port, start, watch
 
     class Options(ServiceOptions):
         host: str = "127.0.0.1"
         """Address to listen on; 0.0.0.0 for all of the machine's."""
         port: int = 8000
+        """0 for any that is free."""
 
     options = parse("serve", Options, args)
+    options.port = options.port or free_port()
     application = app(options)  # a wrong checkpoint is known before Ray is started
     check_port(options.host, options.port)
     proxy_port = options.port
@@ -176,11 +179,12 @@ def serve(args: list[str]) -> None:
         os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(options.port + 1)
     start_ray()
     start(application, options.replicas * max(1, len(options.checkpoint)), options.host, proxy_port, not own_ray)
-    known_to = "this machine alone; --host 0.0.0.0 for all" if options.host == "127.0.0.1" else "all that reach it"
-    print(f"serving    http://{options.host}:{options.port} ({known_to}); Ctrl-C stops it", flush=True)
+    local = options.host in ("127.0.0.1", "::1", "localhost")
+    known_to = "this machine alone; --host 0.0.0.0 for all" if local else "all that reach it"
+    print(f"serving    http://{address(options.host, options.port)} ({known_to}); Ctrl-C stops it", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does; Ray's own handler aborts
     try:
-        threading.Event().wait()
+        watch(options.host, options.port)
     finally:
         ray.shutdown()
 

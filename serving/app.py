@@ -10,13 +10,16 @@ EngineServer of its model: to the one that had the conversation's beginning befo
 import asyncio
 import hashlib
 import hmac
+import http.client
 import json
 import logging
+import math
+import os
 import socket
 import time
 from collections import defaultdict
 from collections.abc import AsyncIterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import ray
@@ -29,6 +32,7 @@ from pydantic import BaseModel, field_validator
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import LoggingConfig
@@ -42,17 +46,20 @@ from nanochat_ray.train.checkpoint import latest_checkpoint, read_meta, resolve_
 from serving import protocol
 from serving.engine_server import EngineServer
 from serving.fronts import ENGINE_MARK, one_on_each_host
+from serving.http import Gate, hosts_of, read_body
 from serving.metrics import Metrics
 from serving.protocol import ApiError, ChatRequest, CompletionRequest
 
 # Serve copies ChatService to its replicas by value, with what it names that is defined above it.
 UI = Path(__file__).parent / "ui"
-MOST_BODY_BYTES = 1_000_000
 LOST = "the replica that answered was lost; ask again"
 ATTEMPTS = 3  # to find a replica that is not busy, or one that lives
 # Seconds without a word from an engine that mean it is lost; it has a word every 2. Before its first word the next one
 # is asked sooner, which costs nothing, as that may be a lost one too.
 SILENCE, FIRST_SILENCE, SILENT_ATTEMPTS = 8, 4, 16
+KEEP_ALIVE = 10  # seconds after which a stream that has nothing to say yet says so
+CHECKED, CHECK_TIMEOUT = 2, 3  # seconds that an engine's sign of life counts, and that one is waited for
+NEEDED = ("meta.json", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken")  # of a checkpoint, to serve it
 UNREACHABLE = (RayError, RayServeException, TimeoutError)
 CONSISTENT_HASH_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 PAGE_HEADERS = {  # the page's own policy says the rest
@@ -92,6 +99,9 @@ class ServiceOptions(BaseModel):
     """Of each API key, or of everybody together where there are no keys."""
     cors_origins: list[str] = []
     """Web sites whose pages may use this service; by default only its own."""
+    allowed_hosts: list[str] = []
+    """More names that the service has, such as *.example.com, where it listens on this machine alone: there it answers
+    as localhost only. Elsewhere it answers as anything, unless some are given."""
 
     @field_validator("checkpoint", mode="before")
     @classmethod
@@ -102,19 +112,57 @@ class ServiceOptions(BaseModel):
 class Model:
     """What the service knows of a checkpoint, and the way to its engines."""
 
-    def __init__(self, folder: str, engine: DeploymentHandle):
+    def __init__(self, name: str, folder: str, engine: DeploymentHandle):
         # By gRPC: in a stream that goes through Ray itself, an engine stops for all when one front's host is cut off.
         self.tokenizer, self.engine = Tokenizer.load(folder), engine.options(_by_reference=False)
         self.sequence_len = read_meta(folder)["model_config"]["sequence_len"]
         self.created = int(storage.modified(storage.join(folder, "meta.json")).timestamp())
         self.capacity, self.asking = None, asyncio.Lock()  # known once an engine runs
+        self.longest = int(self.tokenizer.token_bytes().max())
+        self.name, self.folder, self.checked, self.checking = name, folder, -math.inf, asyncio.Lock()
+        self.trouble = self.gone = None  # why no engine answers, and which of the checkpoint's files is missing
+
+    def heard(self) -> None:
+        """An engine has said something."""
+        self.trouble, self.gone, self.checked = None, None, time.monotonic()
+
+    async def check(self) -> str | None:
+        """Why no engine answers; None when one does, or has in the last seconds."""
+        async with self.checking:
+            if time.monotonic() - self.checked < CHECKED:
+                return self.trouble
+            before = self.trouble
+            try:
+                await asyncio.wait_for(self.engine.capacity.remote(), CHECK_TIMEOUT)
+                self.heard()
+            except BackPressureError:
+                self.heard()  # it has too much to do, but it does it
+            except UNREACHABLE:
+                self.gone = await asyncio.to_thread(self.missing)
+                lost = f": its checkpoint is gone, {self.gone} is missing" if self.gone else ""
+                self.trouble, self.checked = f"no engine of {self.name} answers{lost}", time.monotonic()
+                if self.trouble != before:
+                    logging.getLogger("ray.serve").error(self.trouble)
+            return self.trouble
+
+    def missing(self) -> str | None:
+        """The first of the checkpoint's files that a new engine would look for in vain."""
+        paths = (storage.join(self.folder, name) for name in NEEDED)
+        return next((path for path in paths if not storage.exists(path)), None)
+
+    async def expect_engine(self) -> None:
+        """Raises ApiError when there is none, and none can start as the checkpoint is gone."""
+        if await asyncio.to_thread(self.missing):
+            trouble = await self.check()
+            if self.gone:
+                raise ApiError(503, trouble, code="checkpoint_gone")
 
     def card(self, name: str) -> dict:
         card = {"id": name, "object": "model", "created": self.created, "owned_by": "nanochat-ray"}
         return card | {"context_length": self.sequence_len}
 
 
-api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+api = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
 
 @api.exception_handler(ApiError)
@@ -152,30 +200,37 @@ def tokens_of(tokenizer: Tokenizer, asked: protocol.Request) -> tuple[list[int],
     return prompt, hashlib.sha256(json.dumps(beginning).encode()).hexdigest()
 
 
-async def read_body(request: Request) -> bytes:
-    """Raises ApiError for a body that is too large, before all of it has come."""
-    body = b""
-    async for piece in request.stream():
-        body += piece
-        if len(body) > MOST_BODY_BYTES:
-            raise ApiError(413, f"the body is larger than {MOST_BODY_BYTES:,} bytes", code="request_too_large")
-    return body
+def longest_text(asked: protocol.Request) -> int:
+    """Bytes of the longest prompt's text."""
+
+    def size(value) -> int:
+        if isinstance(value, list):
+            return sum(map(size, value))
+        if isinstance(value, dict):
+            return size(value.get("content", value.get("text")))
+        return len(value.encode(errors="replace")) if isinstance(value, str) else 0
+
+    prompts = [asked.messages] if isinstance(asked, ChatRequest) else asked.prompt
+    return max(map(size, prompts if isinstance(prompts, list) else [prompts]))
 
 
 def busy() -> ApiError:
     return ApiError(429, "too many requests wait already; try again soon", code="busy", retry=1)
 
 
-async def capacity(engine: DeploymentHandle) -> int:
+async def capacity(model: Model) -> int:
     """Tokens of the longest sequence. Raises ApiError when no replica can tell."""
     for _ in range(SILENT_ATTEMPTS):  # each at another replica, as without a session any is as good
-        with suppress(TimeoutError):
-            try:
-                return await asyncio.wait_for(engine.capacity.remote(), FIRST_SILENCE)
-            except BackPressureError:
-                raise busy() from None
-            except (RayError, RayServeException):
-                break
+        if model.gone:
+            await model.expect_engine()
+        try:
+            return await asyncio.wait_for(model.engine.capacity.remote(), FIRST_SILENCE)
+        except TimeoutError:
+            await model.expect_engine()
+        except BackPressureError:
+            raise busy() from None
+        except (RayError, RayServeException):
+            break
     raise ApiError(503, "the model is not ready yet; try again soon", code="not_ready", retry=5)
 
 
@@ -235,16 +290,19 @@ class ChatService:
     def __init__(
         self, models: dict[str, str], options: dict, counter: DeploymentHandle | None, *engines: DeploymentHandle
     ):
+        os.environ |= {"grpc_proxy": ""}  # none on the way to the engines, whatever http_proxy says
         pairs = zip(models.items(), engines, strict=True)
-        self.models = {name: Model(folder, engine) for (name, folder), engine in pairs}
+        self.models = {name: Model(name, folder, engine) for (name, folder), engine in pairs}
         me = serve.get_replica_context()
         self.name, self.fronts = me.replica_tag, serve.get_deployment_handle(me.deployment, me.app_name)
         self.metrics = Metrics(self.name)
         self.keys = [key.encode() for key in options["api_keys"]]
         self.counter, self.per_minute = counter, options["requests_per_minute"]
-        if options["cors_origins"]:
-            origins = options["cors_origins"]
-            api.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"])
+        origins, host = options["cors_origins"], _get_global_client().http_config.host
+        api.add_middleware(Gate, hosts=hosts_of(host, options["allowed_hosts"]), origins=origins)
+        if origins:  # around the gate, so that its refusals are readable there too
+            headers = {"allow_headers": ["*"], "expose_headers": ["Retry-After", "X-Request-ID"]}
+            api.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], **headers)
 
     @api.get("/")
     async def page(self) -> Response:
@@ -255,8 +313,11 @@ class ChatService:
         return ui_file(name)
 
     @api.get("/health")
-    async def health(self) -> dict:
-        return {"status": "ok", "models": list(self.models)}
+    async def health(self) -> Response:
+        """503 while there is a model whose completions would not be answered."""
+        troubles = await asyncio.gather(*(model.check() for model in self.models.values()))
+        status = "; ".join(filter(None, troubles)) or "ok"
+        return JSONResponse({"status": status, "models": list(self.models)}, 200 if status == "ok" else 503)
 
     @api.get("/metrics")
     async def prometheus(self) -> Response:
@@ -301,10 +362,13 @@ class ChatService:
     async def respond(self, asked: protocol.Request) -> Response:
         name = asked.model or next(iter(self.models))
         model = self.model(name)
-        prompt, affinity = tokens_of(model.tokenizer, asked)
         async with model.asking:  # once, however many requests come first
             if model.capacity is None:
-                model.capacity = await capacity(model.engine)
+                model.capacity = await capacity(model)
+        if longest_text(asked) > model.capacity * model.longest:  # known before it is encoded
+            message = f"the prompt has more bytes than the {model.capacity - 1} tokens that there is room for can have"
+            raise ApiError(400, message, "messages", "context_length_exceeded")
+        prompt, affinity = await asyncio.to_thread(tokens_of, model.tokenizer, asked)  # others' streams go on
         if len(prompt) >= model.capacity:
             message = f"the prompt has {len(prompt)} tokens; there is room for {model.capacity - 1}"
             raise ApiError(400, message, "messages", "context_length_exceeded")
@@ -332,9 +396,12 @@ class ChatService:
         """The engine's messages, from another replica if the first one is lost before it said anything.
 
         Raises ApiError when the engine is lost after that. One that is silent counts as lost: of a host that is cut off
-        Ray itself may know a minute later.
+        Ray itself may know a minute later. A stream has a message without choices when there has been nothing for
+        KEEP_ALIVE seconds.
         """
-        began = last = time.monotonic()
+        if model.gone:
+            await model.expect_engine()
+        began = last = told = time.monotonic()
         attempts = silences = 0
         while attempts < ATTEMPTS:
             # Where the router sends a session depends on its name: another name may find another replica.
@@ -347,18 +414,22 @@ class ChatService:
                         message = await anext(answer, None)
                     if message is None:
                         return
+                    model.heard()
                     silence = SILENCE
                     if "busy" in message:
                         attempts += 1
                         break
-                    if not message["choices"]:  # it lives
-                        continue
                     now, count = time.monotonic(), sum(len(choice["tokens"]) for choice in message["choices"])
+                    if not message["choices"]:  # it lives
+                        if stream and now - told > KEEP_ALIVE:
+                            told = now
+                            yield message
+                        continue
                     if last == began:
                         self.metrics.ttft.observe(now - began)
                     elif count:
                         self.metrics.itl.observe((now - last) / count)
-                    last = now
+                    last = told = now
                     yield message
             except BackPressureError:
                 break
@@ -367,17 +438,23 @@ class ChatService:
                 attempts, silences = attempts + (not silent), silences + silent
                 if last != began or attempts == ATTEMPTS or silences == SILENT_ATTEMPTS:
                     raise ApiError(503, LOST, code="replica_lost", retry=5) from error
+                if silent:
+                    await model.expect_engine()
                 await asyncio.sleep(0.5)
             finally:
                 with suppress(RayError, RayServeException):  # cancel raises again what ended it
                     answer.cancel()  # of a client that went away
+            if stream and time.monotonic() - told > KEEP_ALIVE:
+                told = time.monotonic()
+                yield {"choices": []}
         raise busy()
 
     async def authorize(self, request: Request) -> None:
         """Raises ApiError for a missing or unknown key, and for one that asks too often."""
         key = b""
         if self.keys:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+            scheme, _, given = request.headers.get("authorization", "").strip().partition(" ")
+            given = given.strip() if scheme.lower() == "bearer" else ""
             key = hashlib.sha256(given.encode()).hexdigest().encode()
             known = [hmac.compare_digest(key, other) for other in self.keys]  # all of them, in constant time
             if not any(known):
@@ -438,14 +515,18 @@ def has_gpus() -> bool:
     return ray.cluster_resources().get("GPU", 0) >= 1 if ray.is_initialized() else torch.cuda.is_available()
 
 
+def address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def check_port(host: str, port: int) -> None:
     """Raises OSError when it is taken."""
     try:
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, port))
     except (OSError, OverflowError) as error:
-        raise OSError(f"cannot listen on {host}:{port}: {error}") from None
+        raise OSError(f"cannot listen on {address(host, port)}: {error}") from None
 
 
 def free_port() -> int:
@@ -470,6 +551,24 @@ def start(application: serve.Application, engines: int, host: str, port: int, on
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(http_options={"host": host, "port": port, "location": "EveryNode" if on_cluster else "HeadOnly"})
     serve.run(application, name="nanochat")
+
+
+def watch(host: str, port: int) -> None:
+    """Say on stdout when models are not answered any more, or are again. It goes on until it is interrupted."""
+    said = "ok"
+    while True:
+        time.sleep(5)
+        # Who closes a connection keeps its port for a minute: if that were the service, one that is lost could not
+        # come back on it. So it isn't told `Connection: close`.
+        with closing(http.client.HTTPConnection(host, port, timeout=15)) as connection:
+            try:
+                connection.request("GET", "/health")
+                status = json.load(connection.getresponse())["status"]
+            except (OSError, http.client.HTTPException, ValueError, LookupError):
+                status = "the service itself does not answer"
+        if status != said:
+            print(f"warning    {status}" if status != "ok" else "serving    again", flush=True)
+        said = status
 
 
 def newest_checkpoint() -> str:

@@ -263,6 +263,9 @@ class Writer:
             due = "".join(self.chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.streams)))
         try:
             async for message in chain(first, messages):
+                if not message["choices"]:  # a proxy ends a connection that is silent for a minute
+                    yield ": keep-alive\n\n"
+                    continue
                 due += "".join(self.chunks(message))
                 if not all(self.reasons):
                     yield due

@@ -1,9 +1,12 @@
 """Chat in the terminal: one question, or a conversation."""
 
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Annotated
 
 import torch
@@ -38,9 +41,10 @@ class ChatOptions:
 
 
 def chat(model, tokenizer, options: ChatOptions) -> None:
-    """Answer options.prompt, or else each line of stdin with the conversation so far as context, on stdout.
+    """Answer options.prompt, or else each of the questions with the conversation so far as context, on stdout.
 
-    The oldest turns are forgotten when the conversation outgrows the context. Raises ValueError for bad options.
+    The oldest turns are forgotten when the conversation outgrows the context. Raises ValueError for bad options, and
+    KeyboardInterrupt when Ctrl-C is pressed twice during an answer.
     """
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
@@ -53,14 +57,37 @@ def chat(model, tokenizer, options: ChatOptions) -> None:
     if sys.stdin.isatty():
         print("Ctrl-C stops an answer, /clear starts over, /quit leaves.")
     turns = []  # token ids of each question with its answer
-    while (line := _read_line()) not in (None, "/quit"):
-        if line == "/clear":
+    for question in questions():
+        if question == "/quit":
+            return
+        if question == "/clear":
             turns = []
-        elif line:
+        elif question:
             try:
-                turns = answer(engine, turns, line, params)
+                turns = answer(engine, turns, question, params)
             except ValueError as error:  # a question beyond the model's reach: ask another
                 print(f"error: {error}")
+
+
+def questions() -> Iterator[str]:
+    """Lines of stdin; on a terminal they are edited, with history, and lines that are pasted together are one question.
+
+    There Ctrl-C drops what was typed, and ends an empty line as Ctrl-D does.
+    """
+    if not sys.stdin.isatty():
+        yield from map(str.strip, sys.stdin)
+        return
+    from prompt_toolkit import PromptSession
+
+    session = PromptSession()
+    while True:
+        try:
+            yield session.prompt("> ").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not session.default_buffer.text:
+                return
 
 
 def answer(engine: Engine, turns: list[list[int]], question: str, params: SamplingParams) -> list[list[int]]:
@@ -69,12 +96,10 @@ def answer(engine: Engine, turns: list[list[int]], question: str, params: Sampli
     bos, *turn = tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
     # A short context keeps half of itself for the conversation, however long an answer may be.
     turns = fit_turns(turns, context - min(params.max_tokens, context // 2) - len(turn) - 1)
-    tokens = engine.stream([bos, *chain.from_iterable(turns), *turn], params)
-    try:
+    with stoppable() as stopped:  # what was said so far stays in the conversation
+        tokens = takewhile(lambda _: not stopped.is_set(), engine.stream([bos, *chain(*turns), *turn], params))
         for text in decode_stream(_recorded(tokens, turn), tokenizer):
             print(text, end="", flush=True)
-    except KeyboardInterrupt:
-        pass  # what was said so far stays in the conversation
     print()
     return [*turns, [*turn, tokenizer.special("<|assistant_end|>")]]
 
@@ -105,9 +130,18 @@ def _recorded(tokens: Iterable[int], record: list[int]) -> Iterator[int]:
         yield token
 
 
-def _read_line() -> str | None:
-    """The next line of stdin, None at its end or on Ctrl-C."""
+@contextmanager
+def stoppable() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, so that the engine is left between two steps; a second one is a KeyboardInterrupt."""
+    stopped = threading.Event()
+
+    def stop(*_) -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
+        stopped.set()
+
+    before = signal.signal(signal.SIGINT, stop)
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except (EOFError, KeyboardInterrupt):
-        return None
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)

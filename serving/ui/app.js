@@ -72,14 +72,22 @@ function forget(conversation) {
 // ---- Text to nodes --------------------------------------------------------------------------------------------------
 
 marked.use({
-  // No raw HTML: what looks like a tag is text, and is shown as such.
-  tokenizer: { html() {}, tag() {} },
-  // No images: the address of one can carry a conversation away.
-  renderer: { image: ({ href, text }) => `<a href="${escapeHtml(href)}">${escapeHtml(text || href)}</a>` },
+  breaks: true, // a line ends where its writer ended it
+  tokenizer: {
+    // No raw HTML: what looks like a tag is text, and is shown as such.
+    html() {},
+    tag() {},
+    del: (source) => (source.startsWith("~~") ? false : undefined), // a single tilde means "about"
+  },
+  renderer: {
+    // No images: the address of one can carry a conversation away.
+    image: ({ href, text }) => `<a href="${escapeHtml(href)}">${escapeHtml(text || href)}</a>`,
+    checkbox: ({ checked }) => `<span class="task">${checked ? "☑" : "☐"}</span> `,
+  },
 });
 
 const SAFE = {
-  ALLOWED_TAGS: "p br strong em del a code pre ul ol li blockquote h1 h2 h3 h4 h5 h6 hr table thead tbody tr th td".split(" "),
+  ALLOWED_TAGS: "p br strong em del a code pre span ul ol li blockquote h1 h2 h3 h4 h5 h6 hr table thead tbody tr th td".split(" "),
   ALLOWED_ATTR: ["href", "title", "align", "start", "class"],
   ALLOWED_URI_REGEXP: /^(?:https?|mailto):/i,
   ALLOW_ARIA_ATTR: false,
@@ -91,10 +99,27 @@ function escapeHtml(text) {
   return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
 }
 
+/** Markdown of an answer that goes on. Marks at its end, to which more text may give another meaning, are text so far:
+ * a line of "-" is no heading yet of the line above. */
+function unfinished(text) {
+  const lines = text.split("\n");
+  let fence = null;
+  for (const line of lines) {
+    const [, marks, rest] = line.match(/^\s*(?:(?:[-*+>]|\d+[.)])\s+)*(`{3,}|~{3,})(.*)$/) ?? [];
+    if (fence === null) fence = marks && !(marks[0] === "`" && rest.includes("`")) ? marks : null;
+    else if (marks?.startsWith(fence) && !rest.trim()) fence = null;
+  }
+  if (fence !== null) return text;
+  const last = lines.pop();
+  const undecided = /[\p{L}\p{N}]/u.test(last) && !/^\s*\d+[.)]\s*$/.test(last) ? /[*_~[\]!<&]+$/ : /.+/;
+  const escape = (marks) => marks.replace(/[!-/:-@[-`{-~]/g, "\\$&");
+  return [...lines, last.replace(undecided, escape)].join("\n");
+}
+
 /** Put an answer's parts into an element. Blocks that did not change since the last call keep their nodes. */
-function renderParts(element, parts) {
+function renderParts(element, parts, goesOn = false) {
   const [text, calls] = joinParts(parts);
-  const blocks = marked.lexer(text);
+  const blocks = marked.lexer(goesOn ? unfinished(text) : text);
   const raws = blocks.map((block) => block.raw.replace(MARK, (_, i) => JSON.stringify(calls[i] ?? null)));
   let same = 0;
   while (same < blocks.length && element.children[same]?.raw === raws[same]) same++;
@@ -306,7 +331,8 @@ function explain(error, begun) {
     return say("The service can’t be reached. Is it running, and are you online?");
   }
   const { status, code, retryAfter } = error;
-  if (status === 401 || status === 403) return say("The service asks for a valid API key. You can enter it in the settings.");
+  if (status === 401) return say("The service asks for a valid API key. You can enter it in the settings.");
+  if (status === 403) return say("The service does not answer this page.");
   if (status === 404) return say("The service does not have this model. Choose another one.");
   if (status === 413 || code === "context_length_exceeded")
     return say("This conversation is longer than the model can read. Start a new one, or shorten an earlier message.");
@@ -454,7 +480,7 @@ function drawMessage(message) {
   const [body, note, footer] = ["body", "note", "footer"].map((name) => view.article.querySelector(`.${name}`));
   view.article.ariaBusy = busy;
   view.article.classList.toggle("thinking", busy && !message.parts.length && !view.waiting);
-  renderParts(body, busy ? revealed(view, message.parts) : message.parts);
+  renderParts(body, busy ? revealed(view, message.parts) : message.parts, busy);
   note.replaceChildren(...noteOf(message, view, busy));
   footer.replaceChildren(...(busy ? [] : footerOf(message, view)));
   if (atEnd) scroller.scrollTop = scroller.scrollHeight;
@@ -520,10 +546,15 @@ function editMessage(article, message, index) {
     event.preventDefault();
     if (field.value.trim()) askAgain(conversation, index, field.value);
   };
-  field.addEventListener("keydown", (event) => event.key === "Escape" && (event.stopPropagation(), cancel()));
+  field.addEventListener("keydown", (event) => event.key === "Escape" && !composing(event) && (event.stopPropagation(), cancel()));
   article.replaceChildren(form);
   typing(field);
   field.focus();
+}
+
+/** Whether a key belongs to an input method. Safari ends the composition before it tells of the key that ended it. */
+function composing(event) {
+  return event.isComposing || event.keyCode === 229;
 }
 
 /** A text field that grows with its text; Enter submits its form, Shift+Enter does not, nor does an input method's. */
@@ -534,7 +565,7 @@ function typing(field) {
   };
   field.addEventListener("input", grow);
   field.addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+    if (event.key !== "Enter" || event.shiftKey || composing(event)) return;
     event.preventDefault();
     field.form.requestSubmit();
   });
@@ -663,7 +694,7 @@ document.querySelector(".skip").onclick = (event) => {
   $("question").focus();
 };
 addEventListener("keydown", (event) => {
-  if (event.key !== "Escape" || document.querySelector("dialog[open]")) return;
+  if (event.key !== "Escape" || composing(event) || document.querySelector("dialog[open]")) return;
   if (document.body.classList.contains("sidebar-open")) showSidebar(false);
   else running.get(current.id)?.abort();
 });

@@ -176,6 +176,8 @@ def test_each_host_answers_by_its_own_front(cluster, checkpoints):
         assert more == 4
         fronts.append(front)
         before = after
+        endless = httpx.get(url(host, "/health"), headers={f"X-{i}": "x" * 100 for i in range(3000)}, timeout=30)
+        assert endless.status_code == 431  # Serve's proxies limit connections too
     assert len(set(fronts)) == 3
     assert len({str(sorted(counts(h, "nanochat_requests_total", "front").items())) for h in cluster.hosts}) == 1
     assert sum(counts(cluster.head, "nanochat_engine_requests", "replica").values()) == 12

@@ -1,4 +1,11 @@
 import io
+import os
+import pty
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -26,15 +33,16 @@ def conversation(tokenizer, *texts: str) -> list[int]:
 
 @pytest.fixture
 def scripted(tokenizer, monkeypatch):
-    """Engine.stream records its prompt and says the next of `answers`; one ending in ^C is interrupted there."""
+    """Engine.stream records its prompt and says the next of `answers`; during one with ^C, that is pressed there."""
     prompts, answers = [], []
 
     def stream(engine, prompt, params):
         prompts.append(prompt)
-        text = answers.pop(0)
-        yield from tokenizer.encode(text.removesuffix("^C"))
-        if text.endswith("^C"):
-            raise KeyboardInterrupt
+        said, *more = answers.pop(0).split("^C")
+        yield from tokenizer.encode(said)
+        for said in more:
+            signal.raise_signal(signal.SIGINT)
+            yield from tokenizer.encode(said)
 
     monkeypatch.setattr(Engine, "stream", stream)
     return prompts, answers
@@ -82,7 +90,7 @@ def test_a_prompt_is_answered_by_the_model(model, tokenizer, capsys):
 
 def test_turns_are_remembered_until_cleared(model, tokenizer, scripted, monkeypatch, capsys):
     prompts, answers = scripted
-    answers += ["One.", "Two.^C", "Three.", "Four."]
+    answers += ["One.", "Two.^C And more.", "Three.", "Four."]
     type_in(monkeypatch, "a", "", "b", "c", "/clear", " d ", "/quit", "never read")
     chat(model, tokenizer, ChatOptions("", max_tokens=10))
     assert prompts == [
@@ -92,6 +100,65 @@ def test_turns_are_remembered_until_cleared(model, tokenizer, scripted, monkeypa
         conversation(tokenizer, "d"),
     ]
     assert capsys.readouterr().out == "One.\nTwo.\nThree.\nFour.\n"
+
+
+class Terminal:
+    """A chat whose stdin and stdout are a terminal; `typed` goes to it as keys, `seen` is what it has shown."""
+
+    def __init__(self, monkeypatch, chat: Callable[[], None]):
+        self.master, slave = pty.openpty()
+        self.seen, self.chat, self.closed = "", chat, False
+        monkeypatch.setattr("sys.stdin", os.fdopen(slave, "r", closefd=False))
+        monkeypatch.setattr("sys.stdout", os.fdopen(slave, "w", closefd=False))
+        monkeypatch.setenv("TERM", "xterm")
+        monkeypatch.setenv("PROMPT_TOOLKIT_NO_CPR", "1")  # nobody answers where the cursor is
+
+    def run(self, *script: tuple[str, str]) -> None:
+        """Chat while a person types: each time that the text has been seen, the keys."""
+        person = threading.Thread(target=self.type, args=(script,), daemon=True)
+        person.start()
+        self.chat()
+        person.join(10)
+        assert not person.is_alive(), self.seen
+
+    def type(self, script: tuple[tuple[str, str], ...]) -> None:
+        for text, keys in script:
+            deadline = time.monotonic() + 20
+            while text not in self.seen and time.monotonic() < deadline:
+                if select.select([self.master], [], [], 0.1)[0]:
+                    self.seen += os.read(self.master, 65536).decode(errors="replace")
+            if text not in self.seen:
+                os.close(self.master)  # hangs up: the chat ends, and the test fails
+                raise AssertionError(f"{text!r} did not appear after {self.seen!r}")
+            self.seen = self.seen.partition(text)[2]
+            os.write(self.master, keys.encode())
+
+
+def test_a_terminal_edits_lines_and_a_pasted_block_is_one_question(model, tokenizer, scripted, monkeypatch):
+    prompts, answers = scripted
+    answers += ["One.", "Two.", "Three."]
+    terminal = Terminal(monkeypatch, lambda: chat(model, tokenizer, ChatOptions("", max_tokens=5)))
+    terminal.run(
+        (">", "ab\x1b[D-\r"),  # the cursor goes left
+        ("One.", ""),
+        (">", "\x1b[200~def f():\r    return 1\r\x1b[201~ and?\r"),
+        ("Two.", ""),
+        (">", "\x1b[A" * 4 + "\r"),  # history: up through the three lines, and on
+        ("Three.", ""),
+        (">", "dropped\x03"),
+        (">", "\x03"),
+    )
+    turns = ["a-b", "One.", "def f():\n    return 1\n and?", "Two.", "a-b"]
+    assert prompts == [conversation(tokenizer, *turns[:length]) for length in (1, 3, 5)]
+
+
+def test_ctrl_c_twice_in_an_answer_ends_the_chat(model, tokenizer, scripted, monkeypatch):
+    prompts, answers = scripted
+    answers += ["One.^C^C Never."]
+    type_in(monkeypatch, "a", "b")
+    with pytest.raises(KeyboardInterrupt):
+        chat(model, tokenizer, ChatOptions("", max_tokens=10))
+    assert len(prompts) == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_the_oldest_turns_go_when_the_context_is_full(model, tokenizer, scripted, monkeypatch):

@@ -295,6 +295,13 @@ def test_refusals_are_the_clients_exceptions(client):
     assert error.value.param == "messages"
 
 
+def test_a_prompt_with_more_bytes_than_its_tokens_can_have_is_not_encoded(service):
+    asked = {"model": "knowing", "messages": [{"role": "user", "content": "abcdefghij" * 90_000}]}
+    refused = httpx.post(f"{service}/v1/chat/completions", json=asked, timeout=60)
+    assert refused.status_code == 400 and "bytes" in refused.json()["error"]["message"]
+    assert refused.json()["error"]["code"] == "context_length_exceeded"
+
+
 def test_a_body_that_never_ends_is_refused(service):
     def endless():
         for _ in range(30):
@@ -310,7 +317,8 @@ def test_health_page_and_no_cors(service):
     assert "text/html" in page.headers["content-type"] and "access-control-allow-origin" not in page.headers
     headers = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
     asked = httpx.options(f"{service}/v1/chat/completions", headers=headers)
-    assert asked.status_code == 405 and "access-control-allow-origin" not in asked.headers
+    assert (asked.status_code, asked.headers["allow"]) == (204, "OPTIONS, POST")
+    assert "access-control-allow-origin" not in asked.headers
     for path in ("/ui/../app.py", "/ui/..%2fapp.py", "/ui/app.py", "/ui/%2e%2e/app.py"):
         assert httpx.get(service + path).status_code == 404
 

@@ -23,11 +23,14 @@ pytestmark = pytest.mark.slow
 
 
 class Command:
+    """On IPv6, where the environment names proxies that nobody is."""
+
     def __init__(self, *options: str):
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        command = [sys.executable, "-m", "nanochat_ray.cli", "serve", *options, "--port", str(port)]
+        self.url = f"http://[::1]:{port}"
+        command = [sys.executable, "-m", "nanochat_ray.cli", "serve", *options, "--host", "::1", "--port", str(port)]
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        environment |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
         self.process = psutil.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
     def up(self) -> None:
@@ -50,28 +53,32 @@ class Command:
 
 
 @pytest.fixture
-def command(checkpoints) -> Iterator[Command]:
-    command = Command("--checkpoint", checkpoints["babbling"], "--dtype", "float32", "--no-compile")
+def command(checkpoints, tmp_path) -> Iterator[Command]:
+    (tmp_path / "link").symlink_to(checkpoints["babbling"])
+    command = Command("--checkpoint", f"model={tmp_path}/link", "--dtype", "float32", "--no-compile")
     yield command
     if command.process.is_running():
         for process in [*command.process.children(recursive=True), command.process]:
             process.kill()
 
 
-def test_serve(command):
+def test_serve(command, tmp_path):
     command.up()
+    endless_headers_are_refused(command)
+    other_names_are_refused(command)
     it_is_the_front_that_listens(command)
     its_processes_have_no_lower_priority(command)
     its_replicas_hear_nobody_else(command)
     who_hangs_up_frees_memory(command)
     streams_of_a_lost_engine_end_with_an_error_and_it_is_replaced(command)
     a_lost_front_comes_back_on_its_port(command)
+    a_checkpoint_that_is_gone_is_named(command, tmp_path / "link")
     sigterm_ends_all_processes_as_ctrl_c_does(command)
 
 
 def it_is_the_front_that_listens(command):
     listens = [c.laddr for c in command.replica("ChatService").net_connections("tcp") if c.status == "LISTEN"]
-    assert ("127.0.0.1", int(command.url.rpartition(":")[2])) in listens
+    assert ("::1", int(command.url.rpartition(":")[2])) in listens
 
 
 def its_processes_have_no_lower_priority(command):
@@ -116,10 +123,38 @@ def a_lost_front_comes_back_on_its_port(command):
     assert post(command.url, "And now?", 4).status_code == 200
 
 
+def endless_headers_are_refused(command):
+    response = httpx.get(f"{command.url}/health", headers={f"X-{i}": "x" * 100 for i in range(3000)})
+    assert response.status_code == 431
+
+
+def other_names_are_refused(command):
+    assert httpx.get(f"{command.url}/health", headers={"Host": "evil.example"}).status_code == 403
+
+
+def a_checkpoint_that_is_gone_is_named(command, link):
+    """By completions and by /health, in seconds; once it is back, an engine starts."""
+    checkpoint = link.readlink()
+    link.unlink()
+    command.replica("engine-0").kill()
+    began = time.monotonic()
+    refused = post(command.url, "And now?", 4)
+    assert refused.status_code == 503 and str(link) in refused.json()["error"]["message"]
+    assert time.monotonic() - began < 20
+    health = httpx.get(f"{command.url}/health", timeout=10)
+    assert health.status_code == 503 and str(link) in health.json()["status"]
+    time.sleep(6)  # until the command itself has looked
+    link.symlink_to(checkpoint)
+    command.up()
+    assert post(command.url, "And now?", 4).status_code == 200
+
+
 def sigterm_ends_all_processes_as_ctrl_c_does(command):
     processes = command.process.children(recursive=True)
     command.process.send_signal(signal.SIGTERM)
     assert command.process.wait(60) == 130
-    assert "Ctrl-C stops it" in command.process.stdout.read()
+    said = command.process.stdout.read()
+    assert f"serving    {command.url} (this machine alone" in said and "Ctrl-C stops it" in said
+    assert "warning    no engine of model answers: its checkpoint is gone" in said
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []

@@ -146,7 +146,8 @@ KEYS = ("first-key", "second-key")
 SITE, OTHER_SITE = {"Origin": "http://site.example"}, {"Origin": "http://other.example"}
 
 
-def test_limits(deploy, checkpoints, tmp_path):
+def test_limits(deploy, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr("serving.app.KEEP_ALIVE", 1)
     keys = tmp_path / "keys.txt"
     keys.write_text("".join(f"{hashlib.sha256(key.encode()).hexdigest()}  {key[0]}\n" for key in KEYS))
     options = {"max_batch_size": 2, "queue_limit": 2, "api_keys": str(keys), "requests_per_minute": 60}
@@ -154,6 +155,7 @@ def test_limits(deploy, checkpoints, tmp_path):
     url = deploy("locked", checkpoint=checkpoint, cors_origins=["http://site.example"], **options)
     only_keys_open(url)
     only_named_sites_may_ask(url)
+    a_stream_that_waits_says_so(url)
     more_than_the_queue_holds_are_told_at_once(url)
     a_key_has_so_many_requests_a_minute(url)
 
@@ -171,6 +173,9 @@ def only_keys_open(url):
     with pytest.raises(openai.AuthenticationError):
         OpenAI(base_url=f"{url}/v1", api_key="wrong").models.list()
     assert [m.id for m in OpenAI(base_url=f"{url}/v1", api_key=KEYS[0]).models.list()] == ["locked"]
+    for scheme in ("bearer ", "BEARER  "):
+        headers = {"Authorization": scheme + KEYS[0]}
+        assert httpx.get(f"{url}/v1/models/", headers=headers).status_code == 200
     assert httpx.get(f"{url}/health").status_code == 200
 
 
@@ -181,6 +186,22 @@ def only_named_sites_may_ask(url):
     refused = httpx.options(f"{url}/v1/chat/completions", headers=OTHER_SITE | asked)
     assert refused.status_code == 400 and "access-control-allow-origin" not in refused.headers
     assert "access-control-allow-origin" not in httpx.get(f"{url}/health", headers=OTHER_SITE).headers
+    assert "Retry-After" in httpx.get(f"{url}/health", headers=SITE).headers["access-control-expose-headers"]
+    for site, status in ((SITE, 401), (OTHER_SITE, 403)):
+        assert httpx.post(f"{url}/v1/chat/completions", json=body("Hi", 2), headers=site).status_code == status
+
+
+def a_stream_that_waits_says_so(url):
+    client = OpenAI(base_url=f"{url}/v1", api_key=KEYS[0], max_retries=0, timeout=60)
+    running = [client.chat.completions.create(**body(f"Tell {i}", 12_000, stream=True, model=None)) for i in range(2)]
+    assert all(next(iter(stream)) for stream in running)
+    headers, asked = {"Authorization": f"Bearer {KEYS[0]}"}, body("And?", 2, stream=True)
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=asked, headers=headers, timeout=60) as waiting:
+        lines = waiting.iter_lines()
+        assert waiting.status_code == 200 and next(lines) == ": keep-alive"
+        for stream in running:
+            stream.close()
+        assert next(line for line in lines if line.startswith("data:")) and list(lines)[-2] == "data: [DONE]"
 
 
 def more_than_the_queue_holds_are_told_at_once(url):

@@ -61,6 +61,12 @@ def test_fixed_prompt_and_key(scripted):
     assert [body["messages"][0]["content"] for body in scripted.script.requests[-2:]] == ["Why?", "Why?"]
 
 
+def test_proxies_that_the_environment_names_are_not_asked(scripted, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert run(Options(url=scripted.url, requests=2)).ok == 2
+
+
 def test_dropped_streams_are_cancelled(scripted):
     scripted.script.answer, scripted.script.delay = ["more "] * 2000, 0.005
     result = run(Options(url=scripted.url, clients=6, requests=6, drop=1.0, prompt="Hi"))

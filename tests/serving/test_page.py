@@ -230,6 +230,79 @@ def test_markdown_and_copy(scripted, page):
     assert page.evaluate("navigator.clipboard.readText()") == text
 
 
+def test_text_is_shown_as_typed(scripted, page):
+    """Line breaks of both sides, single tildes, GFM's struck text, task lists."""
+    scripted.script.answer = [
+        "Roses are red,\nviolets blue.\n\nabout ~5 and ~6, not ~~7~~ or ~8~\n\n- [ ] buy\n- [x] eat\n- talk\n"
+    ]
+    page.goto(scripted.url)
+    field = page.get_by_label("Your message")
+    field.fill("one\ntwo\n\n  about ~5 and ~6")
+    field.press("Enter")
+    finished(page)
+    assert questions(page) == ["one\ntwo\n\n  about ~5 and ~6"]
+    body = page.locator(".assistant .body")
+    assert body.inner_text().split("\n\n")[:2] == ["Roses are red,\nviolets blue.", "about ~5 and ~6, not 7 or ~8~"]
+    assert body.locator("del").all_inner_texts() == ["7"]
+    assert body.locator("li").all_inner_texts() == ["☐ buy", "☑ eat", "talk"]
+    styles = body.locator("li").evaluate_all("items => items.map((item) => getComputedStyle(item).listStyleType)")
+    assert styles[:2] == ["none", "none"] != styles[2:]
+    page.reload()
+    assert questions(page) == ["one\ntwo\n\n  about ~5 and ~6"] and body.locator("li").count() == 3
+
+
+# What is shown of an answer while nothing has come after it, and what then becomes of it.
+STREAMED = {
+    "heading": (["Over it\n", "-"], " one\n- two", "Over it\n-", "li"),
+    "underlined": (["Over it\n", "="], "> so", "Over it\n=", None),
+    "number": (["1."], "5 apples", "1.", None),
+    "hash": (["#"], "tag", "#", None),
+    "star": (["*"], "*bold**", "*", "strong"),
+    "half bold": (["so **bo", "ld*"], "* it is", "so **bold*", "strong"),
+    "rule": (["---"], " it said", "---", None),
+    "table": (["|a|b|\n|-", "|-|"], "\n|1|2|", "|a|b|\n|-|-|", "td >> nth=1"),
+    "in code": (["```\na\n-"], "\n```", "a\n-", "pre"),
+    "in code of a list": (["- x\n  ```\n  a\n  *"], "\n  ```", "x\na\n*", "pre"),
+}
+
+
+@pytest.mark.parametrize(("pieces", "rest", "shown", "becomes"), STREAMED.values(), ids=STREAMED)
+def test_nothing_flashes_while_it_streams(scripted, page, pieces, rest, shown, becomes):
+    go_on = threading.Event()
+    scripted.script.answer = [*pieces, go_on, rest]
+    page.goto(scripted.url)
+    send(page, "Go", wait=False)
+    body = page.locator(".assistant .body")
+    try:
+        expect(body).to_have_text(re.compile(re.escape(shown[-1]) + r"\s*$"))
+        text = re.sub(r"\s*Copy\s*", "\n", body.inner_text()).strip()
+        assert text.split("\n") == shown.split("\n")
+        assert body.locator("h1, h2, hr, em").count() == 0
+        assert body.locator("li").count() == (1 if "x" in shown else 0)
+    finally:
+        go_on.set()
+    finished(page)
+    assert body.locator("h1, h2, hr, em").count() == 0
+    if becomes:
+        expect(body.locator(becomes).first).to_be_visible()
+
+
+def test_enter_of_an_input_method_does_not_send(scripted, page):
+    """Chrome says isComposing; Safari ends the composition first, and the key that ended it has the code 229."""
+    page.goto(scripted.url)
+    field = page.get_by_label("Your message")
+    field.fill("にほん")
+    press = """(field, init) => field.dispatchEvent(
+        new KeyboardEvent("keydown", { key: "Enter", bubbles: true, cancelable: true, ...init }))"""
+    field.evaluate(press, {"isComposing": True, "keyCode": 229})
+    field.evaluate(press, {"isComposing": False, "keyCode": 229})
+    field.evaluate(press, {"isComposing": True, "keyCode": 13})
+    assert field.input_value() == "にほん" and scripted.script.requests == []
+    field.press("Enter")
+    finished(page)
+    assert questions(page) == ["にほん"]
+
+
 HOSTILE = {
     "image": "<img src=x onerror='window.pwned = 1'>",
     "remote image": "![see](http://127.0.0.1:9/leak?secret)",

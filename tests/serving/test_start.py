@@ -10,7 +10,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from serving.app import ServiceOptions, app, check_port, newest_checkpoint, start
+from serving.app import ServiceOptions, address, app, check_port, newest_checkpoint, start
 
 CONFIG = Path(__file__).resolve().parents[2] / "cluster" / "serve.yaml"
 
@@ -45,6 +45,13 @@ def test_errors_are_one_line(checkpoints, options, says):
     assert done.returncode == 1 and done.stdout == ""
     [line] = done.stderr.splitlines()
     assert line.startswith("error: ") and says in line
+
+
+def test_addresses_of_ipv6_have_brackets():
+    assert [address(host, 80) for host in ("::1", "localhost")] == ["[::1]:80", "localhost:80"]
+    taken = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    with taken, pytest.raises(OSError, match=r"cannot listen on \[::1\]:\d+: .* in use"):
+        check_port("::1", taken.getsockname()[1])
 
 
 def test_ports_out_of_range_are_refused():

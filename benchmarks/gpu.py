@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gpu_checks import CHECKS, Check
+from nanochat_ray import storage
 from nanochat_ray.cli import one_line_errors
 
 TINY_LIMIT = 240  # seconds of a check with --tiny
@@ -75,7 +76,7 @@ def run(options: Options) -> list[dict]:
         print(f"{check.name}: …", flush=True)
         lines.append(measure(check, min(left, TINY_LIMIT if options.tiny else GRACE * check.seconds), options))
         with open(options.out, "a") as f:
-            f.write(json.dumps(lines[-1]) + "\n")
+            f.write(storage.to_json(lines[-1]) + "\n")
         print(f"{check.name}: {lines[-1]['seconds']:.0f} s, {lines[-1]['error'] or 'done'}", flush=True)
     return lines
 

@@ -4,12 +4,13 @@ python -m benchmarks.gpu_checks NAME FILE [--tiny]      appends the figures to F
 """
 
 import importlib
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
+from nanochat_ray import storage
 
 Report = Callable[..., None]  # report(name=figure, …) at once keeps what is known
 
@@ -119,7 +120,7 @@ def main() -> None:
     def report(**figures) -> None:
         print(figures, flush=True)
         with open(file, "a") as f:
-            f.write(json.dumps(figures) + "\n")
+            f.write(storage.to_json(figures) + "\n")
 
     function_of(check)(report, tiny, **check.arguments)
 

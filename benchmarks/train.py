@@ -6,7 +6,6 @@ the timed ones, then some under the profiler. MFU is against the best 2048³ mat
     python benchmarks/train.py --depth 6 --seq 512 --vocab 8192 --device-batch 32 [--dtype float32] [--workers 2]
 """
 
-import json
 import os
 import statistics
 import sys
@@ -25,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch.autograd import DeviceType
 
+from nanochat_ray import storage
 from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.data.loader import write_rows
 from nanochat_ray.data.tokenizer import SPECIAL_TOKENS, Tokenizer
@@ -258,7 +258,7 @@ def main() -> None:
     result = run(options)
     show(result)
     if options.json:
-        print(json.dumps(result))
+        print(storage.to_json(result))
         sys.stdout.flush()
 
 

@@ -24,9 +24,8 @@ from ray import tune
 
 from experiments import paired, sweep
 from experiments.report import conclude
-from nanochat_ray import storage
+from nanochat_ray import measuring, storage
 from nanochat_ray.cli import one_line_errors, start_ray
-from nanochat_ray.evals import core
 from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.pretrain import PretrainOptions
 
@@ -154,19 +153,12 @@ def train_version(config: dict) -> None:
     os.environ["NANOCHAT_RAY_HOME"] = given["home"]
     options = PretrainOptions(**given["options"])
     run_dir = storage.join(storage.home(), "runs", options.run)
+    measuring.failed.clear()
     try:
         uri = given["code"] if storage.is_remote(given["code"]) else f"file://{given['code']}"
         changed = {k: v for k, v in given["options"].items() if v != getattr(PretrainOptions, k)}
         checkpoint = watch(_pretrain_there(uri).remote(changed), run_dir)
-        score = None
-        if given["bundle"]:
-            score = core.run(
-                core.CoreOptions(
-                    checkpoint, given["bundle"], given["max_per_task"], actors=options.workers, out=run_dir
-                )
-            ).core_metric
-        more = sweep.setup_of(options) | {"core_metric": score, "notes": ""} | given["columns"]
-        sweep.write_result(run_dir, more)
+        sweep.finish_trial(given, options, checkpoint, run_dir, notes=[])
     except Exception as error:
         tune.report({"error": f"{type(error).__name__}: {error}"})
 

@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_ray import storage
+from nanochat_ray.measuring import one_line
 from nanochat_ray.train.metrics import read_metrics
 
 GPT2_CORE = 0.256525  # GPT-2 XL's score
@@ -35,7 +36,12 @@ def run(options: LeaderboardOptions) -> list[dict]:
     if options.core is None and options.bpb is None:
         options.core = GPT2_CORE
     folder = options.folder or storage.join(storage.home(), "runs")
-    lines = [line for run in find_runs(folder) if (line := entry(folder, run, options))]
+    lines = []
+    for name in find_runs(folder):
+        try:
+            lines += [line] if (line := entry(folder, name, options)) else []
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            print(f"{name} is left out: {one_line(error)}")
     lines.sort(key=lambda line: line["seconds"])
     target = f"val/bpb ≤ {options.bpb:g}" if options.bpb else f"CORE ≥ {options.core:g}"
     table = Table("#", *COLUMNS, title=f"{len(lines)} runs with {target}", title_justify="left", box=None)

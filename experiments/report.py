@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from numbers import Number
 from pathlib import Path
 from statistics import median
 from typing import Annotated
@@ -24,6 +26,7 @@ from experiments import findings
 from experiments.leaderboard import GPT2_CORE, beside_nanochat, with_scores
 from experiments.svg import DASHES, NICE_STEPS, SERIES, empty_figure, style, svg
 from nanochat_ray import storage
+from nanochat_ray.measuring import measuring, one_line
 from nanochat_ray.train.metrics import read_metrics
 
 MAX_POINTS = 400  # of a curve: more than a small chart can show
@@ -54,39 +57,55 @@ class Run:
     def name(self) -> str:
         return storage.name(self.uri) or self.uri
 
+    def part(self, name: str):
+        """A block whose failure is a note on the page, and costs no other part of it."""
+        return measuring(
+            name, lambda line: self.notes.append(line.replace(" failed: ValueError: ", " is left out, ", 1))
+        )
+
 
 def read_run(uri: str) -> Run:
     """Read config.json, metrics.jsonl, samples.md, stages.json, chat.json and result.json, as many as there are.
 
-    Raises FileNotFoundError when there is no such folder."""
+    What is no such file is left out, with a note. Raises FileNotFoundError when there is no such folder."""
     if not storage.exists(uri):
         raise FileNotFoundError(f"there is no run folder {uri}: give a folder with a metrics.jsonl or config.json")
-    notes = []
+    run = Run(uri=str(uri), config={}, metrics=[], samples="", stages=[], chat=[])
 
-    def json_or(name: str, default, *keys: str):
-        """What is in a file, or default. keys: those that each item of a list has."""
-        try:
-            value = storage.read_json(storage.join(uri, name))
-        except FileNotFoundError:
-            return default
-        except ValueError as error:
-            notes.append(f"{name} is left out, it is not JSON: {error}")
-            return default
-        items = value if isinstance(value, list) else []
-        if type(value) is not type(default) or not all(isinstance(i, dict) and i.keys() >= {*keys} for i in items):
-            notes.append(f"{name} is left out, it is not what a run writes")
-            return default
-        return value
+    def read(name: str, parse: Callable[[str], object], default, holds: Callable = lambda value: True):
+        """A file of the folder, or the default when there is none or it does not hold what it should."""
+        with run.part(name):
+            try:
+                value = parse(storage.join(uri, name))
+            except FileNotFoundError:
+                return default
+            except ValueError as error:
+                raise ValueError(f"it is not JSON: {error}") from None
+            if not holds(value):
+                raise ValueError("it is not what a run writes")
+            return value
+        return default
 
-    samples = storage.join(uri, "samples.md")
-    return Run(
-        uri=str(uri),
-        config=json_or("config.json", {}),
-        metrics=_by_step(with_scores(uri, read_metrics(uri))),
-        samples=storage.read_text(samples).strip() if storage.exists(samples) else "",
-        stages=json_or("stages.json", [], "stage", "seconds"),
-        chat=json_or("chat.json", [], "prompt", "answer"),
-        notes=notes,
+    run.config = read("config.json", storage.read_json, {}, is_config)
+    run.stages = read("stages.json", storage.read_json, [], partial(holds_all, keys={"stage": str, "seconds": Number}))
+    run.chat = read("chat.json", storage.read_json, [], partial(holds_all, keys={"prompt": str, "answer": str}))
+    run.samples = read("samples.md", storage.read_bytes, b"").decode(errors="replace").strip()
+    lines = read("metrics.jsonl", lambda _: _by_step(read_metrics(uri)), [])
+    run.metrics = read("result.json", lambda _: _by_step(with_scores(uri, lines)), lines)
+    return run
+
+
+def is_config(value) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("plan", {}), dict)
+
+
+def holds_all(value, keys: dict) -> bool:
+    """Whether it is a list of dicts that have these keys, with values of these types."""
+    return isinstance(value, list) and all(
+        isinstance(line, dict)
+        and all(isinstance(line.get(key), kind) for key, kind in keys.items())
+        and isinstance(line.get("result") or {}, dict)
+        for line in value
     )
 
 
@@ -240,10 +259,17 @@ def write_report(run_folders: list[str], out: str, title: str = "nanochat-ray") 
     """Write the page. run_folders and out are paths or URIs. Raises FileNotFoundError for a folder that isn't there."""
     if not run_folders:
         raise ValueError("a report needs at least one run folder")
-    found = [about for uri in run_folders if (about := findings.read(uri))]
+    found = [about for uri in run_folders if (about := find(uri))]
     runs = [read_run(uri) for folder in run_folders for uri in runs_of(folder)]
     charts = {label: [chart(runs, metric, x) for x in X_AXES] for metric, label in CURVES.items()}
-    measured = [numbers(run) for run in runs]
+    measured, beside = [], []
+    for run in runs:
+        measured.append({})
+        beside.append([])
+        with run.part("the table of numbers"):
+            measured[-1] = numbers(run)
+        with run.part("the time to GPT-2's CORE"):
+            beside[-1] = beside_nanochat(run.name, run.config, run.metrics) if run.stages else []
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,  # samples are a model's text
@@ -262,7 +288,7 @@ def write_report(run_folders: list[str], out: str, title: str = "nanochat-ray") 
         steep_start=f"{STEEP_START:.0%}",
         findings=found,
         runs=runs,
-        beside=[beside_nanochat(run.name, run.config, run.metrics) if run.stages else [] for run in runs],
+        beside=beside,
         gpt2_core=GPT2_CORE,
         measured=measured,
         columns=list(dict.fromkeys(label for values in measured for label in values)),
@@ -271,11 +297,20 @@ def write_report(run_folders: list[str], out: str, title: str = "nanochat-ray") 
     storage.write_bytes(out, html.encode())
 
 
+def find(folder: str) -> findings.Findings | None:
+    """The findings of a sweep's folder; a sentence in place of those that can't be had."""
+    try:
+        return findings.read(folder)
+    except Exception as error:
+        return findings.Findings(storage.name(folder), [f"what the results say is left out: {one_line(error)}"])
+
+
 def conclude(folder: str, title: str) -> str:
     """Print what a sweep's results say and write its report.html; returns the uri of that."""
     out = storage.join(folder, "report.html")
-    write_report([folder], out, title)
-    for sentence in findings.read(folder).sentences:
+    with measuring("the report"):
+        write_report([folder], out, title)
+    for sentence in find(folder).sentences:
         print(sentence)
     print(f"results   {storage.join(folder, 'results.csv')}\nreport    {out}")
     return out

@@ -25,7 +25,7 @@ import tyro
 from experiments import preflight
 from experiments.report import write_report
 from nanochat_ray import storage
-from nanochat_ray.cli import one_line_errors, start_ray
+from nanochat_ray.cli import bpb, one_line_errors, start_ray
 from nanochat_ray.data import prepare, sources
 from nanochat_ray.data.conversations import prepare_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
@@ -33,10 +33,11 @@ from nanochat_ray.evals import bundle, chat, core
 from nanochat_ray.evals.tasks import MixtureOptions, hub_mixture, offline_mixture
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.measuring import measuring, patiently
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import RunPlan, plan_run
-from nanochat_ray.train import checkpoint, hosts, pretrain, sft
+from nanochat_ray.train import checkpoint, hosts, lease, pretrain, sft
 
 QUESTIONS = ("What is 12 * 34?", "How many times does the letter r occur in strawberry?", "What does `json.dumps` do?")
 Stage = Literal["core", "sft", "chatcore"]
@@ -131,12 +132,23 @@ class Stages:
             return result
         finally:  # time counts when the stage is stopped, too
             record["seconds"] += time.monotonic() - started
-            storage.write_json(self.uri, self.records)
+            with measuring("writing stages.json"):
+                storage.write_json(self.uri, self.records)
+
+    def measure(self, name: str, stage: Callable, describe: Callable[[object], dict]):
+        """Run a stage that the others do without: None when it fails, which is noted."""
+        with measuring(name), patiently(name):
+            return self.run(name, stage, describe)
 
 
 def run(options: SpeedrunOptions) -> str:
-    """Run all stages; returns the uri of the report. Raises what the stages raise."""
+    """Run all stages; returns the uri of the report. Raises what the stages raise, but for those that only measure."""
     job = find_job(options)
+    with lease.hold(job.run_dir):
+        return run_stages(job)
+
+
+def run_stages(job: "Job") -> str:
     plan, stages = job.plan, Stages(job.run_dir)
     print(f"speedrun: depth {plan.depth}, {plan.num_iterations} steps of {plan.total_batch_size:,} tokens")
     print(f"in {job.run_dir}\n\n=== preflight", flush=True)
@@ -171,7 +183,7 @@ def run(options: SpeedrunOptions) -> str:
     )
     newest, answers = base.checkpoint, []
     if "core" in job.after:
-        stages.run("core", lambda: stages.result("core") or measure_core(job, newest, bundle_dir), dict)
+        stages.measure("core", lambda: stages.result("core") or measure_core(job, newest, bundle_dir), dict)
     if "sft" in job.after:
         tuned = stages.run(
             "sft",
@@ -180,9 +192,12 @@ def run(options: SpeedrunOptions) -> str:
         )
         newest = tuned.checkpoint
     if "chatcore" in job.after:
-        stages.run("chatcore", lambda: stages.result("chatcore") or measure_chatcore(job, newest, problems), dict)
+        stages.measure("chatcore", lambda: stages.result("chatcore") or measure_chatcore(job, newest, problems), dict)
     if "sft" in job.after:
-        [answers] = stages.run("chat", lambda: on_gpus(job.use_gpu, ask, [(newest,)]), lambda a: {"answers": len(a[0])})
+        answered = stages.measure(
+            "chat", lambda: on_gpus(job.use_gpu, ask, [(newest,)])[0], lambda answers: {"answers": len(answers)}
+        )
+        answers = answered or []
     return conclude(job, stages, answers, newest)
 
 
@@ -426,13 +441,16 @@ def ask(device: str, folder: str) -> list[dict]:
 
 def conclude(job: Job, stages: Stages, answers: list[dict], newest: str) -> str:
     """Write the report and print what came out of it all; returns the report's uri."""
-    storage.write_json(storage.join(job.run_dir, "chat.json"), answers)
     scores = stages.result("core") | stages.result("chatcore")
-    storage.write_json(storage.join(job.run_dir, "result.json"), scores)  # for the report and the leaderboard
     report = storage.join(job.run_dir, "report.html")
-    write_report([job.run_dir], report, title=f"Speedrun, depth {job.plan.depth}")
-    samples = storage.read_text(storage.join(job.run_dir, "samples.md")).rpartition("## ")[2]
-    print(f"\n=== samples at {samples.strip()}")
+    with measuring("writing the answers and scores"):
+        storage.write_json(storage.join(job.run_dir, "chat.json"), answers)
+        storage.write_json(storage.join(job.run_dir, "result.json"), scores)  # for the report and the leaderboard
+    with measuring("the report"):
+        write_report([job.run_dir], report, title=f"Speedrun, depth {job.plan.depth}")
+    with measuring("reading the samples"):
+        samples = storage.read_text(storage.join(job.run_dir, "samples.md")).rpartition("## ")[2]
+        print(f"\n=== samples at {samples.strip()}")
     if answers:
         print("\n=== chat")
     for answer in answers:
@@ -440,7 +458,7 @@ def conclude(job: Job, stages: Stages, answers: list[dict], newest: str) -> str:
     print("\n=== done")
     for record in stages.records:
         print(f"{record['stage']:<10}{record['seconds']:8.1f} s")
-    print(f"val/bpb   {stages.result('pretrain')['val/bpb']:10.4f}")
+    print(f"val/bpb   {bpb(stages.result('pretrain')['val/bpb']):>10}")
     for name, label in (("core_metric", "CORE"), ("chatcore_metric", "ChatCORE")):
         if name in scores:
             print(f"{label:<10}{scores[name]:10.4f}")

@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from nanochat_ray import storage
+from nanochat_ray import measuring, storage
 from nanochat_ray.data import prepare
 from nanochat_ray.evals import bundle, core
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
-from nanochat_ray.train import hosts, launch, pretrain
+from nanochat_ray.train import hosts, launch, lease, pretrain
 from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.plan import GPU_SHARE, predict_memory, rows_that_fit
 from nanochat_ray.train.pretrain import PretrainOptions
@@ -42,6 +42,8 @@ OUT_OF_MEMORY = re.compile(
 )
 AS_LARGE = 0.9  # of the largest run's FLOPs: such runs share the GPUs evenly
 CPU_SHARE = 0.9  # of a CPU worker's memory that the plan may fill: it is right to some 10 %
+
+STOPPED = "stopped.json"  # in the folder of a run that the scheduler ended
 
 COUNTS = ("wte", "value_embeds", "lm_head", "transformer_matrices", "scalars", "total")
 COLUMNS = [
@@ -249,27 +251,34 @@ def worker_memory(scaling: ray.train.ScalingConfig) -> float:
 
 
 def train_trial(config: dict) -> None:
-    """Train a run to its end and write its result.json. A failure is reported, not raised: Tune would print a page."""
+    """Train a run to its end and write its result.json. A failure is reported, not raised: Tune would print a page.
+
+    A score that can't be had is reported too, and the run has a result without it."""
     given = config["trial"]
     os.environ["NANOCHAT_RAY_HOME"] = given["home"]  # the driver's: Ray may have been started with another
     options = PretrainOptions(**given["options"])
+    measuring.failed.clear()
     try:
         result, options, notes = train_within_memory(options, given["base_lrs"])
-        score = None
-        if given["bundle"]:
-            score = core.run(
-                core.CoreOptions(
-                    result.checkpoint,
-                    given["bundle"],
-                    given["max_per_task"],
-                    actors=options.workers,
-                    out=result.run_dir,
-                )
-            ).core_metric
-        more = setup_of(options) | {"core_metric": score, "notes": "; ".join(notes)} | given["columns"]
-        write_result(result.run_dir, more)
+        finish_trial(given, options, result.checkpoint, result.run_dir, notes)
     except Exception as error:
         tune.report({"error": f"{type(error).__name__}: {error}"})
+
+
+def finish_trial(given: dict, options: PretrainOptions, checkpoint: str, run_dir: str, notes: list[str]) -> None:
+    """Score a trained run, and write its result.json."""
+    score = None
+    if given["bundle"]:
+        with measuring.measuring("CORE"):
+            score = core.run(
+                core.CoreOptions(
+                    checkpoint, given["bundle"], given["max_per_task"], actors=options.workers, out=run_dir
+                )
+            ).core_metric
+    notes = "; ".join([*notes, *measuring.failed])
+    write_result(run_dir, setup_of(options) | {"core_metric": score, "notes": notes} | given["columns"])
+    if measuring.failed:
+        tune.report({"unmeasured": measuring.failed})
 
 
 def train_within_memory(options: PretrainOptions, base_lrs: dict[str, float]):
@@ -304,7 +313,13 @@ def write_result(run_dir: str, more: dict) -> None:
     config = storage.read_json(storage.join(run_dir, "config.json"))
     plan, lines = config["plan"], read_metrics(run_dir)
     steps = [line for line in lines if "train/loss" in line]
-    speeds = {key: median(line[key] for line in steps) for key in ("train/tok_per_sec", "train/mfu")}
+    speeds = {  # MFU is null on a GPU whose peak is not known
+        key: median(values) if (values := [line[key] for line in steps if line[key] is not None]) else None
+        for key in ("train/tok_per_sec", "train/mfu")
+    }
+    val_bpb = next((line["val/bpb"] for line in reversed(lines) if line.get("val/bpb") is not None), None)
+    if val_bpb is None:
+        raise ValueError(f"{run_dir} has no val/bpb")
     tokens = plan["num_iterations"] * plan["total_batch_size"]
     row = {
         "run": storage.name(run_dir),
@@ -315,7 +330,7 @@ def write_result(run_dir: str, more: dict) -> None:
         "tokens_trained": tokens,
         "param_data_ratio": tokens / plan["scaling_params"],
         "flops": float(plan["flops_per_token"]) * tokens,
-        "val_bpb": next(line["val/bpb"] for line in reversed(lines) if line.get("val/bpb") is not None),
+        "val_bpb": val_bpb,
         "train_time_sec": lines[-1]["total_training_time"],
         "tok_per_sec": speeds["train/tok_per_sec"],
         "mfu": speeds["train/mfu"],
@@ -334,8 +349,7 @@ def run_trials(folder: str, trials: list[dict], trainable: Callable = train_tria
 
     Raises ValueError naming the runs that failed, when the others are finished, and KeyboardInterrupt when stopped.
     """
-    ended = ("result.json", "stopped.json")
-    unfinished = [t for t in trials if not any(storage.exists(storage.join(folder, t["name"], f)) for f in ended)]
+    unfinished = [t for t in trials if not is_finished(folder, t)]
     if done := len(trials) - len(unfinished):
         print(f"{done} of {len(trials)} runs are finished already", flush=True)
     # The smallest first: whichever waits for room, none that would find it is behind. In parallel as many as find room
@@ -351,7 +365,7 @@ def run_trials(folder: str, trials: list[dict], trainable: Callable = train_tria
         os.environ |= {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}  # a run that failed has no loss to report
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         filesystem, path = storage.filesystem(folder)
-        tune.Tuner(
+        tuner = tune.Tuner(
             tune.with_resources(trainable, tune.PlacementGroupFactory([HEAD])),
             param_space={"trial": tune.grid_search(unfinished)},
             tune_config=tune.TuneConfig(
@@ -362,14 +376,24 @@ def run_trials(folder: str, trials: list[dict], trainable: Callable = train_tria
             run_config=tune.RunConfig(
                 name="tune", storage_path=path, storage_filesystem=filesystem, verbose=0, callbacks=[progress]
             ),
-        ).fit()
+        )
+        with lease.hold(folder):
+            tuner.fit()
     rows = write_results(folder, trials)
     if progress.errors:
         raise ValueError("\n".join(f"{name} failed: {error}" for name, error in progress.errors.items()))
-    missing = len(trials) - len(rows) - sum(storage.exists(storage.join(folder, t["name"], ended[1])) for t in trials)
+    missing = len(trials) - len(rows) - sum(storage.exists(storage.join(folder, t["name"], STOPPED)) for t in trials)
     if missing:
         raise KeyboardInterrupt(f"stopped with {missing} runs unfinished: the same command goes on with them")
     return rows
+
+
+def is_finished(folder: str, trial: dict) -> bool:
+    """Whether a run has ended, and has its score if one was to be measured."""
+    if storage.exists(storage.join(folder, trial["name"], STOPPED)):
+        return True
+    result = storage.join(folder, trial["name"], "result.json")
+    return storage.exists(result) and not (trial["bundle"] and storage.read_json(result)["core_metric"] is None)
 
 
 def concurrent(workers: list[int]) -> int:
@@ -431,6 +455,8 @@ class Progress(tune.Callback):
         if result.get("error"):
             self.errors[name] = result["error"]
             return
+        for line in result.get("unmeasured", ()):
+            measuring.note(f"{name}: {line}")
         if "step" not in result:
             return
         before = self.latest.get(name)
@@ -450,7 +476,7 @@ class Progress(tune.Callback):
             return
         if not storage.exists(result):  # the scheduler's decision, which holds for a second start, too
             last = self.latest.get(name, {})
-            storage.write_json(storage.join(self.folder, name, "stopped.json"), {"step": last.get("step")})
+            storage.write_json(storage.join(self.folder, name, STOPPED), {"step": last.get("step")})
             said = f"{name} stopped early at step {last.get('step')}, val/bpb {last.get('val/bpb', math.nan):.4f}"
         else:
             row = storage.read_json(result)

@@ -10,6 +10,7 @@ is seen whole or not at all. Whatever goes wrong with a store is raised as an OS
 
 import hashlib
 import json
+import math
 import os
 import posixpath
 import shutil
@@ -202,7 +203,23 @@ def read_json(uri: str):
 
 def write_json(uri: str, value) -> None:
     """Write JSON so that a reader finds the old file or the new one, never half of it. Raises OSError."""
-    write_bytes(uri, (json.dumps(value, indent=2) + "\n").encode())
+    write_bytes(uri, (to_json(value, indent=2) + "\n").encode())
+
+
+def to_json(value, **options) -> str:
+    """JSON that every reader takes: null for NaN and Infinity, which JSON has no words for."""
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value):
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_bytes(uri: str, data: bytes) -> None:

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import math
-import os
 import queue
 import sys
 import threading
@@ -19,6 +18,7 @@ from ray import serve
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.inference.sequence import Sequence
+from nanochat_ray.machine import available_cpus
 from nanochat_ray.train.checkpoint import load_model
 
 # Seconds between messages of a stream. Each costs half a millisecond of CPU time in all, so where streams are many they
@@ -115,7 +115,7 @@ class EngineServer:
         hosts = sum(node["Alive"] and "CPU" in node["Resources"] for node in nodes)
         neighbours = math.ceil(engines / max(1, hosts))
         sys.setswitchinterval(GPU_SWITCH_SECONDS if on_gpu else SWITCH_SECONDS)
-        torch.set_num_threads(1 if on_gpu else max(1, os.cpu_count() // neighbours))  # Ray's own default is one
+        torch.set_num_threads(1 if on_gpu else max(1, available_cpus() // neighbours))  # Ray's own default is one
         # In a thread that ends, and OpenMP's with it: with more of those than CPUs, all sleep between kernels, and
         # decoding takes twice as long.
         with ThreadPoolExecutor(1) as loader:

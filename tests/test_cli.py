@@ -1,9 +1,12 @@
 """The commands as a user runs them: help that teaches, and one clear line for what can be mended."""
 
+import os
 import subprocess
 import sys
 
 import pytest
+
+from nanochat_ray import cli, measuring
 
 
 def nanochat_ray(*args):
@@ -45,3 +48,54 @@ def test_a_mistake_is_one_line_and_leaves_nothing(args, named, tmp_path, nanocha
     assert named in line
     assert "Traceback" not in result.stderr
     assert not [path for path in nanochat_ray_home.rglob("*") if path.is_file()]
+
+
+def test_a_measurement_that_failed_is_the_exit_status_of_a_command_that_did_all_else(capsys):
+    def command():
+        with measuring.measuring("CORE of step 20"):
+            raise FileNotFoundError("core.yaml is missing")
+        print("checkpoint saved")
+
+    with pytest.raises(
+        SystemExit, match=r"^error: all else is done, but CORE of step 20 failed: .*core\.yaml is missing$"
+    ):
+        cli.one_line_errors(command)()
+    warned, done = capsys.readouterr().out.splitlines()
+    assert warned.startswith("warning: CORE of step 20 failed: ") and done == "checkpoint saved"
+    cli.one_line_errors(lambda: None)()
+
+
+def test_a_long_tmpdir_is_not_where_rays_sockets_are(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", "/tmp/t")
+    assert "_temp_dir" not in cli.local_ray()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 80)))
+    assert cli.local_ray()["_temp_dir"] == "/tmp/ray"
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 80)))
+    with pytest.raises(ValueError, match="set RAY_TMPDIR to a folder of at most"):
+        cli.local_ray()
+
+
+@pytest.mark.slow
+def test_a_ray_of_its_own_takes_the_cpus_that_it_may_and_leaves_sigterm_to_its_driver(tmp_path):
+    """In a session of its own, with a long TMPDIR and one CPU, as under a supervisor."""
+    script = """
+import os, signal, subprocess, sys, time
+os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
+from nanochat_ray import cli
+cli.connect()
+import ray
+try:
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("asked to stop", ray.cluster_resources()["CPU"], ray.get(ray.remote(lambda: "alive").remote()))
+"""
+    temporary = tmp_path / ("x" * 80)
+    temporary.mkdir()
+    env = os.environ | {"TMPDIR": str(temporary)}
+    env.pop("RAY_ADDRESS", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, start_new_session=True, timeout=100
+    )
+    assert done.stdout == "asked to stop 1.0 alive\n", done.stderr

@@ -2,7 +2,6 @@
 
 import errno
 import math
-import os
 import pickle
 import time
 from collections import deque
@@ -15,7 +14,7 @@ import numpy as np
 import ray
 import ray.data
 
-from nanochat_ray import storage
+from nanochat_ray import machine, storage
 from nanochat_ray.data import files, sources
 from nanochat_ray.data.loader import row_files, write_rows
 from nanochat_ray.data.packing import pack_documents
@@ -320,7 +319,7 @@ def _encode(
         encoded = [(tokenizer.encode_to_numpy(text).astype(tokenizer.dtype), begins) for text, begins in chunk]
         return encoded, sum(len(text.encode()) for text, _ in chunk)
 
-    num_threads = min(num_threads, os.cpu_count())
+    num_threads = min(num_threads, machine.available_cpus())
     waiting = deque()
     with ThreadPoolExecutor(num_threads) as pool:
         for chunk in chunks:

@@ -5,7 +5,6 @@ generated on the engine, all problems in its batches, and judged by the number a
 """
 
 import json
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,12 +13,13 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from nanochat_ray import storage
+from nanochat_ray import machine, storage
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals.sandbox import run_program
 from nanochat_ray.evals.tasks import arc, gsm8k, humaneval, mmlu
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.measuring import measuring
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.train.checkpoint import load_model
 from nanochat_ray.train.loop import Measurement
@@ -112,7 +112,8 @@ def run(options: ChatCoreOptions) -> ChatResult:
     model, tokenizer, _ = load_model(options.checkpoint, options.device, options.dtype)
     params = SamplingParams(options.max_new_tokens, options.temperature, options.top_k)
     result = evaluate_chat(model, tokenizer, problems, params, options.batch_size)
-    save(result, options.out or options.checkpoint)
+    with measuring("writing chat.json"):
+        save(result, options.out or options.checkpoint)
     return result
 
 
@@ -123,7 +124,7 @@ def in_training(options: ChatCoreInTraining, datasets_dir: str | None) -> Measur
     problems = load_problems(options.chatcore_tasks, options.chatcore_max_problems, datasets_dir)
     if "HumanEval" in problems:
         check_sandbox()
-    return Measurement(options.chatcore_every, partial(measure, problems))
+    return Measurement(options.chatcore_every, partial(measure, problems), "ChatCORE")
 
 
 def measure(problems: dict[str, list[dict]], model: GPT, tokenizer: Tokenizer) -> dict[str, float]:
@@ -174,7 +175,7 @@ def evaluate_chat(
         def judge(conversation: dict, text: str | None, task: Task = task) -> bool:
             return text is not None and task.judge(conversation, text)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # HumanEval's programs run side by side
+        with ThreadPoolExecutor(machine.available_cpus()) as pool:  # HumanEval's programs run side by side
             correct = list(pool.map(judge, mine, texts))
         answers = gather([{"correct": c, "answer": text} for c, text in zip(correct, texts, strict=True)])
         too_long = sum(answer["answer"] is None for answer in answers)

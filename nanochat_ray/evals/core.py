@@ -27,6 +27,7 @@ from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import PATTERN, Tokenizer
 from nanochat_ray.evals import bundle
 from nanochat_ray.evals.bundle import Task
+from nanochat_ray.measuring import measuring
 from nanochat_ray.model.attention import attention, sliding_window_mask
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.train.checkpoint import load_model
@@ -100,7 +101,8 @@ def run(options: CoreOptions) -> CoreResult:
         device, dtype = options.device, options.dtype
     model, tokenizer, _ = load_model(options.checkpoint, device, dtype)
     result = evaluate_core(model, tokenizer, folder, options.max_per_task, options.tasks, options.actors)
-    save(result, options.out or options.checkpoint)
+    with measuring("writing core.csv"):
+        save(result, options.out or options.checkpoint)
     return result
 
 
@@ -110,7 +112,7 @@ def in_training(options: CoreInTraining) -> Measurement | None:
         return None
     folder = storage.absolute(options.bundle) if options.bundle else bundle.fetch()
     bundle.read_tasks(folder, options.core_max_per_task)  # what is missing or damaged is known before the training
-    return Measurement(options.core_every, partial(measure, folder, options.core_max_per_task))
+    return Measurement(options.core_every, partial(measure, folder, options.core_max_per_task), "CORE")
 
 
 def measure(bundle_dir: str, max_per_task: int, model: GPT, tokenizer: Tokenizer) -> dict[str, float]:

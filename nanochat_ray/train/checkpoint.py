@@ -15,7 +15,8 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from nanochat_ray import storage
+from nanochat_ray import machine, storage
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import MuonAdamW
@@ -54,7 +55,7 @@ class Writer:
 
     start copies the state to host memory, and a thread writes the copy. Call wait_for_copies before the state changes
     again. finish ends what start began: when the parts of all ranks are on disk, rank 0 writes meta.json; when one
-    could not be written, none is kept.
+    could not be written, none is kept. amend changes what meta.json says, before or after.
     """
 
     def __init__(self, run_dir: str, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1):
@@ -66,10 +67,10 @@ class Writer:
     def start(
         self, step: int, model: GPT, optimizer: MuonAdamW | None, meta: dict, flush: Callable[[], None] | None = None
     ) -> None:
-        """Begin checkpoints/step_{step:06d}; every rank calls this. flush, if given, must succeed as the files must."""
+        """Begin checkpoints/step_{step:06d}; every rank calls this. flush is called when the files are written."""
         if self.part is not None:
             raise RuntimeError("the checkpoint before is not finished")
-        self.folder = storage.join(self.run_dir, "checkpoints", f"step_{step:06d}")
+        self.folder = _folder(self.run_dir, step)
         self.meta = {**meta, "step": step, "model_config": asdict(model.config)}
         files = {}
         if optimizer is not None:
@@ -100,7 +101,8 @@ class Writer:
                 file = localize(storage.join(folder, name))
                 entries[name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
         if flush:
-            flush()
+            with suppress(OSError):  # of a log: it costs no weights, and says itself what it lost
+                flush()
         return entries
 
     def written(self) -> bool:
@@ -128,6 +130,15 @@ class Writer:
             # In the thread, as deleting large files takes a while.
             self.thread.submit(storage.remove, self.folder) if error else self.thread.submit(prune, self.run_dir)
         return next((error for error in gather(error, self.world_size) if error), None)
+
+    def amend(self, step: int, changes: dict) -> None:
+        """Change what meta.json says of the newest checkpoint, that of `step`. Raises OSError when it can't be."""
+        if self.part is not None:
+            self.meta |= changes
+        elif self.rank == 0:
+            uri = storage.join(_folder(self.run_dir, step), "meta.json")
+            storage.write_json(uri, storage.read_json(uri) | changes)
+            self.thread.submit(prune, self.run_dir)
 
     def close(self) -> None:
         """Wait until nothing is written or deleted any more."""
@@ -233,6 +244,10 @@ def _sha256(file: Path) -> str:
 def checkpoints(run_dir: str) -> list[str]:
     """The complete checkpoints of a run, oldest first."""
     return [folder for folder in _folders(run_dir) if storage.exists(storage.join(folder, "meta.json"))]
+
+
+def _folder(run_dir: str, step: int) -> str:
+    return storage.join(run_dir, "checkpoints", f"step_{step:06d}")
 
 
 def _folders(run_dir: str) -> list[str]:
@@ -352,9 +367,11 @@ def load_model(
 ) -> tuple[GPT, Tokenizer, dict]:
     """(model, tokenizer, meta) of a checkpoint, or of a run's newest. dtype None: what is fastest on the device.
 
+    On a CPU torch gets no more threads than this process may use CPUs: it does not know a container's quota.
     Raises FileNotFoundError when there is no checkpoint, ValueError when it is damaged, or holds weights that are not
     numbers.
     """
+    torch.set_num_threads(min(torch.get_num_threads(), machine.available_cpus()))
     folder = resolve_checkpoint(folder)
     meta = read_meta(folder)
     with torch.device(device):
@@ -405,6 +422,20 @@ def load_optimizer(optimizer: MuonAdamW, folder: str) -> None:
     optimizer.load_shard_state(read)
 
 
+def nanochat_config(written: dict) -> GPTConfig:
+    """Of a nanochat checkpoint's meta. Raises KeyError for a size that it lacks, TypeError for a field unknown here.
+
+    A field that came later than the model has the value that the model was trained with, which is not today's default.
+    """
+    config = {"n_kv_head": written["n_head"], "window_pattern": "L"} | written
+    if lacking := sorted(config.keys() - written.keys()):
+        said = ", ".join(f"{name} {config[name]}" for name in lacking)
+        print(f"import: the meta is older than some fields, which are taken as they were then: {said}", flush=True)
+    if missing := [field.name for field in fields(GPTConfig) if field.name not in config]:
+        raise KeyError(f"model_config lacks {', '.join(missing)}")
+    return GPTConfig(**config)
+
+
 def import_nanochat(source: str, out: str, tokenizer: str, step: int | None = None) -> str:
     """Turn a nanochat checkpoint folder (model_000600.pt, meta_000600.json) into ours at `out`; returns the folder.
 
@@ -421,7 +452,7 @@ def import_nanochat(source: str, out: str, tokenizer: str, step: int | None = No
     try:
         state = torch.load(model_file, map_location="cpu", weights_only=True)
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
-        model = GPT(GPTConfig(**theirs["model_config"]))
+        model = GPT(nanochat_config(theirs["model_config"]))
         model.load_state_dict(state)
     except (RuntimeError, TypeError, KeyError, pickle.UnpicklingError) as error:
         raise ValueError(f"{model_file} is not a nanochat checkpoint: {str(error).splitlines()[0]}") from None

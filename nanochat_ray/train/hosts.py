@@ -27,6 +27,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as autoscaling
 
 from nanochat_ray import storage, versions
+from nanochat_ray.measuring import QUIET_SECONDS
 
 RESIZE_SECONDS = 30.0  # between looks at whether a returned node lets a run have more workers again
 LOST_HOST_SECONDS = 80.0  # in which Ray finds, with its own settings, that a host is lost
@@ -93,15 +94,16 @@ def wait_for_hosts(request: Request, scaling: ray.train.ScalingConfig, stage: st
     Raises ValueError when there is no room for one worker by then.
     """
     asking, said = autoscaling.TrainAutoscalingCoordinatorClient(f"nanochat-ray-{os.getpid()}-{time.time()}"), None
+    told = 0.0
     deadline = time.monotonic() + 60 * request.wait_minutes
     try:
         while (there := room(scaling)) < scaling.max_workers and time.monotonic() < deadline:
             asking.maybe_send_resource_request(scaling, scaling.max_workers)
-            if there != said:
+            if there != said or time.monotonic() > told + QUIET_SECONDS:
                 then = "starts with fewer" if there else "gives up"
                 limit = f"{then} after {request.wait_minutes:g} minutes (--wait-minutes)"
                 print(f"{stage}: waiting for {wanted(scaling)}: {there} there; {limit}", flush=True)
-            said = there
+                said, told = there, time.monotonic()
             time.sleep(1)
             scaling = scaling_config(request.workers, scaling.use_gpu)
     finally:  # also after Ctrl-C, or the hosts stay reserved for minutes
@@ -247,7 +249,8 @@ class OneHost(ControllerCallback):
 
 
 class Failures(DefaultFailurePolicy):
-    """Ends a run whose workers fail again and again without a new step between, as the monitor counts."""
+    """Ends a run that a new start would not help, or whose workers fail again and again without a new step between,
+    as the monitor counts."""
 
     def __init__(self, failure_config: ray.train.FailureConfig, monitor):
         super().__init__(failure_config)
@@ -259,8 +262,7 @@ class Failures(DefaultFailurePolicy):
             # What fails while workers start may leave this controller with half a group: the run gets a new one.
             only_late = isinstance(training_failed_error.controller_failure, WorkerGroupStartupTimeoutError)
             return decision if only_late else FailureDecision.RAISE
-        failures = getattr(training_failed_error, "worker_failures", None)
-        if decision == FailureDecision.RETRY and failures:
+        if failures := getattr(training_failed_error, "worker_failures", None):
             kinds = WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError  # others fail for want of these
             dead = [rank for rank, error in failures.items() if isinstance(error, kinds)]
             if ray.get(self.monitor.fails_again.remote(dead)):

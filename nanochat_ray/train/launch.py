@@ -21,9 +21,10 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import PreemptingState, ResizingState
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from nanochat_ray import storage
+from nanochat_ray import measuring, storage
+from nanochat_ray.measuring import QUIET_SECONDS
 from nanochat_ray.model.gpt import GPTConfig
-from nanochat_ray.train import checkpoint, network
+from nanochat_ray.train import checkpoint, lease, network
 from nanochat_ray.train.hosts import (
     LostHosts,
     OneHost,
@@ -32,12 +33,14 @@ from nanochat_ray.train.hosts import (
     check_rows,
     scaling_config,
     wait_for_hosts,
+    wanted,
 )
 from nanochat_ray.train.loop import Measurement, TrainConfig, train_loop_per_worker
 from nanochat_ray.train.plan import GPU_SHARE, MAX_TOKENS_PER_CPU, gpu_memory, rows_that_fit
 from nanochat_ray.versions import hosts, pinned
 
 MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
+SLOW_SECONDS = 1.0  # what takes longer has a line of its own
 SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
 # glibc gives large blocks back to the kernel and gets them again, page by page, at every step: let it keep them.
 CPU_WORKER_ENV = {
@@ -65,17 +68,39 @@ class Monitor:
         self.nodes: dict[int, str] = {}  # of the newest workers, by rank
         self.blamed: Counter = Counter()  # failures by node, in a row without a new step
         self.failing: set[str] = set()
+        self.fatal: set[str] = set()  # nodes on which one of the newest workers failed by what a new start would repeat
+        self.ended_group = False
+        self.doing: tuple[str, float] | None = None  # what may take long, and when it began
+        self.begun: Counter = Counter()  # measurements that have not ended, by how often they began
+        self.failed_ones: dict[str, dict[int, str]] = {}  # measurements by name: by rank, what is said of it
 
     def started(self, rank: int, node: str) -> None:
+        if self.ended_group:
+            self.nodes, self.fatal, self.ended_group = {}, set(), False
         self.nodes[rank] = node
 
-    def failed(self, rank: int, error: str) -> None:
+    def failed(self, rank: int, error: str, may_pass: bool = True) -> None:
+        """may_pass: whether a new start may help."""
         self.first = self.first or (rank, error)
-        self.say(f"worker {rank} failed: {error}")
+        if not may_pass:
+            self.fatal.add(self.nodes[rank])
+        if not self.is_fatal():
+            self.say(f"worker {rank} failed: {error}")
+
+    def is_fatal(self) -> bool:
+        """Whether workers of every host have failed by what a new start would only repeat."""
+        return bool(self.fatal) and self.fatal == set(self.nodes.values())
 
     def fails_again(self, dead: list[int], why: str | None = None) -> bool:
-        """Count a failure, of these ranks or of the first that said so. True: it is one too many, the run is over."""
+        """Count a failure, of these ranks or of the first that said so. True: the run is over.
+
+        It is when this is one too many, or when each host's workers say that a new start would only repeat it.
+        """
         self.failures += 1
+        self.ended_group = True
+        if self.is_fatal():
+            self.outcome = {"step": self.furthest, "error": self.first[1]}
+            return True
         ranks = dead or ([self.first[0]] if self.first else [])
         self.blamed.update({self.nodes[rank] for rank in ranks if rank in self.nodes})
         if bad := {node for node, count in self.blamed.items() if count == 2} - self.failing:
@@ -93,8 +118,38 @@ class Monitor:
     def failing_nodes(self) -> set[str]:
         return self.failing
 
+    def begins(self, what: str | None) -> None:
+        """What may take long, or nothing, is done from here on."""
+        self.doing = what and (what, time.monotonic())
+        if what and what.startswith("measuring "):
+            self.begun[what.removeprefix("measuring ")] += 1
+
+    def ended(self) -> None:
+        """What was begun last has ended."""
+        if self.doing:
+            self.begun.pop(self.doing[0].removeprefix("measuring "), None)
+        self.doing = None
+
+    def unmeasured(self, name: str, rank: int, line: str) -> None:
+        if name not in self.failed_ones:
+            self.say(f"warning: {line}")
+        self.failed_ones.setdefault(name, {})[rank] = line
+
+    def failed_ranks(self, name: str) -> int:
+        return len(self.failed_ones.get(name, {}))
+
+    def left_out(self) -> set[str]:
+        """Measurements that new workers leave out: those that failed, and those in which workers were lost twice."""
+        for name, times in self.begun.items():
+            if times > 1 and name not in self.failed_ones:
+                self.unmeasured(name, 0, f"{name} is left out: workers were lost in it {times} times")
+        return set(self.failed_ones)
+
+    def stopping(self) -> bool:
+        return self.stop
+
     def update(self, metrics: dict) -> None:
-        self.latest = metrics
+        self.latest, self.doing = metrics, None
         if metrics["step"] > self.furthest:
             self.failures, self.furthest = 0, metrics["step"]
             self.blamed.clear()
@@ -102,15 +157,21 @@ class Monitor:
     def say(self, line: str) -> None:
         self.lines.append(line)
 
-    def read(self, seen: int) -> tuple[dict | None, list[str]]:
-        """The newest metrics, and the lines said since the first `seen`."""
-        return self.latest, self.lines[seen:]
+    def read(self, seen: int) -> tuple[dict | None, list[str], str | None, float]:
+        """The newest metrics, the lines said since the first `seen`, and what may take long and for how long it has."""
+        what, began = self.doing or (None, time.monotonic())
+        return self.latest, self.lines[seen:], what, time.monotonic() - began
 
     def finish(self, outcome: dict) -> None:
         self.outcome = outcome
 
-    def read_outcome(self) -> dict:
+    def read_outcome(self) -> dict | None:
+        """How the run ended; None when it has not."""
         return self.outcome
+
+    def read_unmeasured(self) -> list[str]:
+        """A line for each measurement that failed."""
+        return [next(iter(ranks.values())) for ranks in self.failed_ones.values()]
 
     def request_stop(self) -> None:
         self.stop = True
@@ -150,7 +211,7 @@ class TrainResult:
     run_dir: str
     checkpoint: str  # the final one
     step: int
-    val_bpb: float
+    val_bpb: float | None  # None when its measurement failed
 
 
 def refuse_other_inputs(run_dir: str, inputs: dict) -> None:
@@ -191,7 +252,7 @@ def train(
     measurement: Measurement | None = None,
     report: Callable[[dict], None] | None = None,
 ) -> TrainResult:
-    """Train to the end, unless the run's newest checkpoint is there already.
+    """Train to the end and measure, unless both are done. A measurement that fails is in measuring.failed.
 
     record: what config.json keeps; its "inputs" are those of every start of this run.
     report: is given the metrics, which else go to the terminal. For runs of a sweep, which share a cluster: they take
@@ -199,9 +260,10 @@ def train(
 
     Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. Raises ValueError, before
     anything is written, when the run was begun with other inputs, when there are more workers than rows in a step,
-    when the cluster has no room for workers, or when fp8 is asked for without torchao; and later when the loss
-    diverged, when the last checkpoint could not be written, or when workers fail again and again; OSError when they
-    can't be started, as when they don't reach each other, and FileNotFoundError when hosts don't see the rows.
+    when the cluster has no room for workers, when another process holds the run, or when fp8 is asked for without
+    torchao; and later when the loss diverged, when the last checkpoint could not be written, or when workers fail by
+    what a new start would repeat, or again and again; OSError when they can't be started, as when they don't reach each
+    other, and FileNotFoundError when hosts don't see the rows.
 
     Signals are for this process. Ray ends its workers by SIGTERM itself: one that gets it dies as if it was killed.
     """
@@ -218,11 +280,29 @@ def train(
         scaling = wait_for_hosts(request, scaling, c.stage)
     check_rows(c.rows)
     c = replace(c, device_batch_size=device_batch_size(c, scaling))
-    storage.write_json(storage.join(c.run_dir, "config.json"), record | provenance())
+    uri, about = storage.join(c.run_dir, "config.json"), record | provenance()
+    with lease.hold(c.run_dir) as held:
+        storage.write_json(uri, about)
+        try:
+            return _train(c, scaling, held, measurement, report)
+        finally:
+            with measuring.measuring(f"writing {uri}"):
+                if not storage.exists(uri):  # somebody deleted the folder meanwhile
+                    storage.write_json(uri, about)
+
+
+def _train(
+    c: TrainConfig,
+    scaling: ray.train.ScalingConfig,
+    held: lease.Lease,
+    measurement: Measurement | None,
+    report: Callable[[dict], None] | None,
+) -> TrainResult:
     for name, seconds in PATIENCE.items():
         os.environ.setdefault(name, seconds)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     monitor = Monitor.options(scheduling_strategy=here).remote()  # dies with the driver, not with a worker's node
+    monitor.begins.remote(f"starting {wanted(scaling)}")
     trainer = Trainer(
         train_loop_per_worker,
         monitor=monitor,
@@ -242,8 +322,13 @@ def train(
     thread = threading.Thread(target=_fit, args=[trainer, monitor, failure, report is None], daemon=True)
     with StopOnSignal(monitor) as signals:
         thread.start()
-        show_progress(thread, monitor, c, report)
+        slow = f"measuring {measurement.name} of" if measurement else None
+        show_progress(thread, monitor, c, signals, held, slow, report)
     last = ray.get(monitor.read_outcome.remote())
+    if signals.received and thread.is_alive() and not last:
+        newest = checkpoint.checkpoints(c.run_dir)
+        raise KeyboardInterrupt(stopped(c, checkpoint.read_meta(newest[-1])["step"] if newest else 0))
+    measuring.failed.extend(ray.get(monitor.read_unmeasured.remote()))
     if failure:
         if isinstance(failure[0], ray.train.ControllerError) and not report:
             raise OSError(f"workers could not be started: {last_line(failure[0])}") from failure[0]
@@ -252,14 +337,23 @@ def train(
     if last["error"]:
         raise ValueError(f"{c.run_dir}: {last['error']}")
     if signals.received:
-        raise KeyboardInterrupt(f"{c.stage} stopped at step {last['step']}: the same command goes on from there")
+        raise KeyboardInterrupt(stopped(c, last["step"]))
     return _result(c)
 
 
+def stopped(c: TrainConfig, step: int) -> str:
+    return f"{c.stage} stopped at step {step}: the same command goes on from there"
+
+
 def is_finished(c: TrainConfig) -> bool:
-    """Reads the newest checkpoint's files only when it is the last one: the workers read them else, each a part."""
+    """Whether it is trained and measured.
+
+    Reads the newest checkpoint's files only when it is the last one: the workers read them else, each a part.
+    """
     newest = checkpoint.latest_checkpoint(c.run_dir, read=False, say=lambda line: None)  # the workers say it
     if not newest or checkpoint.read_meta(newest)["step"] != c.num_iterations:
+        return False
+    if checkpoint.read_meta(newest)["progress"].get("measured", c.num_iterations) != c.num_iterations:
         return False
     return newest == checkpoint.latest_checkpoint(c.run_dir)
 
@@ -381,29 +475,63 @@ class StopOnSignal:
         self.__exit__()
 
 
-def show_progress(thread: threading.Thread, monitor, c: TrainConfig, report: Callable | None = None) -> None:
-    """One live line on a terminal; elsewhere a line whenever a twentieth of the run is done; or what report does."""
-    live, shown, next_line, said = sys.stdout.isatty() and not report, None, 0, 0
-    alive = True
+def show_progress(
+    thread: threading.Thread,
+    monitor,
+    c: TrainConfig,
+    signals: StopOnSignal,
+    held: lease.Lease,
+    measuring_saved: str | None,
+    report: Callable | None = None,
+) -> None:
+    """One live line on a terminal; elsewhere a line whenever a twentieth of the run is done and at least one in
+    QUIET_SECONDS; or what report does.
+
+    Ends with the thread, or when a stop was asked for and nothing is left to save: so it is before the first step, and
+    in `measuring_saved`.
+    """
+    live, shown, next_line, said, announced = sys.stdout.isatty() and not report, 0, 0, 0, None
+    began = printed = time.monotonic()
+    alive, step = True, 0
+
+    def tell(text: str) -> None:
+        nonlocal printed
+        print("\r\033[K" * live + text, end="" if live else "\n", flush=True)
+        printed = time.monotonic()
+
     while alive:  # once more after its end, for the last lines
         thread.join(0.5)
         alive = thread.is_alive()
-        metrics, lines = ray.get(monitor.read.remote(said))
+        held.check()
+        metrics, lines, doing, seconds = ray.get(monitor.read.remote(said))
         said += len(lines)
         for line in lines:
             print("\r\033[K" * live + f"{c.stage}: {line}", flush=True)
-        if metrics is None or metrics["step"] == shown:
-            continue
-        shown = metrics["step"]
+        step = metrics["step"] if metrics else 0
+        overdue = time.monotonic() - printed > patience(began)
         if report:
-            report(metrics)
-        elif live:
-            print("\r\033[K" + progress_line(metrics, c), end="", flush=True)
-        elif shown >= next_line or shown == c.num_iterations:
-            print(progress_line(metrics, c), flush=True)
-            next_line = shown + max(c.num_iterations // 20, 1)
-    if live and shown is not None:
+            if step != shown:
+                report(metrics)
+                shown = step
+        elif not alive or (step != shown and step < c.num_iterations and (live or step >= next_line or overdue)):
+            if metrics:  # the last step's line waits for its measurements
+                tell(progress_line(metrics, c))
+                shown, next_line = step, step + max(c.num_iterations // 20, 1)
+        elif doing and seconds > SLOW_SECONDS and (live or doing != announced or overdue):
+            announced = doing
+            tell(f"{c.stage}: {doing}, {seconds:.0f} s so far")
+        elif not doing and overdue:
+            tell(f"{c.stage}: step {step + 1}, {time.monotonic() - printed:.0f} s so far")
+        saved = not metrics or (doing and measuring_saved and doing.startswith(measuring_saved))
+        if signals.received and (saved or ray.get(monitor.read_outcome.remote())):
+            break
+    if live:
         print()
+
+
+def patience(began: float) -> float:
+    """Seconds after which there is a line again: few at the start."""
+    return min(QUIET_SECONDS, max(5.0, (time.monotonic() - began) / 4))
 
 
 def progress_line(m: dict, c: TrainConfig) -> str:

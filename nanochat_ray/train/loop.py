@@ -1,12 +1,16 @@
-"""The one training loop, shared by pretraining and finetuning, as Ray Train runs it on every worker."""
+"""The one training loop, shared by pretraining and finetuning, as Ray Train runs it on every worker.
+
+A step's checkpoint comes before what is measured of it. A measurement that fails is noted, and training goes on.
+"""
 
 import gc
 import math
 import os
-import shutil
+import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import ray
 import ray.train
@@ -14,25 +18,28 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-from nanochat_ray import storage
+from nanochat_ray import machine, storage
 from nanochat_ray.data.loader import DeviceLoader, Loader, Rows, evaluation_batches
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.kv_cache import cache_bytes
 from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.measuring import one_line
+from nanochat_ray.model.compiling import why_not_compiled
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import MuonAdamW, build_optimizer
 from nanochat_ray.model.scaling import finetune_lr_multiplier, lr_multiplier, muon_momentum, muon_weight_decay
 from nanochat_ray.train import checkpoint, network
 from nanochat_ray.train.metrics import MetricsLog, bits_per_byte, peak_flops, peak_memory_mb
 
-COMPILE_THREADS = 8  # of a worker with a GPU; each worker of a host would start 32 processes that compile
+COMPILE_THREADS = 8  # of a worker at most: each of a host would start 32 processes that compile
 UNTIMED_STEPS = 10  # the first steps compile and warm caches: they are left out of the training time
 # A smoothed loss this many nats above ln(vocabulary), the cost of guessing blindly, does not come back; nor does it
 # become NaN by itself, as the logits are capped. Finetuning may begin there, with tokens that the base never saw and
 # that cost up to 30 nats: the first steps are not judged.
 HOPELESS_NATS, UNJUDGED_STEPS = 2.0, 40
 REQUESTS = (None, "save", "stop")  # what the driver may ask for after a step
+TOGETHER_SECONDS = 60.0  # in which all workers must have failed in a measurement for training to go on after it
 
 
 class Diverged(Exception):
@@ -73,17 +80,26 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What else is measured during training, besides val/bpb: every `every` steps and at the end."""
+    """What else is measured during training, besides val/bpb: every `every` steps and at the end.
+
+    It may take long, so there is a checkpoint of each such step before.
+    """
 
     every: int
     measure: Callable[[GPT, Tokenizer], dict[str, float]]  # on every rank, each with the whole model; pickled to them
+    name: str = "scores"
 
 
 @dataclass
 class Progress:
-    """Where a run stands. position counts rows consumed by all ranks since the start."""
+    """Where a run stands. position counts rows consumed by all ranks since the start.
+
+    measured: the last step of which all that was due is measured. A run that goes on from a checkpoint that was not
+    measured makes up for it.
+    """
 
     step: int = 0
+    measured: int = -1
     position: int = 0
     smooth_loss: float = 0.0
     total_training_time: float = 0.0
@@ -123,18 +139,27 @@ class Worker:
     progress: Progress
     resumed: bool
     writer: checkpoint.Writer
+    say: Callable[[str], None]
     measurement: Measurement | None = None
+    left_out: set[str] = field(default_factory=set)  # measurements that ended an earlier group of workers
+    newest: dict = field(default_factory=dict)  # metrics
 
     def __post_init__(self):
         self.optimizer.overlap(self.model)
         self.model.recompute = self.config.recompute
         if self.config.fp8:
             self.model.convert_to_fp8()
-        compiles = self.config.compile
-        if compiles is None:
-            compiles = self.device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
-        if compiles:
+        if self.config.compile is not False and self.can_compile():
             self.model.compile_for_training()
+
+    def can_compile(self) -> bool:
+        """The same on all ranks, whose steps take as long as the slowest's."""
+        found = checkpoint.gather(why_not_compiled(self.device.type), self.world_size)
+        if why := next(filter(None, found), None):
+            if self.rank == 0:
+                self.say(f"warning: torch.compile does not work here, steps take a half longer without: {why}")
+            return False
+        return True
 
     @property
     def attention(self) -> str:
@@ -151,16 +176,31 @@ def train_loop_per_worker(config: dict) -> None:
         network.meet()
         run(TrainConfig(**config), monitor, measurement)
     except Exception as error:
-        ray.get(monitor.failed.remote(rank, f"{type(error).__name__}: {error}".splitlines()[0]))
+        own = not may_pass(error) and isinstance(error, ValueError | OSError)  # these are written for the user
+        why = str(error).strip().partition("\n")[0] if own else one_line(error)
+        ray.get(monitor.failed.remote(rank, why, may_pass(error)))
         raise
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether starting again may help: after what machines, networks and lost workers do, and not after wrong input."""
+    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
+        return False
+    return isinstance(error, OSError | RuntimeError | MemoryError | ray.exceptions.RayError) and not isinstance(
+        error, NotImplementedError | RecursionError
+    )
 
 
 def run(c: TrainConfig, monitor, measurement: Measurement | None) -> None:
     """Train from the run's newest checkpoint to num_iterations or a requested stop; the monitor is told which."""
-    worker = start(c, monitor.say.remote)
-    worker.measurement = measurement
+    left_out = ray.get(monitor.left_out.remote())
+    worker = start(c, monitor.say.remote, monitor.begins.remote)
+    worker.measurement, worker.left_out = measurement, set(left_out or ())
     progress = worker.progress
-    log = MetricsLog(c.run_dir, asdict(c), progress.step) if worker.rank == 0 else None
+    log = None
+    if worker.rank == 0:
+        note = partial(monitor.unmeasured.remote, "metrics.jsonl", 0)
+        log = MetricsLog(c.run_dir, asdict(c), progress.step, monitor.say.remote, note)
     if log and worker.resumed:
         monitor.say.remote(f"going on from step {progress.step}, workers: {worker.world_size}")
     if log and worker.device.type == "cuda":
@@ -173,43 +213,45 @@ def run(c: TrainConfig, monitor, measurement: Measurement | None) -> None:
         finish_save(worker, monitor)  # one that is being written is from before a divergence
     worker.writer.close()
     if log:
-        try:
-            log.close()
-        except OSError as full:
-            error = error or str(full)
+        log.write_rest()
         ray.get(monitor.finish.remote({"step": progress.step, "error": error}))
+        log.close()  # W&B may take a while, for which a driver that was told to stop does not wait
 
 
 def train(worker: Worker, monitor, log: MetricsLog | None) -> None:
     c, progress = worker.config, worker.progress
+    begins(worker, monitor, "timing matrix products, for MFU")
     peak = all_reduce(worker, [peak_flops(worker.device, worker.model.compute_dtype)])[0]
-    token_bytes = worker.tokenizer.token_bytes()
     saved_step, request = progress.step if worker.resumed else None, None
     frozen = False
     while True:
         last = progress.step == c.num_iterations
         ending = last or request == "stop"
-        if saved_step != progress.step:  # what was measured before the checkpoint is not measured again
-            if last or due(progress.step, c.eval_every):
-                progress.val_bpb = evaluate(worker, token_bytes)
-                if log:
-                    log.log(metrics_of(worker) | {"val/bpb": progress.val_bpb})
-            if worker.measurement and (last or (progress.step and due(progress.step, worker.measurement.every))):
-                measure(worker, monitor, log)
-            if worker.rank == 0 and c.prompts and (last or due(progress.step, c.sample_every)):
-                write_samples(worker, monitor)
-            if ending or request == "save" or (progress.step and due(progress.step, c.save_every)):
-                finish_save(worker, monitor)  # the one before
-                start_save(worker, log)
-        if ending or request == "save":
+        other = worker.measurement
+        measures = other and request != "stop" and (last or is_due(progress.step, other.every))
+        saves = ending or measures or request == "save" or is_due(progress.step, c.save_every)
+        if saves and saved_step != progress.step:
+            begins(worker, monitor, f"saving step {progress.step}")
+            finish_save(worker, monitor)  # the one before
+            start_save(worker, log)
+            saved_step = progress.step
+        if ending or measures or request == "save":
             error = finish_save(worker, monitor)
             if ending and error:
-                full = storage.disk(worker.writer.folder)
-                raise NotSaved(f"step {progress.step} could not be saved: {error}; {full}")
-            if ending:
-                return
-            if worker.rank == 0:
+                raise NotSaved(f"step {progress.step} could not be saved: {error}; {rescue(worker)}")
+            if error:
+                saved_step = None
+            if worker.rank == 0 and request == "save":
                 monitor.saved.remote(progress.step)
+        if saves:
+            begins(worker, monitor, None)
+        if request != "stop" and progress.measured != progress.step:
+            observe(worker, monitor, log, last)
+            if saved_step == progress.step:
+                note_measured(worker, monitor)
+        if ending:
+            return
+        begins(worker, monitor, "compiling, and the first step" if worker.model.compiled else "the first step", frozen)
         metrics, request = train_step(worker, peak, monitor)
         if log:
             log.log(metrics)
@@ -219,26 +261,59 @@ def train(worker: Worker, monitor, log: MetricsLog | None) -> None:
             frozen = True
 
 
+def rescue(worker: Worker) -> str:
+    """Where the weights of a last step are that the run's folder did not take: on this host's own disk."""
+    run_dir = worker.config.run_dir
+    where = storage.disk(run_dir)
+    if worker.rank > 0:
+        return where
+    folder = os.path.join(tempfile.gettempdir(), f"nanochat_ray-{storage.name(run_dir)}")
+    try:
+        optimizer = worker.optimizer if worker.world_size == 1 else None
+        given = worker.model, optimizer, worker.tokenizer, checkpoint_meta(worker)
+        saved = checkpoint.save_checkpoint(folder, worker.progress.step, *given)
+        return f"{where}; it is in {saved} instead: make room, and move it to {storage.join(run_dir, 'checkpoints')}"
+    except (OSError, ValueError) as error:
+        return f"{where}; nor in {folder}: {one_line(error)}"
+
+
+def begins(worker: Worker, monitor, what: str | None, again: bool = False) -> None:
+    """Tell the driver what may take long from here on."""
+    if worker.rank == 0 and not again:
+        monitor.begins.remote(what)
+
+
+def is_due(step: int, every: int) -> bool:
+    return step > 0 and due(step, every)
+
+
 def due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def start(c: TrainConfig, say: Callable[[str], None] = print) -> Worker:
+def start(
+    c: TrainConfig, say: Callable[[str], None] = print, begins: Callable[[str], None] = lambda what: None
+) -> Worker:
     """Build the model and the optimizer, from the run's newest checkpoint when there is one."""
     device = ray.train.torch.get_device()
     context = ray.train.get_context()
     if device.type == "cpu":
-        threads = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
+        assigned = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
+        threads = min(assigned, machine.available_cpus())
     else:  # Ray gives a worker with a GPU one thread
-        threads = os.cpu_count() // context.get_local_world_size()
-        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(threads, COMPILE_THREADS))))
+        threads = machine.available_cpus() // context.get_local_world_size()
     torch.set_num_threads(max(1, threads))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(threads, COMPILE_THREADS))))
     rank, world_size = context.get_world_rank(), context.get_world_size()
 
     torch.manual_seed(c.seed)  # the same weights on every rank
+    if rank == 0:
+        begins(f"building the model, {c.model['n_layer']} layers of {c.model['n_embd']} channels")
     with device:  # a CPU would take long to fill a large model
         model = GPT(GPTConfig(**c.model))
     model.init_weights()
+    if rank == 0:
+        begins("looking for checkpoints and rows")
     resume_from = checkpoint.latest_checkpoint(c.run_dir, rank=rank, world_size=world_size, say=say)
     if rank == 0:
         checkpoint.remove_unfinished(c.run_dir)
@@ -267,6 +342,7 @@ def start(c: TrainConfig, say: Callable[[str], None] = print) -> Worker:
         progress=progress,
         resumed=resume_from is not None,
         writer=checkpoint.Writer(c.run_dir, tokenizer, rank, world_size),
+        say=say,
     )
 
 
@@ -316,17 +392,101 @@ def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, str | None]:
         "train/world_size": worker.world_size,
         "train/peak_memory_mb": peak_memory_mb(worker.device),
     }
-    if worker.rank == 0:
-        monitor.update.remote(metrics | {"val/bpb": progress.val_bpb})
+    worker.newest = metrics
+    show(worker, monitor)
     return metrics, REQUESTS[int(request)]
 
 
-def evaluate(worker: Worker, token_bytes) -> float:
-    """val/bpb over eval_tokens of the validation rows, shared by the ranks."""
-    c = worker.config
+def show(worker: Worker, monitor) -> None:
+    """Give the driver the newest step's metrics, with the val/bpb that is known."""
+    if worker.rank == 0 and worker.newest:
+        monitor.update.remote(worker.newest | {"val/bpb": worker.progress.val_bpb})
+
+
+def observe(worker: Worker, monitor, log: MetricsLog | None, last: bool) -> None:
+    """Measure what is due after this step, and note in the progress whether all of it was."""
+    c, progress, other = worker.config, worker.progress, worker.measurement
+    done = True
+    if last or due(progress.step, c.eval_every):
+        done &= attempt(worker, monitor, "val/bpb", partial(measure_bpb, worker, monitor, log))
+        show(worker, monitor)
+    if other and (last or is_due(progress.step, other.every)):
+        done &= attempt(worker, monitor, other.name, partial(measure, worker, monitor, log))
+    if worker.rank == 0 and c.prompts and (last or due(progress.step, c.sample_every)):
+        attempt(worker, monitor, "samples", partial(write_samples, worker), ranks=1)
+    if done:
+        progress.measured = progress.step
+
+
+def attempt(worker: Worker, monitor, what: str, function: Callable[[], bool | None], ranks: int | None = None) -> bool:
+    """Call a function on all ranks, or on one, that measures something. True: it was measured.
+
+    What fails is noted. If only some ranks fail, the others wait for them in a collective: this raises then, Ray starts
+    the workers again, and the new ones leave out what ended the ones before. So they do with what killed workers twice.
+    An error of the collectives themselves may be that of a lost worker, and is raised.
+    """
+    name, ranks = f"{what} of step {worker.progress.step}", ranks or worker.world_size
+    if name in worker.left_out:
+        return False
+    begins(worker, monitor, f"measuring {name}")
+    try:
+        complete = function() is not False
+    except Exception as error:
+        if ranks > 1 and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        ray.get(monitor.unmeasured.remote(name, worker.rank, f"{name} failed: {one_line(error)}"))
+        patience = time.monotonic() + TOGETHER_SECONDS
+        while ray.get(monitor.failed_ranks.remote(name)) < ranks:
+            if time.monotonic() > patience:
+                raise
+            time.sleep(0.1)
+        return False
+    if worker.rank == 0:
+        monitor.ended.remote()
+    return complete
+
+
+def note_measured(worker: Worker, monitor) -> None:
+    """Write into the checkpoint of this step what was measured after it."""
+    changes = {"progress": asdict(worker.progress), "val/bpb": worker.progress.val_bpb}
+    try:
+        worker.writer.amend(worker.progress.step, changes)
+    except Exception as error:
+        name = f"noting val/bpb in the checkpoint of step {worker.progress.step}"
+        monitor.unmeasured.remote(name, worker.rank, f"{name} failed: {one_line(error)}")
+
+
+def measure_bpb(worker: Worker, monitor, log: MetricsLog | None) -> bool:
+    """False: a stop was asked for meanwhile."""
+    worker.progress.val_bpb = None  # what an earlier step had is not this one's
+    bpb = evaluate(worker, worker.tokenizer.token_bytes(), monitor)
+    if bpb is None:
+        return False
+    worker.progress.val_bpb = bpb
+    if log:
+        log.log(metrics_of(worker) | {"val/bpb": bpb})
+    return True
+
+
+def evaluate(worker: Worker, token_bytes, monitor) -> float | None:
+    """val/bpb over eval_tokens of the validation rows, shared by the ranks; None when a stop is asked for meanwhile."""
+    c, stopped = worker.config, []
     num_rows = max(c.eval_tokens // worker.model.config.sequence_len, worker.world_size)
     batches = evaluation_batches(worker.val_rows, num_rows, c.device_batch_size, worker.rank, worker.world_size)
-    return bits_per_byte(worker.model, batches, token_bytes)
+    bpb = bits_per_byte(worker.model, until_stop(batches, monitor, stopped), token_bytes)
+    return None if all_reduce(worker, [len(stopped)])[0] else bpb
+
+
+def until_stop(batches: Iterable, monitor, stopped: list) -> Iterator:
+    """The batches, until the driver asks for a stop, which is looked for once a second and noted in `stopped`."""
+    looked = time.monotonic()
+    for batch in batches:
+        if time.monotonic() > looked + 1:
+            looked = time.monotonic()
+            if ray.get(monitor.stopping.remote()):
+                stopped.append(True)
+                return
+        yield batch
 
 
 def forward_backward(worker: Worker) -> tuple[torch.Tensor, float]:
@@ -373,12 +533,19 @@ def metrics_of(worker: Worker) -> dict:
 
 def start_save(worker: Worker, log: MetricsLog | None) -> None:
     """Begin a checkpoint of where the run stands; it is written while training goes on."""
-    c, progress = worker.config, worker.progress
+    progress = worker.progress
     worker.optimizer.gather_exactly()
     sums = torch.stack([p.detach().sum().float() for p in worker.model.parameters()])
     if all_reduce(worker, [float(not sums.isfinite().all())])[0]:  # a rank whose copy alone is bad ends all
         raise Diverged(f"weights are not finite after step {progress.step}: look at the data, or lower the rates")
-    meta = {
+    worker.writer.start(
+        progress.step, worker.model, worker.optimizer, checkpoint_meta(worker), log.flush if log else None
+    )
+
+
+def checkpoint_meta(worker: Worker) -> dict:
+    c, progress = worker.config, worker.progress
+    return {
         "stage": c.stage,
         "progress": asdict(progress),
         "val/bpb": progress.val_bpb,
@@ -386,7 +553,6 @@ def start_save(worker: Worker, log: MetricsLog | None) -> None:
         "lrs": c.lrs,
         "total_batch_size": c.total_batch_size,
     }
-    worker.writer.start(progress.step, worker.model, worker.optimizer, meta, log.flush if log else None)
 
 
 def finish_save(worker: Worker, monitor) -> str | None:
@@ -408,17 +574,13 @@ def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
         monitor.say.remote(f"step {worker.progress.step}: {scores}")
 
 
-def write_samples(worker: Worker, monitor) -> None:
-    """Greedy continuations into samples.md, the newest last. Training goes on without them if that fails."""
-    try:
-        lines = [f"## step {worker.progress.step}", "", *sample(worker)]
-        uri = storage.join(worker.config.run_dir, "samples.md")
-        before = storage.read_text(uri) if storage.exists(uri) and worker.progress.step else ""
-        before = before.partition(lines[0] + "\n")[0]  # a resumed run writes these again
-        storage.write_bytes(uri, (before + "\n".join(lines) + "\n\n").encode())
-    except Exception as error:
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
-        monitor.say.remote(f"samples of step {worker.progress.step} are not written: {why}")
+def write_samples(worker: Worker) -> None:
+    """Greedy continuations into samples.md, the newest last."""
+    lines = [f"## step {worker.progress.step}", "", *sample(worker)]
+    uri = storage.join(worker.config.run_dir, "samples.md")
+    before = storage.read_text(uri) if storage.exists(uri) and worker.progress.step else ""
+    before = before.partition(lines[0] + "\n")[0]  # a resumed run writes these again
+    storage.write_bytes(uri, (before + "\n".join(lines) + "\n\n").encode())
 
 
 def sample(worker: Worker) -> list[str]:

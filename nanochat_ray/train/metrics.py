@@ -1,6 +1,5 @@
 """What a run measures and where it goes: metrics.jsonl, W&B, MFU, memory, bits per byte."""
 
-import errno
 import json
 import math
 import os
@@ -10,7 +9,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanochat_ray import storage
+from nanochat_ray import measuring, storage
 from nanochat_ray.model.gpt import GPT
 
+WANDB_SECONDS = 20.0  # that W&B may take to answer at the start, and to send what is left at the end
 # Dense FLOP/s of one device in bf16 and, where known, in fp32 without TF32, from the vendors' data sheets; by a word of
 # the device's name.
 PEAK_FLOPS = {
@@ -104,41 +105,56 @@ def bits_per_byte(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor
 class MetricsLog:
     """Appends to metrics.jsonl and W&B. A resumed run drops the lines its lost steps had written.
 
-    A full disk does not end a run: what it refuses is kept for later. An object store can't append, so there the file
-    is kept here and put whole at every flush.
+    Neither ends a run: what a full disk refuses is kept for later, and close notes what could not be written at all.
+    An object store can't append, so there the file is kept here and put whole at every flush.
     """
 
-    def __init__(self, run_dir: str, config: dict, step: int):
-        self.uri = storage.join(run_dir, "metrics.jsonl")
+    def __init__(
+        self,
+        run_dir: str,
+        config: dict,
+        step: int,
+        say: Callable[[str], None] = print,
+        note: Callable[[str], None] = measuring.note,
+    ):
+        self.uri, self.note = storage.join(run_dir, "metrics.jsonl"), note
         kept = [line for line in read_metrics(run_dir) if line["step"] <= step] if step else []
-        self.lines = [(json.dumps(line) + "\n").encode() for line in kept]
-        storage.write_bytes(self.uri, b"".join(self.lines))
-        # Held open: what a worker left over from an earlier start still writes goes to the file that this one replaced.
-        self.file = None if storage.is_remote(self.uri) else os.open(self.uri, os.O_WRONLY | os.O_APPEND)
+        self.lines = [(storage.to_json(line) + "\n").encode() for line in kept]
+        self.file: int | None = None
+        self._put(b"".join(self.lines))
         self.unwritten = b""
         self.lock = threading.Lock()  # flush comes from the thread that writes checkpoints
-        self.wandb = _start_wandb(run_dir, config)
+        self.wandb = WandB(run_dir, config, say)
+
+    def _put(self, content: bytes) -> None:
+        """Write a new file, and hold it open: what a worker left over from an earlier start still writes goes to the
+        file that this one replaces."""
+        storage.write_bytes(self.uri, content)
+        if not storage.is_remote(self.uri):
+            self.file = os.open(self.uri, os.O_RDWR | os.O_APPEND)
 
     def log(self, metrics: dict) -> None:
-        line = (json.dumps(metrics) + "\n").encode()
+        line = (storage.to_json(metrics) + "\n").encode()
         with self.lock:
             if self.file is None:
                 self.lines.append(line)
             else:
                 self.unwritten += line
-                self._append()
-        self.wandb.log(metrics, step=metrics["step"])
+                with suppress(OSError):
+                    self._append()
+        self.wandb.log(metrics)
 
     def _append(self) -> None:
-        try:
-            while self.unwritten:  # a disk that becomes full takes a part
-                self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
+        """Raises OSError for what can't be written, which is then in `unwritten` still."""
+        if not os.fstat(self.file).st_nlink and not os.path.exists(self.uri):  # somebody deleted it
+            gone = self.file
+            self._put(os.pread(gone, os.fstat(gone).st_size, 0))
+            os.close(gone)
+        while self.unwritten:  # a disk that becomes full takes a part
+            self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
 
     def flush(self) -> None:
-        """Make sure of all lines so far, as who resumes from a checkpoint needs them. Raises OSError on a full disk."""
+        """Make sure of all lines so far, as who resumes from a checkpoint needs them. Raises OSError if it can't be."""
         if self.file is None:
             with self.lock:
                 content = b"".join(self.lines)
@@ -146,35 +162,60 @@ class MetricsLog:
             return
         with self.lock:
             self._append()
-            if self.unwritten:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.uri)
         os.fsync(self.file)
 
-    def close(self) -> None:
-        """Raises OSError when the disk is full still."""
-        try:
+    def write_rest(self) -> None:
+        with measuring.measuring(f"writing the last lines of {self.uri}", self.note):
             self.flush()
-        finally:
-            self.wandb.finish()
-            if self.file is not None:
-                os.close(self.file)
+
+    def close(self) -> None:
+        self.write_rest()
+        self.wandb.finish()
+        if self.file is not None:
+            os.close(self.file)
 
 
 def read_metrics(run_dir: str) -> list[dict]:
-    """The lines of a run's metrics.jsonl; a last line that a crash tore is left out."""
+    """The lines of a run's metrics.jsonl; one that a crash tore is left out."""
     uri = storage.join(run_dir, "metrics.jsonl")
     if not storage.exists(uri):
         return []
     lines = []
-    for line in storage.read_text(uri).splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in storage.read_bytes(uri).splitlines():
+        with suppress(ValueError):
+            if isinstance(read := json.loads(line), dict) and isinstance(read.get("step"), int):
+                lines.append(read)
     return lines
 
 
-def _start_wandb(run_dir: str, config: dict):
+class WandB:
+    """The run's curves at W&B: online where there is a key, else in files that `wandb sync` brings there later.
+
+    What fails at W&B is said once, and the run goes on without: metrics.jsonl has the same numbers.
+    """
+
+    def __init__(self, run_dir: str, config: dict, say: Callable[[str], None]):
+        self.run, self.say = None, say
+        with measuring.measuring("W&B", self._give_up):
+            self.run = _start_wandb(run_dir, config, say)
+
+    def log(self, metrics: dict) -> None:
+        if self.run is not None:
+            with measuring.measuring("W&B", self._give_up):
+                self.run.log(metrics)
+
+    def _give_up(self, why: str) -> None:
+        self.run = None
+        self.say(f"warning: {why}; the run goes on without it")
+
+    def finish(self) -> None:
+        """Waits at most WANDB_SECONDS for what is not sent yet."""
+        if self.run is not None:
+            with measuring.measuring("W&B", self._give_up):
+                self.run.finish()
+
+
+def _start_wandb(run_dir: str, config: dict, say: Callable[[str], None]):
     import wandb  # takes a second to import: only the rank that logs pays
 
     id_uri = storage.join(run_dir, "wandb_id")  # the same when the run resumes: one curve, not two
@@ -182,6 +223,7 @@ def _start_wandb(run_dir: str, config: dict):
         storage.write_bytes(id_uri, uuid.uuid4().hex.encode())
     parent = storage.name(storage.parent(run_dir))
     local = tempfile.mkdtemp(prefix="wandb-") if storage.is_remote(run_dir) else run_dir
+    seconds = float(os.environ.get("WANDB_INIT_TIMEOUT", WANDB_SECONDS))
     start = partial(
         wandb.init,
         project="nanochat-ray",
@@ -191,9 +233,17 @@ def _start_wandb(run_dir: str, config: dict):
         resume="allow",
         dir=local,
         config=config,
-        settings=wandb.Settings(silent=True, console="off"),
+        settings=wandb.Settings(silent=True, console="off", init_timeout=seconds, finish_timeout=seconds),
     )
+    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     try:
-        return start(mode=os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline"))
-    except wandb.errors.Error:  # no answer is no reason to end a run: `wandb sync` brings it there later
-        return start(mode="offline")
+        run = start(mode=mode)
+    except Exception as error:  # no answer is no reason to end a run
+        why = measuring.one_line(error)
+        say(f"warning: W&B does not answer, `wandb sync` brings it what is logged from here on ({why})")
+        wandb.teardown()  # it would refuse another start of the same run
+        run = start(mode="offline")
+    # W&B counts steps of its own, which only grow. Ours is the axis: a resumed run logs lost steps again.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run

@@ -44,6 +44,17 @@ def test_by_bpb_the_moment_counts_at_which_it_was_reached(runs, capsys):
     assert "2 runs with val/bpb ≤ 2" in capsys.readouterr().out
 
 
+def test_a_broken_run_is_left_out_with_a_line(runs, nanochat_ray_home, capsys):
+    folder = nanochat_ray_home / "runs"
+    (folder / "slow" / "config.json").write_text('{"plan": ')
+    (folder / "never" / "metrics.jsonl").write_text('{"step": 1, "val/bpb": 1.0}\n')
+    assert [line["run"] for line in run(LeaderboardOptions(bpb=2.0))] == ["series/d4"]
+    said = capsys.readouterr().out
+    assert (
+        "slow is left out: JSONDecodeError: " in said and "never is left out: KeyError: 'total_training_time'" in said
+    )
+
+
 def test_by_core_the_end_counts(runs):
     (line,) = run(LeaderboardOptions())
     assert (line["run"], line["value"], line["seconds"]) == ("series/d4", "0.3000", 360)

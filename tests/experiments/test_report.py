@@ -125,6 +125,45 @@ def test_what_is_missing_or_broken(tmp_path):
     assert not (tmp_path / "x.html").exists()
 
 
+BROKEN = {  # what a crash, a full disk or another program may leave in place of a file
+    "chat.json": ['{"chatcore_metric": 0.1, "accuracy": {}}', "[1]", '[{"prompt": "a"}]', "null", '[{"pro'],
+    "stages.json": ["{}", '[{"stage": "rows"}]', '[{"stage": "a", "seconds": 1.0, "result": 3}]', "7", ""],
+    "config.json": ["[]", '{"plan": 3}', '{"plan": {"param_counts": 3}}', '{"plan": null}', "{"],
+    "result.json": ["[]", '{"core_metric": "high"}', '{"core_metric": NaN}', "x"],
+    "metrics.jsonl": [
+        '{"step": 1, "train/loss": 3.0}\n{"step": 2, "tra',
+        "7\n[]\nnull",
+        '{"step": null}',
+        '{"a": 1}',
+        "",
+    ],
+    "samples.md": ["\udcff\udcfe"],
+}
+
+
+@pytest.mark.parametrize(("name", "text"), [(name, text) for name, texts in BROKEN.items() for text in texts])
+def test_one_broken_file_costs_the_page_no_other(name, text, tmp_path):
+    run = tmp_path / "run"
+    write_run(run, steps=3)
+    for other, value in (("stages.json", [{"stage": "rows", "seconds": 90.0, "result": {}}]), ("chat.json", [])):
+        (run / other).write_text(json.dumps(value))
+    (run / name).write_bytes(text.encode(errors="surrogateescape"))
+    source, page = report(tmp_path, str(run))
+    assert "<svg" in source or name == "metrics.jsonl"
+    assert "1 min 30 s" in page.text or name == "stages.json"
+    assert "n_embd" in source or name == "config.json"
+
+
+def test_what_a_sweep_says_may_be_broken_too(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    write_run(tmp_path / "sweep" / "d1", steps=3)
+    (tmp_path / "sweep" / "sweep.json").write_text('{"kind": "miniseries", "inputs": {}}')
+    (tmp_path / "sweep" / "results.csv").write_text("run,depth\nd1,one\n")
+    source, page = report(tmp_path, str(tmp_path / "sweep"))
+    assert "what the results say is left out: " in page.text
+    assert "<svg" in source
+
+
 def test_a_step_logged_twice_counts_once(tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from experiments import preflight, speedrun
+from nanochat_ray import measuring
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.train.checkpoint import load_model
@@ -51,3 +52,23 @@ def test_the_gpu_preset_is_refused_without_gpus_and_an_object_store_is_not_measu
     assert speedrun.find_job(speedrun.SpeedrunOptions(preset="gpu", use_gpu=False, skip=["sft"])).after == {"core"}
     monkeypatch.setenv("NANOCHAT_RAY_HOME", "s3://bucket/home")
     assert "rows 1.0 GB = 1.0 GB in s3://bucket/home" in preflight.disk({"rows": 1e9})
+
+
+def test_a_stage_that_only_measures_may_fail_and_is_measured_by_the_next_start(tmp_path):
+    measuring.failed.clear()
+    stages = speedrun.Stages(str(tmp_path))
+    stages.run("pretrain", lambda: 3, lambda steps: {"steps": steps})
+    assert stages.measure("core", (tmp_path / "core.yaml").read_text, dict) is None
+    assert len(measuring.failed) == 1 and measuring.failed[0].startswith("core failed: FileNotFoundError: ")
+    again = speedrun.Stages(str(tmp_path))
+    assert again.result("pretrain") == {"steps": 3} and again.result("core") == {}
+    assert again.measure("core", lambda: {"core_metric": 0.1}, dict) == {"core_metric": 0.1}
+    measuring.failed.clear()
+
+
+def test_a_full_disk_costs_the_times_of_stages_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(speedrun.storage, "write_json", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    measuring.failed.clear()
+    assert speedrun.Stages(str(tmp_path)).run("pretrain", lambda: 3, lambda steps: {}) == 3
+    assert measuring.failed == ["writing stages.json failed: OSError: [Errno 28] No space left"]
+    measuring.failed.clear()

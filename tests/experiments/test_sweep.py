@@ -17,6 +17,7 @@ import pytest
 import ray
 
 from experiments import miniseries, sweep
+from nanochat_ray import storage
 from nanochat_ray.model.scaling import BASE_LRS, plan_run
 from nanochat_ray.train import hosts, launch, pretrain
 from nanochat_ray.train.metrics import read_metrics
@@ -207,3 +208,21 @@ def test_results_are_read_as_they_were_written(tmp_path):
     assert sweep.write_results(str(tmp_path), trials) == rows
     for row, read in zip(rows, sweep.read_results(str(tmp_path)), strict=True):
         assert {key: read[key] for key in row} == row | {"notes": None}
+
+
+def test_a_score_that_can_not_be_had_costs_a_run_nothing_and_is_measured_by_the_next_start(tmp_path, monkeypatch):
+    reported, options = [], pretrain.PretrainOptions(workers=1, device_batch_size=1)
+    monkeypatch.setattr(sweep.tune, "report", reported.append)
+    monkeypatch.setattr(sweep.core, "run", lambda options: Path(options.bundle).read_text())
+    monkeypatch.setattr(sweep, "write_result", lambda run_dir, more: storage.write_json(f"{run_dir}/result.json", more))
+    trial = {"name": "d1", "bundle": str(tmp_path / "gone"), "max_per_task": 1, "columns": {}}
+    (tmp_path / "d1").mkdir()
+    sweep.measuring.failed.clear()
+    sweep.finish_trial(trial, options, str(tmp_path / "checkpoint"), str(tmp_path / "d1"), notes=["a note"])
+    [told] = reported
+    assert len(told["unmeasured"]) == 1 and told["unmeasured"][0].startswith("CORE failed: FileNotFoundError: ")
+    result = storage.read_json(str(tmp_path / "d1" / "result.json"))
+    assert result["core_metric"] is None and result["notes"].startswith("a note; CORE failed: ")
+    assert not sweep.is_finished(str(tmp_path), trial)
+    assert sweep.is_finished(str(tmp_path), trial | {"bundle": None})
+    sweep.measuring.failed.clear()

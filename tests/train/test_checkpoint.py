@@ -149,6 +149,25 @@ def test_a_nanochat_checkpoint_gives_its_bits_per_byte_and_text(imported, shared
         assert tokenizer.decode(completion.tokens) == case["text"]
 
 
+def test_an_older_nanochat_checkpoint_has_the_fields_of_its_time(golden, tmp_path, capsys):
+    """It had no windows: today's default of SSSL would make another model of it."""
+    sizes = {"sequence_len": 64, "vocab_size": 4096, "n_layer": 4, "n_head": 2, "n_embd": 64}
+    model = GPT(GPTConfig(**sizes, n_kv_head=2))
+    torch.save(model.state_dict(), tmp_path / "model_000007.pt")
+    (tmp_path / "meta_000007.json").write_text(json.dumps({"model_config": sizes}))
+    tokenizer = str(golden / "nanochat_d2")
+    out = checkpoint.import_nanochat(str(tmp_path), str(tmp_path / "out"), tokenizer)
+    assert checkpoint.read_meta(out)["model_config"] == sizes | {"n_kv_head": 2, "window_pattern": "L"}
+    assert "are taken as they were then: n_kv_head 2, window_pattern L" in capsys.readouterr().out
+    (tmp_path / "meta_000007.json").write_text(json.dumps({"model_config": sizes | {"window_pattern": "SL"}}))
+    checkpoint.import_nanochat(str(tmp_path), str(tmp_path / "out"), tokenizer)
+    assert checkpoint.read_meta(out)["model_config"]["window_pattern"] == "SL"
+    del sizes["n_embd"]
+    (tmp_path / "meta_000007.json").write_text(json.dumps({"model_config": sizes}))
+    with pytest.raises(ValueError, match="model_config lacks n_embd"):
+        checkpoint.import_nanochat(str(tmp_path), str(tmp_path / "out"), tokenizer)
+
+
 def test_a_pickle_that_asks_for_more_than_data_is_refused(tmp_path):
     class Malice:
         def __reduce__(self):

@@ -60,18 +60,18 @@ def recorded(sequence: list[str]) -> None:
 def train(config, requests, sequence, broken=False):
     """(the collectives of a run, its outcome). broken: this rank's weights become so before the last save."""
     sequence.clear()
-    monitor, evaluate = Monitor(requests), loop.evaluate
+    monitor, start_save = Monitor(requests), loop.start_save
 
-    def evaluate_and_break(worker, token_bytes):
+    def break_and_save(worker, log):
         if broken and worker.progress.step == config.num_iterations:
             worker.model.transformer.wte.weight.data[:] = torch.nan
-        return evaluate(worker, token_bytes)
+        start_save(worker, log)
 
-    loop.evaluate = evaluate_and_break
+    loop.start_save = break_and_save
     try:
         loop.run(config, monitor, loop.Measurement(6, measure))
     finally:
-        loop.evaluate = evaluate
+        loop.start_save = start_save
     return list(sequence), monitor.outcome
 
 

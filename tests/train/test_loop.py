@@ -1,5 +1,7 @@
 """Steps of the loop by themselves, on stand-ins for what is around them."""
 
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,28 +10,69 @@ import torch
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import BASE_LRS
-from nanochat_ray.train import loop
-from nanochat_ray.train.loop import Diverged, start_save, train_step, write_samples
+from nanochat_ray.train import launch, loop
+from nanochat_ray.train.loop import Diverged, attempt, start_save, train_step
 
 
-class Says:
-    """In place of the monitor: what it is told."""
+class Noted:
+    """In place of the monitor and of the workers' calls to it: what it is told."""
 
     def __init__(self):
-        self.lines = []
-        self.say = SimpleNamespace(remote=self.lines.append)
+        self.told = []
+
+    def __getattr__(self, name):
+        def remote(*given):
+            self.told.append((name, *given))
+            return self.failed.get(given[0], 0) if name == "failed_ranks" else None
+
+        return SimpleNamespace(remote=remote)
+
+    @property
+    def failed(self) -> Counter:
+        return Counter(told[1] for told in self.told if told[0] == "unmeasured")
 
 
-def test_samples_that_fail_are_said_and_do_not_end_a_run(monkeypatch):
-    def sample(worker):
+@pytest.fixture
+def monitor(monkeypatch):
+    monkeypatch.setattr(loop.ray, "get", lambda value: value)
+    return Noted()
+
+
+def some_worker(**about) -> SimpleNamespace:
+    progress = SimpleNamespace(step=7, measured=6, val_bpb=1.0)
+    return SimpleNamespace(**{"progress": progress, "rank": 0, "world_size": 1, "left_out": set()} | about)
+
+
+def test_a_measurement_that_fails_is_noted_and_does_not_end_a_run(monitor):
+    def fails():
         raise TypeError("varlen_attn() got an unexpected keyword argument\nand a page of traceback")
 
-    monkeypatch.setattr(loop, "sample", sample)
-    monitor = Says()
-    write_samples(SimpleNamespace(progress=SimpleNamespace(step=7)), monitor)
-    assert monitor.lines == [
-        "samples of step 7 are not written: TypeError: varlen_attn() got an unexpected keyword argument"
-    ]
+    assert not attempt(some_worker(), monitor, "samples", fails)
+    why = "samples of step 7 failed: TypeError: varlen_attn() got an unexpected keyword argument"
+    assert monitor.told[-2] == ("unmeasured", "samples of step 7", 0, why)
+
+
+def test_one_rank_that_fails_in_a_measurement_has_all_started_again_without_it(monitor, monkeypatch):
+    """The others wait for it in a collective. An error of the collective itself tells of a lost rank, not of this."""
+    monkeypatch.setattr(loop, "TOGETHER_SECONDS", 0.1)
+    with pytest.raises(FileNotFoundError):
+        attempt(some_worker(world_size=2), monitor, "its scores", Path("/none").read_text)
+    assert monitor.failed == {"its scores of step 7": 1}
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        attempt(some_worker(world_size=2), monitor, "val/bpb", lambda: exec('raise RuntimeError("closed by peer")'))
+    assert "val/bpb of step 7" not in monitor.failed
+    out = some_worker(world_size=2, left_out={"its scores of step 7"})
+    assert not attempt(out, monitor, "its scores", lambda: pytest.fail("measured again"))
+
+
+def test_new_workers_leave_out_a_measurement_in_which_workers_were_lost_twice():
+    monitor = launch.Monitor.__ray_actor_class__()
+    for _ in range(2):
+        assert monitor.left_out() == set()
+        monitor.begins("measuring val/bpb of step 9")
+    assert monitor.left_out() == {"val/bpb of step 9"}
+    assert monitor.lines == ["warning: val/bpb of step 9 is left out: workers were lost in it 2 times"]
+    assert monitor.read_unmeasured() == ["val/bpb of step 9 is left out: workers were lost in it 2 times"]
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])

@@ -6,12 +6,14 @@ import pytest
 from runs import assert_same_weights, steps
 
 from benchmarks.eval import make_bundle
+from nanochat_ray import measuring
 from nanochat_ray.data.conversations import prepare_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals import chat, core
 from nanochat_ray.evals.tasks import arithmetic
 from nanochat_ray.train import pretrain, sft
 from nanochat_ray.train.checkpoint import load_model
+from nanochat_ray.train.loop import Measurement
 from nanochat_ray.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -35,6 +37,26 @@ def test_core_during_pretraining(uninterrupted, tiny, tmp_path, capsys):
     assert_same_weights(result.run_dir, uninterrupted.run_dir)
     timed = sum(line["train/dt"] for line in steps(result.run_dir) if line["step"] > 10)
     assert lines[20]["total_training_time"] == pytest.approx(timed)
+
+
+def test_a_measurement_that_fails_costs_nothing_and_the_same_command_makes_up_for_it(uninterrupted, tiny, capsys):
+    def fails(model, tokenizer):
+        raise OSError("core.yaml is gone")
+
+    def works(model, tokenizer):
+        return {"core_metric": 0.5}
+
+    measuring.failed.clear()
+    result = pretrain.run(tiny(run="measured"), Measurement(10, fails, "CORE"))
+    assert measuring.failed == [f"CORE of step {step} failed: OSError: core.yaml is gone" for step in (10, 20)]
+    assert capsys.readouterr().out.count("warning: CORE of step") == 2
+    assert result.step == 20 and result.val_bpb == uninterrupted.val_bpb
+    assert_same_weights(result.run_dir, uninterrupted.run_dir)
+    measuring.failed.clear()
+    assert pretrain.run(tiny(run="measured"), Measurement(10, works, "CORE")) == result
+    assert list(measured(result.run_dir, "core_metric")) == [20] and not measuring.failed
+    assert pretrain.run(tiny(run="measured"), Measurement(10, fails, "CORE")) == result
+    assert "nothing to do" in capsys.readouterr().out and not measuring.failed
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
+import json
 import math
+import shutil
+import time
 
 import numpy as np
 import pytest
 import torch
 
+from nanochat_ray import storage
 from nanochat_ray.train.metrics import MetricsLog, bits_per_byte, gpu_peak_flops, peak_flops, read_metrics
 
 
@@ -74,3 +78,73 @@ def test_a_resumed_log_drops_the_lines_of_lost_steps_and_a_torn_one(tmp_path, mo
     log.close()
     assert [line["train/loss"] for line in read_metrics(run_dir)][-2:] == [1 / 3, 9.0]
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.slow
+def test_wandb_without_a_network_is_one_warning_and_files_to_sync(tmp_path, monkeypatch):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name, value in (("API_KEY", "0" * 40), ("BASE_URL", "http://127.0.0.1:9"), ("INIT_TIMEOUT", "2")):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    said, began = [], time.monotonic()
+    log = MetricsLog(str(tmp_path / "run"), {"depth": 2}, step=0, say=said.append)
+    log.log({"step": 1, "train/loss": 2.0})
+    log.close()
+    assert time.monotonic() - began < 30
+    assert len(said) == 1 and said[0].startswith("warning: W&B does not answer, `wandb sync` brings it what is logged")
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(read_metrics(str(tmp_path / "run"))) == 1
+
+
+def test_wandb_that_fails_in_mid_run_is_one_warning_and_a_resumed_run_has_our_steps_as_its_axis(tmp_path, monkeypatch):
+    """W&B drops what is logged with a step below one that it has."""
+    import wandb
+
+    class Run:
+        def __init__(self):
+            self.axes, self.logged = {}, []
+
+        def define_metric(self, name, step_metric=None):
+            self.axes[name] = step_metric
+
+        def log(self, metrics, **more):
+            if metrics["step"] == 3:
+                raise BrokenPipeError("the service is gone")
+            self.logged.append((metrics["step"], more))
+
+    run, said = Run(), []
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    log = MetricsLog(str(tmp_path), {}, step=0, say=said.append)
+    for step in (1, 2, 1, 3, 4):
+        log.log({"step": step})
+    log.close()
+    assert run.axes == {"step": None, "*": "step"} and run.logged == [(1, {}), (2, {}), (1, {})]
+    assert said == ["warning: W&B failed: BrokenPipeError: the service is gone; the run goes on without it"]
+
+
+def test_numbers_that_json_has_no_words_for_are_null(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    log = MetricsLog(str(tmp_path), {}, step=0)
+    log.log({"step": 1, "train/mfu": math.nan, "val/bpb": math.inf, "train/loss": 2.0})
+    log.close()
+    assert (
+        tmp_path / "metrics.jsonl"
+    ).read_text() == '{"step": 1, "train/mfu": null, "val/bpb": null, "train/loss": 2.0}\n'
+    storage.write_json(str(tmp_path / "meta.json"), {"a": [math.nan, (1.5, -math.inf)], "b": {"c": 1}})
+    assert json.loads((tmp_path / "meta.json").read_text(), parse_constant=pytest.fail) == {
+        "a": [None, [1.5, None]],
+        "b": {"c": 1},
+    }
+
+
+def test_a_log_whose_folder_is_deleted_or_that_a_crash_tore_keeps_its_lines(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run_dir = tmp_path / "run"
+    log = MetricsLog(str(run_dir), {}, step=0)
+    log.log({"step": 1})
+    shutil.rmtree(run_dir)
+    log.log({"step": 2})
+    log.close()
+    assert [line["step"] for line in read_metrics(str(run_dir))] == [1, 2]
+    (run_dir / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "tr\xff\n{"step": 3}\n7\n{"step": 4')
+    assert [line["step"] for line in read_metrics(str(run_dir))] == [1, 3]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import ray
 
-from nanochat_ray.train import hosts, launch
+from nanochat_ray.train import hosts, launch, loop
 
 
 @pytest.fixture
@@ -68,3 +68,34 @@ def test_a_host_on_which_workers_fail_twice_is_left_out(monitor):
     monitor.failed(2, "no such file")
     assert monitor.fails_again(dead=[])
     assert monitor.outcome["error"] == "workers failed 3 times in a row without a new step: no such file"
+
+
+def test_what_a_new_start_would_repeat_on_every_host_ends_the_run_and_on_one_host_leaves_that_out(monitor):
+    for rank, node in enumerate("112"):
+        monitor.started(rank, node)
+    monitor.failed(1, "rows are not on this host", may_pass=False)
+    assert not monitor.fails_again(dead=[])
+    for rank, node in enumerate("112"):
+        monitor.started(rank, node)
+    monitor.failed(0, "rows_00000.arrow is not a file of rows", may_pass=False)
+    monitor.failed(2, "rows_00000.arrow is not a file of rows", may_pass=False)
+    assert monitor.fails_again(dead=[])
+    assert monitor.outcome["error"] == "rows_00000.arrow is not a file of rows"
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (ValueError("rows"), False),
+        (FileNotFoundError("tokenizer"), False),
+        (KeyError("tokens"), False),
+        (ImportError("torchao"), False),
+        (RuntimeError("Connection closed by peer"), True),
+        (ConnectionError("workers don't reach each other"), True),
+        (TimeoutError("no answer"), True),
+        (OSError(5, "Input/output error"), True),
+        (ray.exceptions.RayError(), True),
+    ],
+)
+def test_restarts_are_for_what_machines_do(error, passes):
+    assert loop.may_pass(error) == passes

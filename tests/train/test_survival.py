@@ -69,26 +69,33 @@ def test_a_killed_driver_a_sigterm_and_a_damaged_checkpoint(ray_session, tiny, n
 
     def start(name):
         with open(tmp_path / name, "w") as out:
-            return subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+            return subprocess.Popen(
+                command, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     first = start("first")
-    wait_until(lambda: losses(run_dir) and checkpoint.latest_checkpoint(str(run_dir)), first)
-    assert first.poll() is None, (tmp_path / "first").read_text()
-    workers = train_workers(psutil.Process(first.pid))
-    first.kill()
-    first.wait()
+    try:
+        wait_until(lambda: losses(run_dir) and checkpoint.latest_checkpoint(str(run_dir)), first)
+        assert first.poll() is None, (tmp_path / "first").read_text()
+        workers = train_workers(psutil.Process(first.pid))
+    finally:
+        first.kill()
+        first.wait()
 
     second = start("second")
     try:
         wait_until(lambda: "going on from step" in (tmp_path / "second").read_text(), second)
         resumed_at = int(re.search(r"going on from step (\d+)", (tmp_path / "second").read_text())[1])
         wait_until(lambda: max(losses(run_dir)) >= resumed_at + 2, second)
-        second.send_signal(signal.SIGTERM)
+        os.killpg(second.pid, signal.SIGTERM)  # to Ray's processes and the workers, too, as supervisors do
+        began = time.monotonic()
         second.wait(timeout=60)
+        print(f"ended {time.monotonic() - began:.1f} s after SIGTERM")
     finally:
         second.kill()
     said = (tmp_path / "second").read_text()
     assert second.returncode == 130, said
+    assert "Traceback" not in said
     assert "stopping after this step" in said
     assert workers and not psutil.wait_procs(workers, timeout=0)[1]  # none of the first driver's was left to write
     newest = Path(checkpoint.latest_checkpoint(str(run_dir)))
@@ -125,6 +132,9 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(small_disk, uninterrupted
     with pytest.raises(ValueError, match=r"step 20 could not be saved: .*No space left on device.* MB free") as failed:
         pretrain.run(tiny(run="small"))
     assert f"{small_disk}: " in str(failed.value)
+    rescued = Path(re.search(r"; it is in (\S+) instead: make room, and move it to ", str(failed.value))[1])
+    assert_same_weights(rescued.parents[1], uninterrupted.run_dir)
+    shutil.rmtree(rescued.parents[1])
     lines = [line for line in capsys.readouterr().out.splitlines() if "step 16 is not saved" in line]
     assert len(lines) == 1 and "No space left on device" in lines[0]
     assert kept(small_disk) == ["step_000008"]
@@ -164,13 +174,13 @@ def test_a_loss_worse_than_guessing_is_hopeless():
         progress.learn(12.0, vocab_size=4096)
 
 
-def test_what_fails_at_every_start_ends_the_run_and_says_why(tiny, monkeypatch, tmp_path, capsys):
+def test_what_no_new_start_would_mend_ends_the_run_at_once_and_says_why(tiny, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(pretrain, "train", lambda *given: given)
     config, *more = pretrain.run(tiny(run="again"))
-    with pytest.raises(ValueError, match=r"3 times in a row without a new step: FileNotFound.*missing") as failed:
+    with pytest.raises(ValueError, match="missing") as failed:
         launch.train(replace(config, tokenizer=str(tmp_path / "missing")), *more)
     assert "\n" not in str(failed.value)
-    assert capsys.readouterr().out.count("worker 0 failed: FileNotFoundError: ") == 3
+    assert "worker 0 failed" not in capsys.readouterr().out  # said once, and not tried again
 
 
 def test_workers_that_can_not_connect_are_started_again(tiny, monkeypatch, tmp_path, capsys):

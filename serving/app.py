@@ -18,8 +18,9 @@ import os
 import socket
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
-from contextlib import closing, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, closing, suppress
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -30,7 +31,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
 from pydantic import BaseModel, field_validator
 from ray import serve
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, RayServeException
@@ -43,15 +44,20 @@ from starlette.requests import Request
 from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import latest_checkpoint, read_meta, resolve_checkpoint, run_name
-from serving import protocol
+from serving import schema
+from serving.answers import ChatWriter, CompletionWriter, Writer
 from serving.engine_server import EngineServer
 from serving.fronts import ENGINE_MARK, one_on_each_host
 from serving.http import Gate, hosts_of, read_body
 from serving.metrics import Metrics
-from serving.protocol import ApiError, ChatRequest, CompletionRequest
+from serving.protocol import ApiError, dumps, parse
+from serving.requests import ChatRequest, CompletionRequest, Conversing
+from serving.requests import Request as Asked
+from serving.responses import ResponsesRequest, ResponsesWriter
 
 # Serve copies ChatService to its replicas by value, with what it names that is defined above it.
 UI = Path(__file__).parent / "ui"
+AFFINE_TOKENS = 64  # at a prompt's beginning: those that have them in common go to one engine
 LOST = "the replica that answered was lost; ask again"
 ATTEMPTS = 3  # to find a replica that is not busy, or one that lives
 # Seconds without a word from an engine that mean it is lost; it has a word every 2. Before its first word the next one
@@ -95,6 +101,9 @@ class ServiceOptions(BaseModel):
     """Add engines, up to this many, while requests exceed what those there are generate at once."""
     api_keys: str | None = None
     """File with the sha256 of each API key, a line each (printf %s KEY | sha256sum); everybody may ask without it."""
+    shared_cache: bool = False
+    """Let an API key's prompts begin with what is cached of another's. How long an answer takes, and its cached_tokens,
+    then tell one key what another has asked."""
     requests_per_minute: int | None = None
     """Of each API key, or of everybody together where there are no keys."""
     cors_origins: list[str] = []
@@ -182,36 +191,90 @@ async def our_error(request: Request, error: Exception) -> Response:
     return JSONResponse(ApiError(500, f"internal error: {type(error).__name__}").body, 500)
 
 
-def tokens_of(tokenizer: Tokenizer, asked: protocol.Request) -> tuple[list[int], str]:
-    """The prompt's ids, and what requests of one conversation have in common. Raises ApiError for bad messages."""
-    if isinstance(asked, CompletionRequest):
-        prompt = asked.text_or_ids
-        if isinstance(prompt, list):
-            if min(prompt) < 0 or max(prompt) >= tokenizer.vocab_size:
-                raise ApiError(400, f"prompt has token ids outside 0 … {tokenizer.vocab_size - 1}", "prompt")
-            return prompt, repr(prompt[:64])
-        return [tokenizer.bos_id, *tokenizer.encode(prompt)], prompt[:256]
-    conversation = asked.conversation()
-    try:
-        prompt = tokenizer.render_for_completion(conversation)
-    except ValueError as error:
-        raise ApiError(400, str(error), "messages") from None
-    beginning = [m["content"] for m in conversation["messages"][:2] if m["role"] != "assistant"]
-    return prompt, hashlib.sha256(json.dumps(beginning).encode()).hexdigest()
+def read_request(model: Model, asked: Asked, cache_salt: str) -> tuple[list[list[int]], list[str], dict]:
+    """Each prompt's ids, what requests of one conversation have in common, and how to sample.
+
+    Raises ApiError for messages, ids or grammars that have no meaning, and for a prompt that there is no room for.
+    """
+    if longest_text(asked) > model.capacity * model.longest:  # known before it is encoded
+        message = f"it has more bytes than the {model.capacity - 1} tokens that there is room for can have"
+        raise too_long(asked.prompt_path, message)
+    prompts = asked.prompts(model.tokenizer)
+    for i, prompt in enumerate(prompts):
+        if len(prompt) >= model.capacity:
+            path = asked.prompt_path + (f"[{i}]" if len(prompts) > 1 else "")
+            raise too_long(path, f"it has {len(prompt)} tokens; there is room for {model.capacity - 1}")
+    beginnings = [repr(prompt[:AFFINE_TOKENS]) for prompt in prompts]
+    if isinstance(asked, Conversing):
+        beginnings = [dumps(asked.turns[0]["content"])]
+    affinities = [hashlib.sha256(beginning.encode()).hexdigest() for beginning in beginnings]
+    return prompts, affinities, asked.sampling(model.tokenizer.vocab_size, cache_salt)
 
 
-def longest_text(asked: protocol.Request) -> int:
+def longest_text(asked: Asked) -> int:
     """Bytes of the longest prompt's text."""
+    if isinstance(asked, Conversing):
+        return sum(len(part["text"].encode()) for turn in asked.turns for part in turn["content"])
+    prompts = asked.prompt if isinstance(asked.prompt, list) else [asked.prompt]
+    return max((len(prompt.encode()) for prompt in prompts if isinstance(prompt, str)), default=0)
 
-    def size(value) -> int:
-        if isinstance(value, list):
-            return sum(map(size, value))
-        if isinstance(value, dict):
-            return size(value.get("content", value.get("text")))
-        return len(value.encode(errors="replace")) if isinstance(value, str) else 0
 
-    prompts = [asked.messages] if isinstance(asked, ChatRequest) else asked.prompt
-    return max(map(size, prompts if isinstance(prompts, list) else [prompts]))
+def too_long(path: str, message: str) -> ApiError:
+    return ApiError(400, f"{path}: {message}", path, "context_length_exceeded")
+
+
+async def all_of(streams: list[Callable[[], AsyncIterator[dict]]], at_once: int) -> AsyncIterator[tuple[int, dict]]:
+    """The messages of all streams as they come, each with its stream's place; so many streams at once, in their order.
+
+    A stream that is turned away with 429 when others have been answered is asked for again.
+    """
+    if len(streams) == 1:
+        async with aclosing(streams[0]()) as messages:
+            async for message in messages:
+                yield 0, message
+        return
+    news, places = asyncio.Queue(at_once), asyncio.Semaphore(at_once)
+
+    async def follow(i: int) -> None:
+        # Serve's router knows calls by the request that they are made for, and would take all of these for one.
+        serve.context._serve_request_context.set(serve.context._RequestContext())
+        async with places:
+            try:
+                while True:
+                    try:
+                        async with aclosing(streams[i]()) as messages:
+                            async for message in messages:
+                                await news.put((i, message))
+                        break
+                    except ApiError as error:
+                        if error.status != 429 or i < at_once:
+                            raise
+                    await asyncio.sleep(1)
+                await news.put((i, None))
+            except Exception as error:
+                await news.put((i, error))
+
+    tasks, left = [asyncio.create_task(follow(i)) for i in range(len(streams))], len(streams)
+    try:
+        while left:
+            i, message = await news.get()
+            if isinstance(message, Exception):
+                raise message
+            if message is None:
+                left -= 1
+            else:
+                yield i, message
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def chain(first, rest: AsyncIterator) -> AsyncIterator:
+    async with aclosing(rest):
+        yield first
+        async for message in rest:
+            yield message
 
 
 def busy() -> ApiError:
@@ -298,6 +361,7 @@ class ChatService:
         self.metrics = Metrics(self.name)
         self.keys = [key.encode() for key in options["api_keys"]]
         self.counter, self.per_minute = counter, options["requests_per_minute"]
+        self.at_once, self.shared_cache = options["max_batch_size"], options["shared_cache"]
         origins, host = options["cors_origins"], _get_global_client().http_config.host
         api.add_middleware(Gate, hosts=hosts_of(host, options["allowed_hosts"]), origins=origins)
         if origins:  # around the gate, so that its refusals are readable there too
@@ -339,50 +403,63 @@ class ChatService:
         await self.authorize(request)
         return self.model(name).card(name)
 
+    @api.get("/openapi.json")
+    async def openapi(self) -> dict:
+        return schema.document()
+
+    @api.get("/docs")
+    async def docs(self) -> Response:
+        return Response(schema.page(), media_type="text/html", headers=PAGE_HEADERS)
+
     @api.post("/v1/chat/completions")
     async def chat_completions(self, request: Request) -> Response:
-        return await self.answer(request, ChatRequest)
+        return await self.answer(request, ChatRequest, ChatWriter)
 
     @api.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
-        return await self.answer(request, CompletionRequest)
+        return await self.answer(request, CompletionRequest, CompletionWriter)
 
-    async def answer(self, request: Request, kind: type[protocol.Request]) -> Response:
+    @api.post("/v1/responses")
+    async def responses(self, request: Request) -> Response:
+        return await self.answer(request, ResponsesRequest, ResponsesWriter)
+
+    async def answer(self, request: Request, kind: type[Asked], writer: type[Writer]) -> Response:
         route = request.url.path
         try:
-            await self.authorize(request)
-            asked = protocol.parse(kind, await read_body(request))
-            response = await self.respond(asked)
+            key = await self.authorize(request)
+            asked = parse(kind, await read_body(request))
+            response = await self.respond(asked, writer, key)
             self.metrics.requests.labels(self.name, route, 200).inc()
             return response
         except ApiError as error:
             self.metrics.requests.labels(self.name, route, error.status).inc()
             raise
 
-    async def respond(self, asked: protocol.Request) -> Response:
+    async def respond(self, asked: Asked, writer: type[Writer], key: str) -> Response:
         name = asked.model or next(iter(self.models))
         model = self.model(name)
+        if asked.samples > self.at_once:
+            raise ApiError(400, f"n: {asked.samples} is more than the {self.at_once} that are generated at once", "n")
         async with model.asking:  # once, however many requests come first
             if model.capacity is None:
                 model.capacity = await capacity(model)
-        if longest_text(asked) > model.capacity * model.longest:  # known before it is encoded
-            message = f"the prompt has more bytes than the {model.capacity - 1} tokens that there is room for can have"
-            raise ApiError(400, message, "messages", "context_length_exceeded")
-        prompt, affinity = await asyncio.to_thread(tokens_of, model.tokenizer, asked)  # others' streams go on
-        if len(prompt) >= model.capacity:
-            message = f"the prompt has {len(prompt)} tokens; there is room for {model.capacity - 1}"
-            raise ApiError(400, message, "messages", "context_length_exceeded")
-        params = asked.sampling(model.capacity - len(prompt))
+        # In a thread, as others' streams go on while a long prompt is read.
+        salt = "" if self.shared_cache else key
+        prompts, affinities, fields = await asyncio.to_thread(read_request, model, asked, salt)
         stream = bool(asked.stream)
-        messages = self.messages(model, affinity, prompt, vars(params), stream)
+        streams = [
+            partial(
+                self.messages, model, affinity, prompt, vars(asked.params(fields, model.capacity - len(prompt))), stream
+            )
+            for prompt, affinity in zip(prompts, affinities, strict=True)
+        ]
+        messages = all_of(streams, max(1, self.at_once // asked.samples))
         first = await anext(messages)  # errors that are known by now have a status of their own
-        writer = protocol.Writer(name, model.tokenizer, asked, len(prompt), params.n)
+        messages, answer = chain(first, messages), writer(name, model.tokenizer, asked, prompts)
         if stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-            return StreamingResponse(writer.events(first, messages), 200, headers, media_type="text/event-stream")
-        async for message in protocol.chain(first, messages):
-            writer.take(message)
-        return JSONResponse(writer.whole())
+            return StreamingResponse(answer.events(messages), media_type="text/event-stream", headers=headers)
+        return JSONResponse(await answer.whole(messages))
 
     def model(self, name: str) -> Model:
         if name not in self.models:
@@ -419,6 +496,8 @@ class ChatService:
                     if "busy" in message:
                         attempts += 1
                         break
+                    if "error" in message:
+                        raise ApiError(500, message["error"])
                     now, count = time.monotonic(), sum(len(choice["tokens"]) for choice in message["choices"])
                     if not message["choices"]:  # it lives
                         if stream and now - told > KEEP_ALIVE:
@@ -434,6 +513,8 @@ class ChatService:
             except BackPressureError:
                 break
             except UNREACHABLE as error:
+                if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
+                    raise ApiError(400, str(error.cause), code="invalid_value") from None
                 silent = isinstance(error, TimeoutError)  # or no engine is there yet
                 attempts, silences = attempts + (not silent), silences + silent
                 if last != began or attempts == ATTEMPTS or silences == SILENT_ATTEMPTS:
@@ -449,8 +530,8 @@ class ChatService:
                 yield {"choices": []}
         raise busy()
 
-    async def authorize(self, request: Request) -> None:
-        """Raises ApiError for a missing or unknown key, and for one that asks too often."""
+    async def authorize(self, request: Request) -> str:
+        """The key's sha256, "" where there are none. Raises ApiError for one that is missing, unknown or too busy."""
         key = b""
         if self.keys:
             scheme, _, given = request.headers.get("authorization", "").strip().partition(" ")
@@ -466,13 +547,14 @@ class ChatService:
             if wait:
                 message = f"more than {self.per_minute} requests a minute; try again in {wait} s"
                 raise ApiError(429, message, code="rate_limit_exceeded", retry=wait)
+        return key.decode()
 
 
 def app(options: ServiceOptions) -> serve.Application:
     """The application. Raises OSError without a checkpoint or the keys' file, ValueError for two models of one name."""
     models = {}
     for given in options.checkpoint or [newest_checkpoint()]:
-        name, _, folder = given.rpartition("=")
+        name, folder = named(given)
         folder = resolve_checkpoint(storage.absolute(folder))
         name = name or run_name(folder)
         if name in models:
@@ -508,6 +590,15 @@ def app(options: ServiceOptions) -> serve.Application:
     given = options.model_dump() | {"api_keys": read_keys(options.api_keys)}
     counter = options.requests_per_minute and RequestCounter.bind(options.requests_per_minute)
     return ChatService.options(**one_on_each_host()).bind(models, given, counter, *engines)
+
+
+def named(given: str) -> tuple[str, str]:
+    """Name and folder of FOLDER or NAME=FOLDER, either of which may hold a "=": a folder that exists is one."""
+    splits = [("", given)] + [(given[:i], given[i + 1 :]) for i, sign in enumerate(given) if sign == "="]
+    splits = [(name, folder) for name, folder in splits if folder and not storage.is_remote(name)]
+    splits = [split for split in splits if "=" not in split[1].partition("://")[0] or not storage.is_remote(split[1])]
+    there = [split for split in splits if storage.exists(storage.absolute(split[1]))]
+    return (there or splits[1:] or splits)[0]
 
 
 def has_gpus() -> bool:

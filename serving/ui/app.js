@@ -300,11 +300,12 @@ async function streamAnswer(conversation, message, signal, changed) {
     const event = JSON.parse(data);
     if (event.error) throw new ServiceError(null, event.error);
     const choice = event.choices[0];
-    if (choice?.delta?.content) {
+    const text = choice?.delta?.nanochat_text ?? choice?.delta?.content;
+    if (text) {
       last = performance.now();
       first ??= last;
       message.first_token_s = (first - sent) / 1000;
-      addText(message.parts, choice.delta.nanochat_part ?? "text", choice.delta.content);
+      addText(message.parts, choice.delta.nanochat_part ?? "text", text);
       changed();
     }
     if (choice?.finish_reason) message.finish = choice.finish_reason;

@@ -3,7 +3,7 @@ from itertools import chain
 import pytest
 
 from nanochat_ray.inference.text import AnswerStream
-from serving.protocol import merged
+from serving.messages import merged
 
 
 def say(tokenizer, tokens: list[int], *stop: str) -> tuple[list[list[tuple[str, str]]], bool]:

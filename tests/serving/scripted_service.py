@@ -70,7 +70,11 @@ def app(script: Script) -> FastAPI:
             await asyncio.sleep(script.delay * tokens)
             deltas = [("text", delta) if isinstance(delta, str) else delta for delta in script.answer]
             parts = [{"type": part, "text": text} for part, text in deltas]
-            message = {"role": "assistant", "content": "".join(p["text"] for p in parts), "nanochat_parts": parts}
+            message = {
+                "role": "assistant",
+                "content": "".join(p["text"] for p in parts if p["type"] == "text"),
+                "nanochat_parts": parts,
+            }
             return {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
         return StreamingResponse(stream(usage), media_type="text/event-stream")
 
@@ -90,7 +94,9 @@ def app(script: Script) -> FastAPI:
                     yield event(delta)
                     continue
                 part, text = (None, delta) if isinstance(delta, str) else delta
-                yield event(chunk({"content": text} | ({"nanochat_part": part} if part else {})))
+                yield event(
+                    chunk({"content": "", "nanochat_part": part, "nanochat_text": text} if part else {"content": text})
+                )
             yield event(chunk({}, "stop"))
             yield event({"choices": [], "usage": usage})
             yield "data: [DONE]\n\n"

@@ -142,7 +142,7 @@ def the_next_request_waits_for_a_new_replica(url):
     assert all(stream.failure for stream in opened)
 
 
-KEYS = ("first-key", "second-key")
+KEYS = ("first-key", "second-key", "third-key")
 SITE, OTHER_SITE = {"Origin": "http://site.example"}, {"Origin": "http://other.example"}
 
 
@@ -155,6 +155,7 @@ def test_limits(deploy, checkpoints, tmp_path, monkeypatch):
     url = deploy("locked", checkpoint=checkpoint, cors_origins=["http://site.example"], **options)
     only_keys_open(url)
     only_named_sites_may_ask(url)
+    keys_know_nothing_of_each_others_prompts(url)
     a_stream_that_waits_says_so(url)
     more_than_the_queue_holds_are_told_at_once(url)
     a_key_has_so_many_requests_a_minute(url)
@@ -202,6 +203,15 @@ def a_stream_that_waits_says_so(url):
         for stream in running:
             stream.close()
         assert next(line for line in lines if line.startswith("data:")) and list(lines)[-2] == "data: [DONE]"
+
+
+def keys_know_nothing_of_each_others_prompts(url):
+    def cached(key: str) -> int:
+        usage = post(url, "A secret of the fox and the hen. " * 20, 1, key=key).json()["usage"]
+        return usage["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached(KEYS[0]) == 0 and cached(KEYS[0]) > 0
+    assert cached(KEYS[2]) == 0 and cached(KEYS[2]) > 0
 
 
 def more_than_the_queue_holds_are_told_at_once(url):

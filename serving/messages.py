@@ -1,0 +1,114 @@
+"""Messages of a conversation, and the turns that the model knows them as.
+
+Beyond OpenAI's is an assistant message's nanochat_parts: what its calculator was asked and said, beside its text.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from serving.protocol import ApiError, Body, Ignored
+
+TEXT = ("text", "input_text", "output_text", "refusal")  # names of one kind of part
+BETWEEN = "\n\n"  # texts that are joined to one turn
+
+
+class Part(Body):
+    """A piece of a message's content: a text, or in an assistant's message what its calculator was asked and said."""
+
+    type: Literal["text", "input_text", "output_text", "refusal", "python", "python_output"]
+    text: str | None = None
+    refusal: str | None = None
+    annotations: Ignored
+    cache_control: Ignored
+    logprobs: Ignored
+    prompt_cache_breakpoint: Ignored
+
+    @field_validator("type", mode="wrap")
+    @classmethod
+    def one_name(cls, kind, check):
+        try:
+            return "text" if check(kind) in TEXT else kind
+        except ValueError:
+            raise ValueError("a part that is not text is not supported") from None
+
+
+class Called(Body):
+    name: str
+    arguments: str = ""
+
+
+class ToolCall(Body):
+    function: Called
+    id: Ignored
+    index: Ignored
+    type: Literal["function"] = "function"
+
+
+class Message(Body):
+    nullable: ClassVar = {"content"}
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Annotated[
+        str | list[Part] | None, Field(description="null is no text; only an assistant's is optional")
+    ] = None
+    nanochat_parts: list[Part] | None = None
+    tool_calls: list[ToolCall] | None = None
+    function_call: Called | None = None
+    annotations: Ignored
+    name: Ignored
+    phase: Ignored
+    provider_specific_fields: Ignored
+    reasoning_content: Ignored
+    refusal: Ignored
+    tool_call_id: Ignored
+    type: Ignored
+
+    def parts(self, path: str) -> list[dict]:
+        """As the tokenizer takes them, none of them empty. Raises ApiError for parts that the role cannot have."""
+        key = "content" if self.nanochat_parts is None else "nanochat_parts"
+        content = getattr(self, key)
+        if isinstance(content, str) or content is None:
+            parts = [("text", content or "")]
+        else:
+            parts = [(part.type, part.text if part.refusal is None else part.refusal) for part in content]
+        if key == "content" and key not in self.model_fields_set and self.role != "assistant":
+            raise ApiError(400, f"{path}.{key}: Field required", f"{path}.{key}", "invalid_value")
+        for i, (kind, text) in enumerate(parts):
+            at = f"{path}.{key}[{i}]"
+            if text is None:
+                raise ApiError(400, f"{at}.text: Field required", f"{at}.text", "invalid_value")
+            if kind != "text" and self.role != "assistant":
+                raise ApiError(400, f"{at}.type: only an assistant's message has {kind}", f"{at}.type", "invalid_value")
+        calls = [call.function for call in self.tool_calls or []] + ([self.function_call] if self.function_call else [])
+        parts += [("text", f"{call.name}({call.arguments})") for call in calls]
+        return [{"type": kind, "text": text} for kind, text in merged(parts) if text]
+
+
+def merged(parts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Neighbours of one kind as one."""
+    joined = []
+    for kind, text in parts:
+        if joined and joined[-1][0] == kind:
+            joined[-1] = (kind, joined[-1][1] + text)
+        else:
+            joined.append((kind, text))
+    return joined
+
+
+def turns_of(messages: Iterable[tuple[str, Message]]) -> list[dict]:
+    """Messages, each with its path, as turns of the user and the assistant one after the other, the user's first.
+
+    All but the assistant's are the user's words to the model, which knows no other roles; neighbours are joined.
+    """
+    turns = [{"role": "user", "content": []}]
+    for path, message in messages:
+        role, parts = "assistant" if message.role == "assistant" else "user", message.parts(path)
+        if turns[-1]["role"] != role:
+            turns.append({"role": role, "content": []})
+        content = turns[-1]["content"]
+        between = [{"type": "text", "text": BETWEEN}] if content and parts else []
+        joined = merged([(part["type"], part["text"]) for part in [*content, *between, *parts]])
+        turns[-1]["content"] = [{"type": kind, "text": text} for kind, text in joined]
+    return turns

@@ -53,7 +53,7 @@ class Choice:
         return "".join(text for kind, text in self.parts if kind == "text")
 
     def echo(self, ids: list[int], logprobs: list | None) -> Piece:
-        """Begin with the prompt: bos at its beginning is a token without text."""
+        """Begin with the prompt's tokens; bos at its beginning is one without text."""
         bos = ids[:1] == [self.tokenizer.bos_id]
         piece = Piece("text", self.tokenizer.decode(ids[1:] if bos else ids))
         if logprobs is not None:
@@ -297,7 +297,8 @@ class CompletionWriter(Writer):
         if prompt in self.silent:
             self.silent.remove(prompt)
             logprobs = message.get("prompt_logprobs") if self.logs else None
-            echoed = {i: self.choices[i].echo(self.prompts[prompt], logprobs) for i in samples}
+            own = slice(self.asked.is_text, None)  # without the bos that was put before a text
+            echoed = {i: self.choices[i].echo(self.prompts[prompt][own], logprobs and logprobs[own]) for i in samples}
         for i, pieces in super().take(prompt, message):
             yield i, [echoed.pop(i), *pieces] if i in echoed else pieces
         yield from ((i, [piece]) for i, piece in echoed.items())

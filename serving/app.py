@@ -44,7 +44,7 @@ from starlette.requests import Request
 from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.train.checkpoint import latest_checkpoint, read_meta, resolve_checkpoint, run_name
-from serving import schema
+from serving import schema, tokens
 from serving.answers import ChatWriter, CompletionWriter, Writer
 from serving.engine_server import EngineServer
 from serving.fronts import ENGINE_MARK, one_on_each_host
@@ -54,6 +54,7 @@ from serving.protocol import ApiError, dumps, parse
 from serving.requests import ChatRequest, CompletionRequest, Conversing
 from serving.requests import Request as Asked
 from serving.responses import ResponsesRequest, ResponsesWriter
+from serving.tokens import DetokenizeRequest, TokenizeRequest
 
 # Serve copies ChatService to its replicas by value, with what it names that is defined above it.
 UI = Path(__file__).parent / "ui"
@@ -423,6 +424,25 @@ class ChatService:
     async def responses(self, request: Request) -> Response:
         return await self.answer(request, ResponsesRequest, ResponsesWriter)
 
+    @api.post("/tokenize")
+    async def tokenize(self, request: Request) -> dict:
+        await self.authorize(request)
+        asked = parse(TokenizeRequest, await read_body(request))
+        model = self.model(asked.model)
+        return await asyncio.to_thread(tokens.tokenize, model.tokenizer, asked, model.sequence_len)
+
+    @api.post("/detokenize")
+    async def detokenize(self, request: Request) -> dict:
+        await self.authorize(request)
+        asked = parse(DetokenizeRequest, await read_body(request))
+        return await asyncio.to_thread(tokens.detokenize, self.model(asked.model).tokenizer, asked)
+
+    @api.get("/tokenizer_info")
+    async def tokenizer_info(self, request: Request) -> dict:
+        """Of the default model."""
+        await self.authorize(request)
+        return tokens.about(self.model(None).tokenizer)
+
     async def answer(self, request: Request, kind: type[Asked], writer: type[Writer]) -> Response:
         route = request.url.path
         try:
@@ -436,8 +456,7 @@ class ChatService:
             raise
 
     async def respond(self, asked: Asked, writer: type[Writer], key: str) -> Response:
-        name = asked.model or next(iter(self.models))
-        model = self.model(name)
+        model = self.model(asked.model)
         if asked.samples > self.at_once:
             raise ApiError(400, f"n: {asked.samples} is more than the {self.at_once} that are generated at once", "n")
         async with model.asking:  # once, however many requests come first
@@ -455,13 +474,15 @@ class ChatService:
         ]
         messages = all_of(streams, max(1, self.at_once // asked.samples))
         first = await anext(messages)  # errors that are known by now have a status of their own
-        messages, answer = chain(first, messages), writer(name, model.tokenizer, asked, prompts)
+        messages, answer = chain(first, messages), writer(model.name, model.tokenizer, asked, prompts)
         if stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
             return StreamingResponse(answer.events(messages), media_type="text/event-stream", headers=headers)
         return JSONResponse(await answer.whole(messages))
 
-    def model(self, name: str) -> Model:
+    def model(self, name: str | None) -> Model:
+        """By default the first. Raises ApiError for an unknown one."""
+        name = name or next(iter(self.models))
         if name not in self.models:
             known = ", ".join(self.models)
             raise ApiError(404, f"no model {name!r}; there are {known}", "model", "model_not_found")

@@ -253,6 +253,10 @@ class CompletionRequest(Completing):
     def asked_prompt_logprobs(self) -> int | None:
         return (self.logprobs or 0) if (self.echo and self.logprobs is not None) or self.max_tokens == 0 else None
 
+    @property
+    def is_text(self) -> bool:
+        return isinstance(self.prompt, str) or isinstance(self.prompt[0], str)
+
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Token ids, a text's after bos. Raises ApiError for ids outside the vocabulary."""
         listed = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)

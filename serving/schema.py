@@ -8,15 +8,19 @@ from pydantic.json_schema import models_json_schema
 
 from serving.requests import ChatRequest, CompletionRequest
 from serving.responses import ResponsesRequest
+from serving.tokens import DetokenizeRequest, TokenizeRequest
 
 ASKED = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation"),
     "/v1/completions": (CompletionRequest, "Go on from a text, or score one"),
     "/v1/responses": (ResponsesRequest, "Answer a conversation, in the shape of the Responses API"),
+    "/tokenize": (TokenizeRequest, "The token ids of a text"),
+    "/detokenize": (DetokenizeRequest, "The text of token ids"),
 }
 TOLD = {
     "/v1/models": "The names that `model` may take; the first is the default",
     "/v1/models/{model}": "One of them",
+    "/tokenizer_info": "What the first model's tokenizer calls a text's beginning and an answer's end",
     "/health": "Whether the service answers",
     "/metrics": "Figures for Prometheus",
 }

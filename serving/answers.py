@@ -67,8 +67,11 @@ class Choice:
         self._note(piece)
         return piece
 
-    def push(self, tokens: list[int], logprobs: list | None, reason: str | None) -> list[Piece]:
-        """The pieces that these tokens bring."""
+    def push(
+        self, tokens: list[int], logprobs: list | None, reason: str | None, ending: tuple | None = None
+    ) -> list[Piece]:
+        """The pieces that these tokens bring. ending: the token that ended the answer, which has no text, and its log
+        probabilities."""
         pieces, stream = [], self.stream
         if logprobs is None:
             self._tell(pieces, stream.push(*tokens))
@@ -85,6 +88,8 @@ class Choice:
             self._tell(pieces, stream.finish())
             if self.waiting and self.waiting[0].start < self.said:  # cut by the stop string
                 self._last(pieces).tokens.append(self._cut(self.waiting[0]))
+            if ending:
+                self._last(pieces).tokens.append(TextToken(*ending, self.said, self.said, b""))
         for piece in pieces:
             self._note(piece)
         return pieces
@@ -163,6 +168,7 @@ class Writer:
     """Takes an engine's messages in, and says them as an endpoint does."""
 
     object_name = stem = ""
+    lists_ending = False  # whether the token that ends an answer is listed
 
     def __init__(self, model: str, tokenizer: Tokenizer, asked: Request, prompts: list[list[int]]):
         self.asked, self.tokenizer, self.prompts = asked, tokenizer, prompts
@@ -183,7 +189,8 @@ class Writer:
             i = prompt * self.asked.samples + choice["index"]
             self.completion_tokens += len(choice["tokens"])
             logprobs = choice["logprobs"] if self.logs else None
-            yield i, self.choices[i].push(choice["tokens"], logprobs, choice["finish_reason"])
+            ending = choice.get("ending") if self.logs and self.lists_ending else None
+            yield i, self.choices[i].push(choice["tokens"], logprobs, choice["finish_reason"], ending)
 
     @property
     def usage(self) -> dict:
@@ -286,6 +293,7 @@ class ChatWriter(Writer):
 
 class CompletionWriter(Writer):
     object_name, stem = "text_completion", "cmpl-"
+    lists_ending = True  # who asks for one token and the scores of a prompt, as lm-eval, counts on a token more
 
     def __init__(self, model: str, tokenizer: Tokenizer, asked: Request, prompts: list[list[int]]):
         super().__init__(model, tokenizer, asked, prompts)

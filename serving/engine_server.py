@@ -211,7 +211,8 @@ class EngineServer:
             told[i] += len(tokens)
             if reason:
                 ended.add(i)
-            yield {"index": i, "tokens": tokens, "logprobs": logprobs, "finish_reason": reason}
+            news = {"index": i, "tokens": tokens, "logprobs": logprobs, "finish_reason": reason}
+            yield news | {"ending": sequence.ending} if reason else news
 
     def stats(self) -> dict[str, float]:
         engine, manager = self.engine, self.engine.manager

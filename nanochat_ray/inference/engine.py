@@ -335,14 +335,19 @@ class Engine:
         asked = [
             row
             for row, s in enumerate(sequences)
-            if s.params.logprobs is not None and s.max_tokens and tokens[row] not in (NO_TOKEN, *self.stop)
+            if s.params.logprobs is not None and s.max_tokens and tokens[row] != NO_TOKEN
         ]
         if asked:
             most = min(max(sequences[row].params.logprobs for row in asked), logits.size(-1))
             for row, (own, likeliest) in zip(
                 asked, logprobs(logits[asked], [tokens[row] for row in asked], most), strict=True
             ):
-                sequences[row].logprobs.append((own, likeliest[: sequences[row].params.logprobs]))
+                sequence, token = sequences[row], tokens[row]
+                noted = own, likeliest[: sequence.params.logprobs]
+                if token in self.stop and not sequence.forced:
+                    sequence.ending = token, noted
+                else:
+                    sequence.logprobs.append(noted)
 
     def _append(self, sequence: Sequence, token: int) -> None:
         if token == NO_TOKEN:

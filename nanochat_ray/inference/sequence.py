@@ -54,6 +54,7 @@ class Sequence:
     slot: int = 0  # its place in the step that was launched last
     finish_reason: str | None = None
     error: str | None = None  # why finish_reason is "error"
+    ending: tuple[int, tuple] | None = None  # with logprobs: the token that ended the turn, and its log probabilities
 
     def __post_init__(self):
         self.prompt_len = len(self.ids)

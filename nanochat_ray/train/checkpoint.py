@@ -373,15 +373,18 @@ def load_model(
     """
     torch.set_num_threads(min(torch.get_num_threads(), machine.available_cpus()))
     folder = resolve_checkpoint(folder)
-    meta = read_meta(folder)
+    meta, tokenizer = read_meta(folder), Tokenizer.load(folder)
+    config = GPTConfig(**meta["model_config"])
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tokenizer.vocab_size:,} ids, the model {config.vocab_size:,}")
     with torch.device(device):
-        model = GPT(GPTConfig(**meta["model_config"]))
+        model = GPT(config)
     load_weights(model, folder)
     for name, weight in model.named_parameters():
         if not weight.detach().sum().isfinite():  # one pass, where isfinite() over all makes three
             raise ValueError(f"{folder}: {name} holds NaN or Infinity; the run diverged, take an earlier checkpoint")
     model.set_compute_dtype(compute_dtype(dtype, device))
-    return model.eval(), Tokenizer.load(folder), meta
+    return model.eval(), tokenizer, meta
 
 
 def load_weights(model: GPT, folder: str) -> None:

@@ -225,6 +225,10 @@ def test_scores_of_a_given_text(client, reference):
         assert best == pytest.approx(expected[:-1].max(-1).values.tolist(), abs=1e-3)
     [choice] = client.completions.create(prompt=ids, max_tokens=1, **options).choices  # as lm-eval asks
     assert choice.logprobs.token_logprobs[1:-1] == pytest.approx(own, abs=1e-3) and choice.text.startswith(text)
+    ends = {"logit_bias": {str(tokenizer.special("<|assistant_end|>")): 100}}
+    [choice] = client.completions.create(prompt=text, max_tokens=1, **options, **ends).choices
+    assert (choice.text, choice.finish_reason) == (text, "stop")
+    assert choice.logprobs.tokens[-1] == "" and choice.logprobs.token_logprobs[:-1] == pytest.approx(own, abs=1e-3)
     [silent] = client.completions.create(prompt=text, max_tokens=0, model="babbling").choices
     assert (silent.text, silent.finish_reason, silent.logprobs) == ("", "length", None)
     [echoed] = client.completions.create(prompt=text, max_tokens=0, echo=True, model="babbling").choices

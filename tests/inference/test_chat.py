@@ -156,9 +156,10 @@ def test_ctrl_c_twice_in_an_answer_ends_the_chat(model, tokenizer, scripted, mon
     prompts, answers = scripted
     answers += ["One.^C^C Never."]
     type_in(monkeypatch, "a", "b")
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         chat(model, tokenizer, ChatOptions("", max_tokens=10))
-    assert len(prompts) == 1 and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(prompts) == 1 and signal.getsignal(signal.SIGINT) is before
 
 
 def test_the_oldest_turns_go_when_the_context_is_full(model, tokenizer, scripted, monkeypatch):

@@ -185,7 +185,8 @@ def test_a_run_outlives_a_lost_host_and_a_lost_network_and_grows_back(start, clu
     print(f"next step after: killed {killed:.0f} s, cut off {cut:.0f} s; grown back after {grown:.0f} s, {again:.0f} s")
     assert run.sizes == [3, 2, 3, 2, 3]
     assert run.val_bpb == pytest.approx(undisturbed, abs=1e-3)
-    assert killed < 60 and cut < 120  # half of it on an idle machine; without LostHosts and ray.env 90 and 170
+    # On an idle machine 12 and 30 s, and growing takes 38; without LostHosts and ray.env 90 and 170.
+    assert killed < 30 + grown and cut < 60 + 2 * grown
 
 
 def test_the_same_job_goes_on_when_its_driver_was_killed_and_in_a_new_cluster(start, cluster, undisturbed):

@@ -212,7 +212,7 @@ class EngineServer:
             if reason:
                 ended.add(i)
             news = {"index": i, "tokens": tokens, "logprobs": logprobs, "finish_reason": reason}
-            yield news | {"ending": sequence.ending} if reason else news
+            yield news | {"ending": sequence.ending} if sequence.ending else news
 
     def stats(self) -> dict[str, float]:
         engine, manager = self.engine, self.engine.manager

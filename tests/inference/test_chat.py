@@ -102,6 +102,9 @@ def test_turns_are_remembered_until_cleared(model, tokenizer, scripted, monkeypa
     assert capsys.readouterr().out == "One.\nTwo.\nThree.\nFour.\n"
 
 
+READY = "\x1b[?2004h"  # pastes are to be marked: a prompt has begun, and takes keys
+
+
 class Terminal:
     """A chat whose stdin and stdout are a terminal; `typed` goes to it as keys, `seen` is what it has shown."""
 
@@ -139,14 +142,14 @@ def test_a_terminal_edits_lines_and_a_pasted_block_is_one_question(model, tokeni
     answers += ["One.", "Two.", "Three."]
     terminal = Terminal(monkeypatch, lambda: chat(model, tokenizer, ChatOptions("", max_tokens=5)))
     terminal.run(
-        (">", "ab\x1b[D-\r"),  # the cursor goes left
+        (READY, "ab\x1b[D-\r"),  # the cursor goes left
         ("One.", ""),
-        (">", "\x1b[200~def f():\r    return 1\r\x1b[201~ and?\r"),
+        (READY, "\x1b[200~def f():\r    return 1\r\x1b[201~ and?\r"),
         ("Two.", ""),
-        (">", "\x1b[A" * 4 + "\r"),  # history: up through the three lines, and on
+        (READY, "\x1b[A" * 4 + "\r"),  # history: up through the three lines, and on
         ("Three.", ""),
-        (">", "dropped\x03"),
-        (">", "\x03"),
+        (READY, "dropped\x03"),
+        (READY, "\x03"),
     )
     turns = ["a-b", "One.", "def f():\n    return 1\n and?", "Two.", "a-b"]
     assert prompts == [conversation(tokenizer, *turns[:length]) for length in (1, 3, 5)]

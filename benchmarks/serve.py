@@ -35,7 +35,7 @@ from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.train.checkpoint import load_model, save_checkpoint
 from serving import load_test
-from serving.app import free_port
+from serving.start import free_port
 
 
 @dataclass

@@ -172,7 +172,8 @@ def serve(args: list[str]) -> None:
     own_ray = "RAY_ADDRESS" not in os.environ
     if own_ray:  # before Ray Serve is imported; a cluster's processes have settings of their own
         os.environ |= FAST_SERVE
-    from serving.app import ServiceOptions, address, app, check_port, free_port, start, watch
+    from serving.app import ServiceOptions, app
+    from serving.start import address, check_port, free_port, start, watch
 
     class Options(ServiceOptions):
         host: str = "127.0.0.1"

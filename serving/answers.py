@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference.text import AnswerStream
-from serving.messages import merged
+from serving.messages import listed, merged
 from serving.protocol import ApiError, event
 from serving.requests import Request
 
@@ -326,7 +326,3 @@ class CompletionWriter(Writer):
 
     def ending(self, index: int) -> str:
         return event(self.head | {"choices": [self.choice(index, "", None, self.choices[index].reason)]})
-
-
-def listed(parts: list[tuple[str, str]]) -> list[dict]:
-    return [{"type": kind, "text": text} for kind, text in parts]

@@ -10,16 +10,13 @@ EngineServer of its model: to the one that had the conversation's beginning befo
 import asyncio
 import hashlib
 import hmac
-import http.client
-import json
 import logging
 import math
 import os
-import socket
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, closing, suppress
+from collections.abc import AsyncIterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -54,6 +51,7 @@ from serving.protocol import ApiError, dumps, parse
 from serving.requests import ChatRequest, CompletionRequest, Conversing
 from serving.requests import Request as Asked
 from serving.responses import ResponsesRequest, ResponsesWriter
+from serving.streams import all_of, chain
 from serving.tokens import DetokenizeRequest, TokenizeRequest
 
 # Serve copies ChatService to its replicas by value, with what it names that is defined above it.
@@ -222,60 +220,6 @@ def longest_text(asked: Asked) -> int:
 
 def too_long(path: str, message: str) -> ApiError:
     return ApiError(400, f"{path}: {message}", path, "context_length_exceeded")
-
-
-async def all_of(streams: list[Callable[[], AsyncIterator[dict]]], at_once: int) -> AsyncIterator[tuple[int, dict]]:
-    """The messages of all streams as they come, each with its stream's place; so many streams at once, in their order.
-
-    A stream that is turned away with 429 when others have been answered is asked for again.
-    """
-    if len(streams) == 1:
-        async with aclosing(streams[0]()) as messages:
-            async for message in messages:
-                yield 0, message
-        return
-    news, places = asyncio.Queue(at_once), asyncio.Semaphore(at_once)
-
-    async def follow(i: int) -> None:
-        # Serve's router knows calls by the request that they are made for, and would take all of these for one.
-        serve.context._serve_request_context.set(serve.context._RequestContext())
-        async with places:
-            try:
-                while True:
-                    try:
-                        async with aclosing(streams[i]()) as messages:
-                            async for message in messages:
-                                await news.put((i, message))
-                        break
-                    except ApiError as error:
-                        if error.status != 429 or i < at_once:
-                            raise
-                    await asyncio.sleep(1)
-                await news.put((i, None))
-            except Exception as error:
-                await news.put((i, error))
-
-    tasks, left = [asyncio.create_task(follow(i)) for i in range(len(streams))], len(streams)
-    try:
-        while left:
-            i, message = await news.get()
-            if isinstance(message, Exception):
-                raise message
-            if message is None:
-                left -= 1
-            else:
-                yield i, message
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def chain(first, rest: AsyncIterator) -> AsyncIterator:
-    async with aclosing(rest):
-        yield first
-        async for message in rest:
-            yield message
 
 
 def busy() -> ApiError:
@@ -625,62 +569,6 @@ def named(given: str) -> tuple[str, str]:
 def has_gpus() -> bool:
     """Whether engines run on GPUs: the cluster's if Ray is connected, as its head may have none, else this node's."""
     return ray.cluster_resources().get("GPU", 0) >= 1 if ray.is_initialized() else torch.cuda.is_available()
-
-
-def address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def check_port(host: str, port: int) -> None:
-    """Raises OSError when it is taken."""
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise OSError(f"cannot listen on {address(host, port)}: {error}") from None
-
-
-def free_port() -> int:
-    """One of this machine alone that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def start(application: serve.Application, engines: int, host: str, port: int, on_cluster: bool = False) -> None:
-    """Serve it on the Ray that is connected, until Ray ends, on all hosts of a cluster.
-
-    Without room for the engines, a cluster may grow, and it waits; on one machine it raises ValueError.
-    """
-    kind = "GPU" if has_gpus() else "CPU"
-    there = int(ray.cluster_resources().get(kind, 0))
-    if engines > there:
-        short = f"{engines} engines (models × replicas) need a {kind} each; there are {there}"
-        if not on_cluster:
-            raise ValueError(short)
-        print(f"waiting    {short}; those that have one answer meanwhile", flush=True)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(http_options={"host": host, "port": port, "location": "EveryNode" if on_cluster else "HeadOnly"})
-    serve.run(application, name="nanochat")
-
-
-def watch(host: str, port: int) -> None:
-    """Say on stdout when models are not answered any more, or are again. It goes on until it is interrupted."""
-    said = "ok"
-    while True:
-        time.sleep(5)
-        # Who closes a connection keeps its port for a minute: if that were the service, one that is lost could not
-        # come back on it. So it isn't told `Connection: close`.
-        with closing(http.client.HTTPConnection(host, port, timeout=15)) as connection:
-            try:
-                connection.request("GET", "/health")
-                status = json.load(connection.getresponse())["status"]
-            except (OSError, http.client.HTTPException, ValueError, LookupError):
-                status = "the service itself does not answer"
-        if status != said:
-            print(f"warning    {status}" if status != "ok" else "serving    again", flush=True)
-        said = status
 
 
 def newest_checkpoint() -> str:

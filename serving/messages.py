@@ -65,8 +65,8 @@ class Message(Body):
     tool_call_id: Ignored
     type: Ignored
 
-    def parts(self, path: str) -> list[dict]:
-        """As the tokenizer takes them, none of them empty. Raises ApiError for parts that the role cannot have."""
+    def parts(self, path: str) -> list[tuple[str, str]]:
+        """(kind, text), none of them empty. Raises ApiError for parts that the role cannot have."""
         key = "content" if self.nanochat_parts is None else "nanochat_parts"
         content = getattr(self, key)
         if isinstance(content, str) or content is None:
@@ -83,7 +83,7 @@ class Message(Body):
                 raise ApiError(400, f"{at}.type: only an assistant's message has {kind}", f"{at}.type", "invalid_value")
         calls = [call.function for call in self.tool_calls or []] + ([self.function_call] if self.function_call else [])
         parts += [("text", f"{call.name}({call.arguments})") for call in calls]
-        return [{"type": kind, "text": text} for kind, text in merged(parts) if text]
+        return [(kind, text) for kind, text in merged(parts) if text]
 
 
 def merged(parts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -97,18 +97,21 @@ def merged(parts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     return joined
 
 
+def listed(parts: Iterable[tuple[str, str]]) -> list[dict]:
+    """As JSON and the tokenizer have them."""
+    return [{"type": kind, "text": text} for kind, text in parts]
+
+
 def turns_of(messages: Iterable[tuple[str, Message]]) -> list[dict]:
     """Messages, each with its path, as turns of the user and the assistant one after the other, the user's first.
 
     All but the assistant's are the user's words to the model, which knows no other roles; neighbours are joined.
     """
-    turns = [{"role": "user", "content": []}]
+    turns = [("user", [])]
     for path, message in messages:
         role, parts = "assistant" if message.role == "assistant" else "user", message.parts(path)
-        if turns[-1]["role"] != role:
-            turns.append({"role": role, "content": []})
-        content = turns[-1]["content"]
-        between = [{"type": "text", "text": BETWEEN}] if content and parts else []
-        joined = merged([(part["type"], part["text"]) for part in [*content, *between, *parts]])
-        turns[-1]["content"] = [{"type": kind, "text": text} for kind, text in joined]
-    return turns
+        if turns[-1][0] != role:
+            turns.append((role, []))
+        content = turns[-1][1]
+        content += [("text", BETWEEN), *parts] if content and parts else parts
+    return [{"role": role, "content": listed(merged(parts))} for role, parts in turns]

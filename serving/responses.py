@@ -8,8 +8,8 @@ from pydantic import Field
 
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference.sampling import MOST_LOGPROBS
-from serving.answers import Piece, TextToken, Writer, chat_logprobs, listed
-from serving.messages import Message, turns_of
+from serving.answers import Piece, TextToken, Writer, chat_logprobs
+from serving.messages import Message, listed, turns_of
 from serving.protocol import ApiError, Body, Ignored, event
 from serving.requests import Conversing, JsonSchema, format_grammar
 

@@ -17,7 +17,8 @@ from nanochat_ray.data.files import DataFile, Unreadable, shown
 
 TXT_SEPARATOR = "<|endoftext|>"
 VAL_EVERY = 20  # of a source without files for validation, every 20th document
-VAL_SHARE, VAL_BYTES = 0.01, 1e6  # as many of the last files are held out as have this part of all, or these bytes
+# The last files are held out: as many as have this part of all bytes, or this many bytes.
+VAL_SHARE, VAL_BYTES = 0.01, 1e6
 MOST_VAL, MOST_VAL_FILES = 0.8, 0.2  # not held out: a last file with more of the text than this, more files with
 UNREADABLE = 0.01  # part of the files that may be
 FEW_FILES, GROUP_FILES, GROUP_BYTES = 64, 1000, 8 << 20  # above so many, small files are read together, up to these
@@ -57,7 +58,7 @@ class Source:
     val: tuple[Shard, ...]
     fingerprint: str
     files: int = 0  # how many the shards and the next two lists have
-    unreadable: tuple[str, ...] = ()  # what is wrong with files that are left out
+    unreadable: tuple[str, ...] = ()  # a line for each damaged file that is left out
     empty: tuple[str, ...] = ()  # names of files without documents
 
 
@@ -154,7 +155,7 @@ class Look:
     column: str | None  # of the text, None for txt
     unreadable: dict[DataFile, str]  # and what is wrong
     empty: list[DataFile]
-    without: list[DataFile]  # that column
+    without: list[DataFile]  # files that lack the column
 
 
 def _look(chosen: list[DataFile], wanted: str | None, place: str) -> Look:

@@ -91,7 +91,7 @@ DENIED = {
     "removexattr": (197, 14),
     "lremovexattr": (198, 15),
     "fremovexattr": (199, 16),
-    # what others do with files, and locks that they wait for
+    # These watch what others do with files, and hold locks that others wait for.
     "inotify_init": (253, None),
     "inotify_init1": (294, 26),
     "fanotify_init": (300, 262),

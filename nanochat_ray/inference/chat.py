@@ -96,7 +96,7 @@ def answer(engine: Engine, turns: list[list[int]], question: str, params: Sampli
     bos, *turn = tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
     # A short context keeps half of itself for the conversation, however long an answer may be.
     turns = fit_turns(turns, context - min(params.max_tokens, context // 2) - len(turn) - 1)
-    with stoppable() as stopped:  # what was said so far stays in the conversation
+    with stoppable() as stopped:  # a stopped answer stays in the conversation as far as it came
         tokens = takewhile(lambda _: not stopped.is_set(), engine.stream([bos, *chain(*turns), *turn], params))
         for text in decode_stream(_recorded(tokens, turn), tokenizer):
             print(text, end="", flush=True)

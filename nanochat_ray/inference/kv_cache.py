@@ -38,7 +38,7 @@ class BlockTable:
     length: int = 0  # tokens whose keys and values are stored
     room: int = 0  # tokens that the blocks have a place for
     hashes: list[bytes] = field(default_factory=list)  # of the sequence up to the end of each full block
-    root: bytes = b""  # that the first of them goes on from
+    root: bytes = b""  # the hash that the first block's goes on from
 
 
 def page_bytes(config: GPTConfig, itemsize: int) -> int:

@@ -13,7 +13,7 @@ GREEDY = 1e-30  # stands for temperature 0: small enough that all but the larges
 BLOCK = 128  # tokens whose weights are summed, so that the running sum is a short one
 MOST_SORTED = 1024  # likeliest tokens among which top_p is looked for before the whole vocabulary is sorted
 MOST_LOGPROBS = 20
-NO_TOKEN = -1  # what is drawn from logits that are not numbers
+NO_TOKEN = -1  # stands for a token where logits are not numbers
 ONE = np.uint64(1)
 
 

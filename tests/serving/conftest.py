@@ -80,7 +80,8 @@ def service(ray_session, checkpoints) -> Iterator[str]:
     """URL of a service with both models, knowing first."""
     from ray import serve
 
-    from serving.app import ServiceOptions, app, free_port, start
+    from serving.app import ServiceOptions, app
+    from serving.start import free_port, start
 
     port = free_port()
     options = ServiceOptions(checkpoint=list(checkpoints.values()), dtype="float32", compile=False)

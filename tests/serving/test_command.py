@@ -17,7 +17,7 @@ from ray.serve.generated.serve_pb2_grpc import ASGIServiceStub
 from test_faults import joined, post, streams
 
 from serving import load_test
-from serving.app import free_port
+from serving.start import free_port
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from serving.app import ServiceOptions, address, app, check_port, newest_checkpoint, start
+from serving.app import ServiceOptions, app, newest_checkpoint
+from serving.start import address, check_port, start
 
 CONFIG = Path(__file__).resolve().parents[2] / "cluster" / "serve.yaml"
 

@@ -30,7 +30,7 @@ def program(conversation: dict, answer_text: str) -> str:
     """What the prompt defines besides the asked function, the answer's code, the tests, and the call that runs them."""
     prompt, entry_point = conversation["messages"][0]["content"], conversation["entry_point"]
     code = code_of(answer_text)
-    futures = FUTURE.findall(code)  # which have to be a program's first statements
+    futures = FUTURE.findall(code)  # Python wants them as a program's first statements
     given = [*futures, *definitions(prompt, entry_point), "", FUTURE.sub("", code)]
     return "\n".join([*given, "", conversation["test"], "", f"check({entry_point})", ""])
 

@@ -1,0 +1,69 @@
+"""The service as a command starts it: on which address, on which Ray, and what it says while it runs."""
+
+import http.client
+import json
+import logging
+import socket
+import time
+from contextlib import closing
+
+import ray
+from ray import serve
+
+from serving.app import has_gpus
+
+
+def address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises OSError when it is taken."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise OSError(f"cannot listen on {address(host, port)}: {error}") from None
+
+
+def free_port() -> int:
+    """One of this machine alone that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start(application: serve.Application, engines: int, host: str, port: int, on_cluster: bool = False) -> None:
+    """Serve it on the Ray that is connected, until Ray ends, on all hosts of a cluster.
+
+    Without room for the engines, a cluster may grow, and it waits; on one machine it raises ValueError.
+    """
+    kind = "GPU" if has_gpus() else "CPU"
+    there = int(ray.cluster_resources().get(kind, 0))
+    if engines > there:
+        short = f"{engines} engines (models × replicas) need a {kind} each; there are {there}"
+        if not on_cluster:
+            raise ValueError(short)
+        print(f"waiting    {short}; those that have one answer meanwhile", flush=True)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    serve.start(http_options={"host": host, "port": port, "location": "EveryNode" if on_cluster else "HeadOnly"})
+    serve.run(application, name="nanochat")
+
+
+def watch(host: str, port: int) -> None:
+    """Say on stdout when models are not answered any more, or are again. It goes on until it is interrupted."""
+    said = "ok"
+    while True:
+        time.sleep(5)
+        # Who closes a connection keeps its port for a minute: if that were the service, one that is lost could not
+        # come back on it. So it isn't told `Connection: close`.
+        with closing(http.client.HTTPConnection(host, port, timeout=15)) as connection:
+            try:
+                connection.request("GET", "/health")
+                status = json.load(connection.getresponse())["status"]
+            except (OSError, http.client.HTTPException, ValueError, LookupError):
+                status = "the service itself does not answer"
+        if status != said:
+            print(f"warning    {status}" if status != "ok" else "serving    again", flush=True)
+        said = status

@@ -95,7 +95,7 @@ CHECKS = (
     Check(
         "service",
         "nanochat-ray serve, depth 12, 64 and 256 clients, over the engine alone",
-        "gpu_jobs.service",
+        "gpu_service.service",
         90,
         (Target("least_over_engine", least=0.9), Target("failed", most=0)),
         {"depth": 12},

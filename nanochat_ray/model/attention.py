@@ -56,7 +56,7 @@ def attention(
 
 @lru_cache(maxsize=8)
 def available_backends(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, ...]:
-    """What compiled blocks can run on a device, the best first. Not yet run on a GPU: the order is a guess.
+    """What compiled blocks can run on a device, the best first. The order is a guess: only flex was timed, on an H200.
 
     flash-attn-4: the package flash-attn-4, on Hopper and Blackwell. flash-attn-3: a kernel of the Hugging Face Hub by
     the package `kernels`, on Hopper. flash-attn-2: the one in PyTorch. flex: FlexAttention. sdpa: what SDPA prefers.

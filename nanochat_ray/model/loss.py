@@ -78,7 +78,7 @@ def chunk_size(vocab_size: int, on_gpu: bool) -> int:
 
 
 def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b. On a GPU the matmul itself adds in fp32, with no product in bf16 between. Not yet run there."""
+    """total += a @ b. On a GPU the matmul itself adds in fp32, with no product in bf16 between."""
     if total.is_cuda and total.dtype != a.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:

@@ -132,7 +132,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def compile_updates(self, **options) -> None:
         """Compile the updates for each shape, as on GPUs: scalars that change are then tensors, or each new rate would
-        be another program. options: of torch.compile. Not yet run."""
+        be another program. options: of torch.compile."""
         self._adamw = compile_static(adamw_update, **options)
         self._muon = compile_static(muon_update, **options)
         self._scalar = torch.tensor

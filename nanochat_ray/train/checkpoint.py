@@ -181,7 +181,7 @@ class HostCopies:
     """Copies of tensors in host memory, of what they hold when they are taken.
 
     Those of a GPU travel on a stream of their own while it computes on, into page-locked buffers that are kept for the
-    next time. Not yet run on a GPU.
+    next time.
     """
 
     def __init__(self):

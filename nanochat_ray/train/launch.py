@@ -46,7 +46,7 @@ SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
 CPU_WORKER_ENV = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1"
 }
-# A GPU's blocks of memory grow in place rather than leave gaps. Not yet run.
+# A GPU's blocks of memory grow in place rather than leave gaps.
 GPU_WORKER_ENV = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 NETWORK_ENV = ("NCCL_", "TORCH_NCCL_", "GLOO_")  # variables of the driver that workers get as they are
 # Seconds, unless the driver's environment has others. How long Ray Train waits for room for workers before it counts

@@ -182,18 +182,19 @@ def predict_memory(
     """Peak bytes of a worker by part, with rows of T tokens in each forward pass; on a CPU of the whole process.
 
     Activations count what autograd keeps of a compiled block, and the gradients of one block, as numbers a channel:
-    on a GPU about 20 are kept (residual, norms, q, k, v before and after rotation, attention's output, the MLP's two
-    hidden layers of 4 each), and the matrices in the compute dtype. On a CPU also attention's weights, for the blocks
-    of keys that a query's block sees, and copies that its matmuls take, and a tenth more for gaps between blocks of
-    memory. A GPU's optimizer uses the memory of the activations again: its copies count as far as they exceed those.
+    on a GPU about 19 are kept (residual, norms, q, k, v before and after rotation, attention's output, the MLP's two
+    hidden layers of 4 each), and the matrices in the compute dtype; depths 12 and 24 on one H200 took 5 and 3 % less
+    than this. On a CPU also attention's weights, for the blocks of keys that a query's block sees, and copies that its
+    matmuls take, and a tenth more for gaps between blocks of memory. A GPU's optimizer uses the memory of the
+    activations again: its copies count as far as they exceed those.
     """
     counts, tokens, size = param_counts(config), rows * config.sequence_len, dtype.itemsize
     embeddings, matrices = counts["wte"] + counts["value_embeds"], counts["transformer_matrices"]
     masters = counts["total"] - embeddings
     chunk = min(chunk_size(config.vocab_size, not on_cpu), tokens) * config.vocab_size
     stack = 4 * config.n_layer * config.n_embd**2  # the largest that Muon updates at once, the MLPs' matrices
-    kept = [20 + on_cpu * (6 + 1.3 * seen / config.head_dim) for seen in visible_keys(config)]
-    channels = (len(kept) + max(kept) if recompute else sum(kept)) + 50
+    kept = [19 + on_cpu * (7 + 1.3 * seen / config.head_dim) for seen in visible_keys(config)]
+    channels = (len(kept) + max(kept) if recompute else sum(kept)) + 20 + 30 * on_cpu
     parts = {
         "weights": 4 * masters + size * embeddings,
         "gradients": 4 * masters + size * embeddings,

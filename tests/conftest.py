@@ -33,6 +33,15 @@ def device(request) -> torch.device:
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture
+def kernel_device(device):
+    """Where Triton's kernels run: on the GPU, or where there is none on CPU tensors, in Triton's interpreter."""
+    pytest.importorskip("triton")
+    if device.type == "cpu" and torch.cuda.is_available():
+        pytest.skip("the kernels run on the GPU itself")
+    return device
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     return REPOSITORY / "tests" / "golden"

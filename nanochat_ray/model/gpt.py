@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanochat_ray.model.attention import attention, available_backends, window_mask
 from nanochat_ray.model.compiling import STATIC, allow_kinds, compile_static
+from nanochat_ray.model.embedding import embed, order_for_gradients
 from nanochat_ray.model.loss import IGNORED, cross_entropy, softcap
 
 SMEAR_CHANNELS = 24  # how many channels of the embedding decide how much of the previous token is mixed in
@@ -211,7 +212,8 @@ class GPT(nn.Module):
         wait = self.wait_for_weights or (lambda layer: None)
         wait(0)
         positions = slice(0, T) if cache is None else cache.at
-        embedded = self.transformer.wte(idx)
+        order = order_for_gradients(idx)
+        embedded = embed(idx, self.transformer.wte.weight, order)
         cos = self.cos[positions].unsqueeze(-2).to(embedded.dtype)
         sin = self.sin[positions].unsqueeze(-2).to(embedded.dtype)
         compiled = self.compiled and cache is None
@@ -223,7 +225,8 @@ class GPT(nn.Module):
         x0, x_mid = x.view_as(x), x  # x0 not the same object as x, which would make another kind of block
         for i, block in enumerate(self.transformer.h):
             wait(i)
-            value_embedding = self.value_embeds[str(i)](idx) if str(i) in self.value_embeds else None
+            table = self.value_embeds[str(i)].weight if str(i) in self.value_embeds else None
+            value_embedding = None if table is None else embed(idx, table, order)
             mask = window_mask(block.attn.backend, T, block.attn.window, idx.device) if compiled else None
             inputs = x, x0, lambdas[i], value_embedding, cos, sin, cache, mask
             keeps = not (self.recompute and torch.is_grad_enabled())

@@ -3,6 +3,7 @@
 At 16,384 tokens and a vocabulary of 65,536 they would take 4 GB in fp32, and most of the step's memory traffic.
 """
 
+import math
 from functools import lru_cache
 
 import torch
@@ -87,21 +88,31 @@ def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None
 
 # No maximum is subtracted before exp: capped logits are at most 15, so exp(capped − 15) neither overflows nor, summed
 # over a vocabulary, vanishes. Two passes, each fused into one loop, are faster than one that stores what they share.
+# On GPUs they were bound by arithmetic: compiled exp is some ten instructions there, and exp2 is one.
+
+
+def _share_below(logits: torch.Tensor) -> torch.Tensor:
+    """How far softcap(logits) is below 15, as a share of 30: σ(−2·logits/15)."""
+    return 1 / (1 + torch.exp2(logits.float() * (2 / LOGIT_SOFTCAP / math.log(2))))
+
+
+def _exp_below(share: torch.Tensor) -> torch.Tensor:
+    return torch.exp2(share * (-2 * LOGIT_SOFTCAP / math.log(2)))
 
 
 def _sum_exp(logits: torch.Tensor) -> torch.Tensor:
-    return torch.exp(softcap(logits) - LOGIT_SOFTCAP).sum(-1, keepdim=True)
+    return _exp_below(_share_below(logits)).sum(-1, keepdim=True)
 
 
 def _gradient_(logits: torch.Tensor, scale: torch.Tensor) -> None:
     """In place, the derivative of the log of the sum above; scale (n, 1) is 1 over that sum, or 0."""
-    logits.copy_(torch.exp(softcap(logits) - LOGIT_SOFTCAP) * _slope(logits) * scale)
+    logits.copy_(_exp_below(_share_below(logits)) * _slope(logits) * scale)
 
 
 def _slope(logits: torch.Tensor) -> torch.Tensor:
     """The derivative of softcap, 1 − tanh²."""
-    s = torch.sigmoid(logits.float() * (2 / LOGIT_SOFTCAP))
-    return 4 * s * (1 - s)
+    share = _share_below(logits)
+    return 4 * share * (1 - share)
 
 
 @lru_cache(maxsize=1)

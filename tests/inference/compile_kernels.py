@@ -1,4 +1,4 @@
-"""Compile every kernel that a GPU engine launches for Hopper (sm_90), on a machine without one; print JSON of each.
+"""Compile every kernel of GPU engines and training for Hopper (sm_90), on a machine without one; print JSON of each.
 
 Run as a program: Triton must not have been imported for its interpreter. Kernels are compiled where they are launched,
 with the arguments they are launched with, and then not run.
@@ -19,6 +19,8 @@ from nanochat_ray.inference.gpu_runner import GPURunner, _sampling
 from nanochat_ray.inference.kv_cache import BlockManager
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.inference.sequence import Sequence
+from nanochat_ray.model.embedding import sort_ids
+from nanochat_ray.model.embedding_kernels import table_gradient
 from nanochat_ray.model.gpt import GPT, GPTConfig
 
 
@@ -50,6 +52,8 @@ def main() -> None:
     launch(GPTConfig(2048, 32768, 2, 12, 12, 1536, "SL"), torch.bfloat16, rows=(1, 64, 256))
     launch(GPTConfig(2048, 65536, 2, 8, 2, 1024, "SL"), torch.bfloat16, rows=(8,))
     launch(GPTConfig(256, 300, 2, 4, 2, 64, "SL"), torch.float32, rows=(3,))
+    for C, dtype in ((768, torch.bfloat16), (1536, torch.bfloat16), (100, torch.float32)):
+        table_gradient(torch.zeros(999, C, dtype=dtype), *sort_ids(torch.zeros(999)), rows=64)
     for kernel in compiled.values():
         print(json.dumps(describe(kernel)))
 

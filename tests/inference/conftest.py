@@ -38,12 +38,3 @@ def random_prompts():
         return [torch.randint(300, (length,), generator=generator).tolist() for length in lengths]
 
     return make
-
-
-@pytest.fixture
-def kernel_device(device):
-    """Where Triton's kernels run: on the GPU, or where there is none on CPU tensors, in Triton's interpreter."""
-    pytest.importorskip("triton")
-    if device.type == "cpu" and torch.cuda.is_available():
-        pytest.skip("the kernels run on the GPU itself")
-    return device

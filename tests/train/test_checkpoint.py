@@ -24,10 +24,11 @@ def trained(golden):
 
 
 def train_a_step(tokenizer, device):
-    model = GPT(GPTConfig(32, tokenizer.vocab_size, 2, 2, 2, 64, "SL"))
+    with torch.device(device):  # as where a run begins: rotary tables that a CPU computed differ in their last bits
+        model = GPT(GPTConfig(32, tokenizer.vocab_size, 2, 2, 2, 64, "SL"))
     torch.manual_seed(0)
     model.init_weights()
-    optimizer = build(model.to(device))
+    optimizer = build(model)
     step(model, optimizer)
     return model, optimizer, tokenizer
 
@@ -67,7 +68,7 @@ def test_what_is_saved_is_loaded(trained, tmp_path, root):
 
 
 def test_a_resumed_run_makes_the_same_step(golden, tmp_path, device):
-    """In fp32, but for the order in which a GPU adds up the gradients of a table's rows."""
+    """To the last bit, in fp32: AdamW's first steps make as much of a tiny gradient as of a large one."""
     trained = train_a_step(Tokenizer.load(str(golden / "nanochat_d2")), device)
     folder = save(tmp_path, 1, trained)
     model, _, _ = checkpoint.load_model(folder, device, torch.float32)
@@ -79,7 +80,7 @@ def test_a_resumed_run_makes_the_same_step(golden, tmp_path, device):
     for name, p in trained[0].named_parameters():
         assert p.device.type == model.get_parameter(name).device.type == device.type
         assert not torch.equal(p, before[name]), name
-        torch.testing.assert_close(model.get_parameter(name), p, atol=1e-6, rtol=1e-5, msg=name)
+        assert torch.equal(model.get_parameter(name), p), name
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "no meta", "torn meta"])

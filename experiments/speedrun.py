@@ -22,7 +22,7 @@ import ray.train
 import torch
 import tyro
 
-from experiments import preflight
+from experiments import held_out, preflight
 from experiments.report import write_report
 from nanochat_ray import storage
 from nanochat_ray.cli import bpb, one_line_errors, start_ray
@@ -31,15 +31,14 @@ from nanochat_ray.data.conversations import prepare_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals import bundle, chat, core
 from nanochat_ray.evals.tasks import MixtureOptions, hub_mixture, offline_mixture
-from nanochat_ray.inference.engine import Engine
-from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.measuring import measuring, patiently
+from nanochat_ray.model.compiling import why_not_compiled
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import RunPlan, plan_run
 from nanochat_ray.train import checkpoint, hosts, lease, pretrain, sft
 
-QUESTIONS = ("What is 12 * 34?", "How many times does the letter r occur in strawberry?", "What does `json.dumps` do?")
+COMPILING_PAYS = 2  # minutes of training from which on; it takes some 40 s on two cores the first time, 10 later
 Stage = Literal["core", "sft", "chatcore"]
 
 
@@ -195,7 +194,9 @@ def run_stages(job: "Job") -> str:
         stages.measure("chatcore", lambda: stages.result("chatcore") or measure_chatcore(job, newest, problems), dict)
     if "sft" in job.after:
         answered = stages.measure(
-            "chat", lambda: on_gpus(job.use_gpu, ask, [(newest,)])[0], lambda answers: {"answers": len(answers)}
+            "chat",
+            lambda: on_gpus(job.use_gpu, held_out.ask, [(newest, job.pydocs)])[0],
+            lambda answers: {answer["kind"]: answer["right"] / answer["of"] for answer in answers},
         )
         answers = answered or []
     return conclude(job, stages, answers, newest)
@@ -219,6 +220,11 @@ class Job:
     @property
     def use_gpu(self) -> bool:
         return self.scaling.use_gpu
+
+    @property
+    def pydocs(self) -> list[str]:
+        """The docstrings that finetuning asks for; the Hub's mixture has none."""
+        return [shard.uri for shard in sources.resolve("pydocs").train] if self.mixture.mixture == "offline" else []
 
 
 def find_job(options: SpeedrunOptions) -> Job:
@@ -288,8 +294,7 @@ def make_conversations(job: Job, tokenizer_uri: str, stages: Stages) -> dict:
     if job.mixture.mixture == "hub":
         splits = {split: hub_mixture(split, job.mixture) for split in ("train", "val")}
     else:
-        pydocs = [shard.uri for shard in sources.resolve("pydocs").train]
-        splits = {split: offline_mixture(split, pydocs) for split in ("train", "val")}
+        splits = {split: offline_mixture(split, job.pydocs) for split in ("train", "val")}
     folder = prepare_conversations(splits, tokenizer, T)
     counts = storage.read_json(storage.join(folder, "manifest.json"))["train"]
     tokens, most = counts["rows"] * T, job.scaling.max_workers
@@ -364,25 +369,33 @@ def find_plan(run_dir: str, depth: int, preset: Preset) -> RunPlan:
     if storage.exists(config):
         num_iterations = storage.read_json(config)["plan"]["num_iterations"]
     else:
-        num_iterations = max(1, int(preset.minutes * 60 / step_seconds(plan_run(depth, **dial))))
+        num_iterations = steps_in(preset.minutes, plan_run(depth, **dial))
     return plan_run(depth, num_iterations=num_iterations, **dial)
 
 
-def step_seconds(plan: RunPlan) -> float:
-    """How long this machine's CPUs take for one training step of the plan: the fastest of four, as Ray is starting."""
+def steps_in(minutes: float, plan: RunPlan) -> int:
+    """How many training steps of the plan this machine's CPUs make in so many minutes, by the fastest of four.
+
+    Compiling counts: the workers find what is compiled here in Inductor's cache.
+    """
+    began = time.monotonic()
     model = GPT(plan.config)
     model.init_weights()
     model.set_compute_dtype(checkpoint.compute_dtype(None, "cpu"))
     optimizer = build_optimizer(model, **plan.lrs, weight_decay=plan.weight_decay)
     rows = plan.total_batch_size // plan.config.sequence_len
     idx = torch.randint(plan.config.vocab_size, (rows, plan.config.sequence_len))
+    if minutes >= COMPILING_PAYS and not why_not_compiled("cpu"):
+        print("compiling the model, to see how many steps fit into the minutes", flush=True)
+        model.compile_for_training()
+        model(idx, idx).backward()
     seconds = []
     for _ in range(4):
         started = time.monotonic()
         model(idx, idx).backward()
         optimizer.step()
         seconds.append(time.monotonic() - started)
-    return min(seconds)
+    return max(1, int((60 * minutes - (time.monotonic() - began)) / min(seconds)))
 
 
 def pretrain_options(job: Job, rows: str) -> pretrain.PretrainOptions:
@@ -423,20 +436,9 @@ def sft_options(job: Job, base: str) -> sft.SftOptions:
 
 
 def compiles(job: Job) -> bool | None:
-    """Not where compiling would take longer than all the steps."""
-    return False if job.preset.minutes or (job.preset.steps and not job.use_gpu) else None
-
-
-def ask(device: str, folder: str) -> list[dict]:
-    """Greedy answers of the finished model to a few questions."""
-    model, tokenizer, _ = checkpoint.load_model(folder, device)
-    conversations = [{"messages": [{"role": "user", "content": question}]} for question in QUESTIONS]
-    prompts = [tokenizer.render_for_completion(conversation) for conversation in conversations]
-    completions = Engine(model, tokenizer).generate(prompts, SamplingParams(max_tokens=64, temperature=0.0))
-    return [
-        {"prompt": question, "answer": tokenizer.decode(completion.tokens)}
-        for question, completion in zip(QUESTIONS, completions, strict=True)
-    ]
+    """Not where compiling would take longer than what it saves."""
+    few = job.preset.minutes < COMPILING_PAYS if job.preset.minutes else bool(job.preset.steps) and not job.use_gpu
+    return False if few else None
 
 
 def conclude(job: Job, stages: Stages, answers: list[dict], newest: str) -> str:
@@ -452,9 +454,9 @@ def conclude(job: Job, stages: Stages, answers: list[dict], newest: str) -> str:
         samples = storage.read_text(storage.join(job.run_dir, "samples.md")).rpartition("## ")[2]
         print(f"\n=== samples at {samples.strip()}")
     if answers:
-        print("\n=== chat")
+        print("\n=== chat: held-out questions")
     for answer in answers:
-        print(f"> {answer['prompt']}\n{answer['answer']}")
+        print(held_out.shown(answer))
     print("\n=== done")
     for record in stages.records:
         print(f"{record['stage']:<10}{record['seconds']:8.1f} s")

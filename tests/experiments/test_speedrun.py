@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import preflight, speedrun
+from experiments import held_out, preflight, speedrun
 from nanochat_ray import measuring
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
@@ -22,7 +22,8 @@ def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(ray_session, nanoch
     assert [s["stage"] for s in stages] == ["source", "tokenizer", "rows", "sft data", "pretrain", "sft", "chat"]
     val_bpb = stages[4]["result"]["val/bpb"]
     assert 1 < val_bpb < 4
-    for expected in (report, f"{val_bpb:.4f}", *speedrun.QUESTIONS, "=== samples", "nanochat-ray chat --checkpoint"):
+    rates = [f"of 100 right in {kind}, such as\n> " for kind in held_out.JUDGES]
+    for expected in (report, f"{val_bpb:.4f}", *rates, "=== samples", "nanochat-ray chat --checkpoint"):
         assert expected in shown, expected
     assert "<svg" in (runs / "quick" / "report.html").read_text()
     assert read_metrics(str(runs / "quick-sft"))[-1]["val/bpb"] > 0

@@ -1,0 +1,53 @@
+"""Questions like those of finetuning that it has not seen: how many of each kind the model answers right."""
+
+from nanochat_ray.evals import chat
+from nanochat_ray.evals.tasks import arithmetic, pydocs, spelling
+from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.train import checkpoint
+
+EACH = 100  # questions of a kind
+JUDGES = {
+    "arithmetic": arithmetic.judge,
+    "spelling": spelling.judge,
+    "counting letters": spelling.judge,
+    "docstrings": pydocs.judge,
+}
+SIGNS = {
+    "<|python_start|>": "[calculator: ",
+    "<|python_end|>": "]",
+    "<|output_start|>": "[result: ",
+    "<|output_end|>": "] ",
+}
+
+
+def questions(pydocs_shards: list[str]) -> dict[str, list[dict]]:
+    """Conversations by kind; docstrings only of the shards, if there are any."""
+    spelled = spelling.conversations("val", 6 * EACH)  # a third of them spelling, the others counting
+    counted = [c for c in spelled if isinstance(c["messages"][-1]["content"], list)]
+    return {
+        "arithmetic": arithmetic.conversations("val", EACH),
+        "spelling": [c for c in spelled if c not in counted][:EACH],
+        "counting letters": counted[:EACH],
+    } | ({"docstrings": pydocs.conversations(pydocs_shards, "val", EACH)} if pydocs_shards else {})
+
+
+def ask(device: str, folder: str, pydocs_shards: list[str]) -> list[dict]:
+    """A dict {kind, right, of, prompt, answer} a kind: of its greedy answers one that is right, if there is any."""
+    model, tokenizer, _ = checkpoint.load_model(folder, device)
+    answers = []
+    for kind, conversations in questions(pydocs_shards).items():
+        texts = chat.generate(model, tokenizer, conversations, SamplingParams(max_tokens=64, temperature=0.0), 32)
+        right = [JUDGES[kind](c, text or "") for c, text in zip(conversations, texts, strict=True)]
+        shown = right.index(True) if any(right) else 0
+        counts = {"kind": kind, "right": sum(right), "of": len(right)}
+        prompt = conversations[shown]["messages"][0]["content"]
+        answers.append(counts | {"prompt": prompt, "answer": texts[shown] or ""})
+    return answers
+
+
+def shown(answer: dict) -> str:
+    """For a terminal: the rate, the question, and the answer with its tool calls in brackets."""
+    text = answer["answer"]
+    for special, sign in SIGNS.items():
+        text = text.replace(special, sign)
+    return f"{answer['right']} of {answer['of']} right in {answer['kind']}, such as\n> {answer['prompt']}\n{text}"

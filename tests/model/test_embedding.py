@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from nanochat_ray.model import gpt
-from nanochat_ray.model.embedding import embed, order_for_gradients, sort_ids
+from nanochat_ray.model.embedding import _kernels_work, embed, order_for_gradients, sort_ids
 from nanochat_ray.model.gpt import GPT, GPTConfig
 
 V = 90
@@ -82,3 +82,10 @@ def test_ids_are_sorted_only_for_gradients_on_a_gpu(device):
     assert (order_for_gradients(idx) is not None) == (device.type == "cuda")
     with torch.no_grad():
         assert order_for_gradients(idx) is None
+
+
+@pytest.mark.parametrize("faulty", [lambda grad, *_: 1 / 0, lambda grad, *_: torch.zeros(64, 80)])
+def test_kernels_that_fail_or_are_wrong_give_way_to_torchs_gradient(monkeypatch, faulty):
+    monkeypatch.setattr(pytest.importorskip("nanochat_ray.model.embedding_kernels"), "table_gradient", faulty)
+    with pytest.warns(UserWarning, match="torch's own path"):
+        assert not _kernels_work.__wrapped__(torch.device("cpu"))

@@ -1,6 +1,7 @@
 """A Serve replica with one checkpoint's engine: a thread steps it, requests wait for their tokens in asyncio."""
 
 import asyncio
+import gc
 import logging
 import math
 import queue
@@ -52,12 +53,12 @@ class EngineThread(threading.Thread):
         try:
             while True:
                 self._answer_calls()
-                if self.engine.busy:
-                    news.update(self.engine.step())
+                moved = self.engine.step() if self.engine.busy else []
+                news.update(moved)
                 # A first token and an end are told at once, what is between them in as few messages as look smooth.
                 interval = min(MOST_FLUSH, max(FLUSH, FLUSH_PER_STREAM * len(self.engine.rows)))
                 due = time.monotonic() - told > interval
-                heard = set(news) if due else {s for s in news if s.finish_reason or s.generated == 1}
+                heard = set(news) if due else {s for s in moved if s.finish_reason or len(s.ids) == s.prompt_len + 1}
                 if heard:
                     news -= heard
                     told = time.monotonic() if due else told
@@ -124,6 +125,8 @@ class EngineServer:
             except (OSError, ValueError) as error:  # Serve tries again, and has a traceback of many lines
                 logger.error("this engine cannot start: %s", error)
                 raise
+        gc.collect()
+        gc.freeze()  # what is loaded stays: looking through it would stop the engine for a tenth of a second each time
         self.most_ongoing = options["max_batch_size"] + options["queue_limit"]
         self.ongoing, self.thread = 0, None
         self.compiled = on_gpu and options["compile"]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nanochat_ray.inference.grammar import Grammars
-from nanochat_ray.inference.kv_cache import BlockManager, cache_bytes, page_bytes
+from nanochat_ray.inference.kv_cache import PAGE, BlockManager, cache_bytes, page_bytes
 from nanochat_ray.inference.model_runner import ModelRunner
 from nanochat_ray.inference.sampling import (
     NO_TOKEN,
@@ -48,6 +48,7 @@ class Launched:
     tokens: object  # tolist() waits for them
     began: float
     prompt_tokens: int
+    needs_logits: bool  # whether any of the sequences does
 
 
 class Engine:
@@ -80,6 +81,7 @@ class Engine:
         names = ("assistant_end", "python_start", "python_end", "output_start", "output_end")
         self.special = {name: tokenizer.special(f"<|{name}|>") for name in names} if tokenizer else {}
         self.stop = {self.special["assistant_end"], tokenizer.bos_id} if tokenizer else set()
+        self.watched = {NO_TOKEN, *self.stop, *self.special.values()}  # tokens that are more than a part of the answer
         self.grammars = Grammars(tokenizer, config.vocab_size) if tokenizer else None
         self.rows: list[Sequence] = []  # whose tables the runner has, row by row
         self.controls = Controls([], config.vocab_size, self.runner.device)
@@ -153,7 +155,7 @@ class Engine:
         launched = self._launch()
         moved = self._collect(self.in_flight) if self.in_flight else []
         self.in_flight = launched
-        if launched and (not self.runner.runs_ahead or any(s.needs_logits for s in launched.sequences)):
+        if launched and (not self.runner.runs_ahead or launched.needs_logits):
             moved += self._collect(launched)
             self.in_flight = None
         return moved
@@ -166,7 +168,8 @@ class Engine:
             return None
         joining = [sequence for sequence, end in chunks if end == len(sequence.ids)]
         sequences = [*rows, *joining]
-        matchers = [sequence.matcher for sequence in sequences]
+        needs_logits = any(sequence.needs_logits for sequence in sequences)
+        matchers = [sequence.matcher for sequence in sequences] if needs_logits else []
         allowed = self.grammars.allowed(matchers) if any(matchers) else None  # found while the forward runs
         logits, drawn = self.runner.run(rows, chunks)
         self._score_prompts(chunks)
@@ -174,7 +177,8 @@ class Engine:
         for sequence, end in chunks:
             prompt_tokens += end - sequence.table.length
             self.manager.advance(sequence.table, sequence.ids, end)
-        drawn = self._sample(logits, drawn, sequences, allowed)
+        if needs_logits or not self.runner.filters:
+            drawn = self._sample(logits, drawn, sequences, allowed)
         for sequence in joining:
             scheduler.start(sequence)
             if not sequence.generated:
@@ -183,32 +187,37 @@ class Engine:
         for slot, sequence in enumerate(sequences):
             sequence.slot = slot
             sequence.in_flight += 1
-            if sequence.generated + sequence.in_flight >= sequence.max_tokens:
+            if len(sequence.ids) + sequence.in_flight >= sequence.longest:
                 scheduler.retire(sequence)
         tokens = self.runner.fetch(drawn[: len(sequences)])
-        return Launched(sequences, len(rows), logits, tokens, began, prompt_tokens)
+        return Launched(sequences, len(rows), logits, tokens, began, prompt_tokens, needs_logits)
 
     def _collect(self, step: Launched) -> list[Sequence]:
         """Give each sequence of a step its next token: tool output that is due, else the one that was drawn."""
-        tokens, moved = step.tokens.tolist(), []
+        tokens, moved, rows = step.tokens.tolist(), [], step.rows
         for slot, sequence in enumerate(step.sequences):
             sequence.in_flight -= 1
             if sequence.finish_reason is not None:  # it ended, or was cancelled, after the step was launched
                 continue
             if sequence.forced:
                 tokens[slot] = sequence.forced[0]
-            if (
-                slot < step.rows
-                and sequence.table
-                and self.manager.advance(sequence.table, sequence.ids, len(sequence.ids))
-            ):
-                self.changed.add(sequence)
+            if slot < rows and (table := sequence.table):
+                table.length = len(sequence.ids)
+                if table.length % PAGE == 0 and self.manager.advance(table, sequence.ids, table.length):
+                    self.changed.add(sequence)
             moved.append((sequence, tokens[slot]))
-        self._note_logprobs(step.logits, step.sequences, tokens)
+        if step.needs_logits:
+            self._note_logprobs(step.logits, step.sequences, tokens)
         for sequence, token in moved:
-            self._append(sequence, token)
-        self.counts["generated_tokens"] += sum(sequence.max_tokens > 0 for sequence, _ in moved)
-        if step.rows and not self.runner.runs_ahead:
+            if sequence.plain and token not in self.watched and not sequence.forced:
+                sequence.ids.append(token)
+                sequence.mask.append(1)
+                if len(sequence.ids) == sequence.longest:
+                    self._end(sequence, "length")
+            else:
+                self._append(sequence, token)
+        self.counts["generated_tokens"] += sum([sequence.max_tokens > 0 for sequence, _ in moved])
+        if rows and not self.runner.runs_ahead:
             self._adapt(time.perf_counter() - step.began, step.prompt_tokens, step.rows)
         return [sequence for sequence, _ in moved]
 
@@ -280,10 +289,11 @@ class Engine:
         """Tell the runner who is in which row."""
         running, placed = self.scheduler.running, self.rows
         self.changed.clear()
-        for row, sequence in enumerate(running):
-            if sequence in changed or row >= len(placed) or placed[row] is not sequence:
-                self.runner.place(row, sequence.table)
-        self.rows = list(running)
+        if changed or running != placed:
+            for row, sequence in enumerate(running):
+                if sequence in changed or row >= len(placed) or placed[row] is not sequence:
+                    self.runner.place(row, sequence.table)
+            self.rows = list(running)
 
     def _sample(self, logits: torch.Tensor, drawn: torch.Tensor, sequences: list[Sequence], allowed) -> torch.Tensor:
         """The tokens that the runner drew, with those replaced that parameters or grammars are to change.
@@ -372,7 +382,7 @@ class Engine:
                 return self._fail(sequence, sequence.matcher.get_error())
             if sequence.matcher.is_stopped():  # it is complete, and nothing may follow
                 return self._end(sequence, "stop")
-        if sequence.generated == sequence.max_tokens:
+        if len(sequence.ids) == sequence.longest:
             self._end(sequence, "length")
 
     def _fail(self, sequence: Sequence, error: str) -> None:

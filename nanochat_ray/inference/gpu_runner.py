@@ -1,12 +1,14 @@
-"""Forwards on a GPU: Triton kernels between cuBLAS matmuls, pages and tables on the device, CUDA graphs for decoding.
+"""Forwards on a GPU: Triton kernels between cuBLAS matmuls, pages and tables on the device, CUDA graphs of whole steps.
 
 The host never waits for a step to launch the next one: the ids that a step draws stay on the device, where the next
-step finds them, and their copy for the host arrives meanwhile. Not yet run on a GPU; the tests run it in Triton's
-interpreter.
+step finds them, and their copy for the host arrives meanwhile. Graphs of steps that read prompts have not run on a GPU
+yet; the tests run them as plain calls in Triton's interpreter.
 """
 
+from array import array
 from collections import Counter
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from nanochat_ray.inference import kernels
-from nanochat_ray.inference.kv_cache import PAGE, BlockManager, BlockTable, pages_of
-from nanochat_ray.inference.sampling import GREEDY, SamplingParams, uniforms
+from nanochat_ray.inference.kv_cache import PAGE, BlockManager, BlockTable
+from nanochat_ray.inference.sampling import GREEDY, SamplingParams, chances, hashed, uniforms
 from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.model.gpt import GPT, Block
 from nanochat_ray.model.loss import softcap
@@ -25,6 +27,9 @@ UNKNOWN = -1  # instead of a place in `drawn`: the host gives the token's id its
 # Rows of a step's inputs, all int32; floats travel as their bits. One column a token, or a sequence.
 TOKEN_FIELDS = ("idx", "source", "previous", "at", "row")
 SAMPLING_FIELDS = ("temperature", "uniform", "top_k", "top_p", "min_p")
+# Tokens of prompts in a step that have a graph; the largest is the engine's GPU_CHUNK.
+READ_SIZES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+LEAST_PROMPTS, TOKENS_A_PROMPT = 4, 32  # a graph takes a prompt for each so many tokens, and this many at least
 
 
 class Layer(NamedTuple):
@@ -41,11 +46,37 @@ class Layer(NamedTuple):
     place: int  # in its group
 
 
-class Graph(NamedTuple):
-    """A CUDA graph of one decoding step, and the inputs (fields, columns) that it reads."""
+class Shape(NamedTuple):
+    """Of a step that reads prompts: for how many tokens, prompts and blocks of queries its inputs have places."""
 
-    cuda_graph: torch.cuda.CUDAGraph
+    tokens: int
+    prompts: int
+    blocks: int
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """Of the parts of the inputs: tokens; sampling, and the prompt's last token; start and count of the blocks."""
+        return [(len(TOKEN_FIELDS), self.tokens), (len(SAMPLING_FIELDS) + 1, self.prompts), (2, self.blocks)]
+
+    def split(self, flat):
+        """The parts of the inputs (any,), an array or a tensor, without copying them."""
+        begin = 0
+        for fields, columns in self.sizes:
+            end = begin + fields * _aligned(columns)
+            yield flat[begin:end].reshape(fields, -1)[:, :columns]
+            begin = end
+
+    @property
+    def length(self) -> int:
+        return sum(fields * _aligned(columns) for fields, columns in self.sizes)
+
+
+class Graph(NamedTuple):
+    """A step on inputs of one size: a CUDA graph, or in Triton's interpreter a call."""
+
+    replay: Callable[[], None]
     inputs: torch.Tensor
+    ends: torch.Tensor | None = None  # (3, tokens, C) of a step that reads prompts, see GPURunner._read
 
 
 class Tokens:
@@ -83,12 +114,22 @@ class GPURunner:
         # Zeros, since attention multiplies what it masks by 0, and 0 · NaN would spread.
         self.keys = torch.zeros(shape, device=self.device, dtype=self.dtype)
         self.values = torch.zeros(shape, device=self.device, dtype=self.dtype)
-        # Per group of layers (layers, rows, 1 + W). The last row is for padding: it has nothing but the null page.
-        width = _aligned(1 + -(-manager.capacity // PAGE) + 1)
-        self.host_tables = [np.zeros((len(group), max_rows + 1, width), dtype=np.int32) for group in self.groups]
-        self.widths = np.zeros((len(self.groups), max_rows + 1), dtype=np.int64)
-        self.tables = [torch.zeros(table.shape, dtype=torch.int32, device=self.device) for table in self.host_tables]
-        self.changed: set[int] = set()  # rows of host_tables that the device does not have yet
+        group = config.n_head // config.n_kv_head
+        self.queries = kernels.queries_per_block(group, False, self.dtype) // group  # tokens of a block of queries
+        # Padding is read as one sequence, a block of queries at a time: its row is at least as wide as such a block.
+        self.width = _aligned(1 + max(-(-manager.capacity // PAGE), self.queries // PAGE) + 1)
+        # Per group of layers (layers, rows, 1 + W), one after the other. A row begins with its sequence's first block,
+        # or where that was: those that no token sees any more stay in it, so a block is sent once. The last row is for
+        # padding: it has nothing but the null page.
+        cells = (max_rows + 1) * self.width
+        self.cells = torch.zeros(config.n_layer * cells, dtype=torch.int32, device=self.device)
+        layers = [len(group) for group in self.groups]
+        tables = self.cells.split([count * cells for count in layers])
+        self.tables = [t.view(n, max_rows + 1, self.width) for t, n in zip(tables, layers, strict=True)]
+        self.first_cells = np.split(np.arange(config.n_layer) * cells, np.cumsum(layers)[:-1])  # of each layer's table
+        self.placed: list[BlockTable | None] = [None] * max_rows
+        self.known = [0] * max_rows  # how many blocks of the sequence a row of the device's tables has
+        self.changed: set[int] = set()  # rows that may lack some
         self.drawn = torch.zeros(max_rows, dtype=torch.int32, device=self.device)
         self.logits = torch.zeros(max_rows, config.vocab_size, device=self.device)
         rows = torch.arange(max_rows, dtype=torch.int32, device=self.device)
@@ -97,10 +138,16 @@ class GPURunner:
         tokens = np.array([[0], [UNKNOWN], [0], [0], [max_rows]], dtype=np.int32)
         nobody = Sequence([0], SamplingParams(), 0, 1)
         self.padding = np.concatenate([tokens, _sampling([nobody], config.vocab_size)])
+        self.rows: list[Sequence] = []  # of the last step that had some
+        self.kept = np.zeros((len(self.padding), max_rows), dtype=np.int32)  # their inputs
+        self.kept[TOKEN_FIELDS.index("row")] = np.arange(max_rows)
+        self.prompt_lens, self.hashes = np.zeros(max_rows, dtype=np.int64), np.zeros(max_rows, dtype=np.uint64)
+        self.shapes = [self._shape(size, _prompts_of(size, max_rows)) for size in READ_SIZES]
+        self.read_drawn, self.read_logits = torch.zeros_like(self.drawn), torch.zeros_like(self.logits)  # of prompts
+        self.ends = self.ends_memory = torch.empty(0, dtype=self.dtype, device=self.device)
         self.sizes, self.uses = graph_sizes(max_rows), Counter()
-        self.graphs: dict[int, Graph] = {}
-        if self.device.type == "cuda":
-            self.pool, self.capture_stream = torch.cuda.graph_pool_handle(), _capture_stream(self.device)
+        self.graphs: dict[int | Shape, Graph] = {}  # by the number of sequences that decode, or the shape
+        self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def _layer(self, model: GPT, i: int) -> Layer:
         block: Block = model.transformer.h[i]
@@ -126,11 +173,8 @@ class GPURunner:
 
     def place(self, row: int, table: BlockTable) -> None:
         """Let a row of the tables be those of this sequence, or note that they changed."""
-        for group, blocks in enumerate(table.blocks):
-            line = self.host_tables[group][:, row]
-            line[:, 0] = table.first[group]
-            line[:, 1 : 1 + len(blocks)] = pages_of(blocks, self.groups[group])
-            self.widths[group, row] = 1 + len(blocks)
+        if self.placed[row] is not table:
+            self.placed[row], self.known[row] = table, 0
         self.changed.add(row)
 
     @torch.inference_mode()
@@ -143,67 +187,121 @@ class GPURunner:
         for row, (sequence, _) in enumerate(prompts, start=len(rows)):
             self.place(row, sequence.table)
         self._send_tables()
-        sequences = [*rows, *(sequence for sequence, _ in prompts)]
-        S, tokens = len(sequences), _tokens_of_rows(rows)
-        sampling = _sampling(sequences, self.config.vocab_size)
+        R, S = len(rows), len(rows) + len(prompts)
+        if rows:
+            self._run_rows(rows)
         if prompts:
-            self._run_with_prompts(tokens, sampling, prompts)
-        elif graph := self._graph(S):
-            columns = [np.concatenate([tokens, sampling]), self.padding.repeat(graph.inputs.size(1) - S, axis=1)]
-            graph.inputs.copy_(self._pinned(np.concatenate(columns, axis=1)), non_blocking=True)
-            graph.cuda_graph.replay()
-        else:
-            columns = self._pinned(_pad(np.concatenate([tokens, sampling])))
-            self._decode(columns.to(self.device, non_blocking=True), S)
+            self._run_prompts(R, prompts)
+            self.logits[R:S].copy_(self.read_logits[: len(prompts)])
+            self.drawn[R:S].copy_(self.read_drawn[: len(prompts)])
+        self.first_place = R
         return self.logits[:S], self.drawn[:S]
+
+    def _run_rows(self, rows: list[Sequence]) -> None:
+        S, inputs = len(rows), self._inputs_of_rows(rows)
+        if graph := self._graph(next(size for size in self.sizes if size >= S)):
+            padding = np.broadcast_to(self.padding, (len(inputs), graph.inputs.size(1) - S))
+            graph.inputs.copy_(self._pinned(np.concatenate([inputs, padding], axis=1)), non_blocking=True)
+            graph.replay()
+        else:
+            self._decode(self._pinned(_pad(inputs)).to(self.device, non_blocking=True), S)
+
+    def _inputs_of_rows(self, rows: list[Sequence]) -> np.ndarray:
+        """(fields, rows). What a step does not change is kept. All rows have a token in flight, or none has."""
+        S, before, kept = len(rows), self.rows, self.kept
+        if rows is not before:
+            new = [row for row, own in enumerate(rows) if row >= len(before) or before[row] is not own]
+            if new:
+                sequences = [rows[row] for row in new]
+                kept[len(TOKEN_FIELDS) :, new] = _sampling(sequences, self.config.vocab_size)
+                self.prompt_lens[new] = [s.prompt_len for s in sequences]
+                seeds, samples = np.array([(s.params.seed, s.sample) for s in sequences], dtype=np.uint64).T
+                self.hashes[new] = hashed(hashed(np.zeros(len(new), dtype=np.uint64), seeds), samples)
+            self.rows = rows
+        ids = [s.ids for s in rows]
+        lengths, last = np.array([len(own) for own in ids]), [own[-1] for own in ids]
+        idx, source, previous, at, _, _, uniform, *_ = kept[:, :S]
+        if rows[0].in_flight:
+            idx[:], source[:], previous[:], at[:] = 0, [s.slot for s in rows], last, lengths
+            for row, sequence in enumerate(rows):
+                if sequence.forced:  # a token that replaces what is drawn
+                    idx[row], source[row] = sequence.forced[0], UNKNOWN
+        else:
+            idx[:], source[:], previous[:], at[:] = last, UNKNOWN, [own[-2:][0] for own in ids], lengths - 1
+        steps = (at + 1 - self.prompt_lens[:S]).astype(np.uint64)
+        uniform[:] = chances(hashed(self.hashes[:S], steps)).view(np.int32)
+        return kept[:, :S]
+
+    def _run_prompts(self, row: int, prompts: list[tuple[Sequence, int]]) -> None:
+        """Read prompts whose tables are in the rows from `row` on, and draw a token after each into read_drawn."""
+        tokens = sum(end - sequence.table.length for sequence, end in prompts)
+        shapes = (s for s in self.shapes if s.tokens >= tokens and s.prompts >= len(prompts))
+        if (shape := next(shapes, None)) and (graph := self._graph(shape)):
+            graph.inputs.copy_(self._pinned(self._inputs_of_prompts(shape, row, prompts)), non_blocking=True)
+            graph.replay()
+            self.ends = graph.ends
+        else:
+            shape = self._shape(tokens, len(prompts))
+            inputs = self._pinned(self._inputs_of_prompts(shape, row, prompts)).to(self.device, non_blocking=True)
+            self.ends = self._read(inputs, shape)
 
     @torch.inference_mode()
     def logits_at(self, places: list[int]) -> torch.Tensor:
         """The logits (n, V) after those of the last run's tokens, which are counted from its first row on. Of a run
         that read prompts."""
-        index = torch.tensor(places, device=self.device)
-        x, y, x_mid = (each.index_select(0, index) for each in self.ends)
-        raw = F.linear(kernels.mix_norm(x, y, x_mid, self.backout), self.head)
+        index = torch.tensor(places, device=self.device) - self.first_place
+        raw = F.linear(kernels.mix_norm(*self.ends.index_select(1, index), self.backout), self.head)
         return softcap(raw[:, : self.config.vocab_size])
 
     def fetch(self, drawn: torch.Tensor) -> Tokens:
         return Tokens(drawn)
 
-    def _run_with_prompts(self, tokens: np.ndarray, sampling: np.ndarray, prompts: list[tuple[Sequence, int]]) -> None:
-        B = tokens.shape[1]
-        parts, counts = [tokens], [1] * B
-        for row, (sequence, end) in enumerate(prompts, start=B):
-            begin, ids = sequence.table.length, sequence.ids
-            part = np.full((len(TOKEN_FIELDS), end - begin), row, dtype=np.int32)
-            part[0], part[1] = ids[begin:end], UNKNOWN
-            part[2], part[3] = [ids[begin - 1] if begin else 0, *ids[begin : end - 1]], np.arange(begin, end)
-            parts.append(part)
-            counts.append(end - begin)
-        ends = np.cumsum(counts)
-        group = self.config.n_head // self.config.n_kv_head
-        most = kernels.queries_per_block(group, False, self.dtype) // group
-        blocks = [
-            (start, min(most, end - start))
-            for end, count in zip(ends.tolist(), counts, strict=True)
-            for start in range(end - count, end, most)
-        ]
-        arrays = [np.concatenate(parts, axis=1), sampling, ends[None] - 1, np.array(blocks).T]
-        flat = np.concatenate([_pad(array).ravel() for array in arrays])
-        sizes = [len(array) * _aligned(array.shape[1]) for array in arrays]
-        sent = self._pinned(flat).to(self.device, non_blocking=True).split(sizes)
-        tokens, sampling, last, blocks = (
-            part.view(len(array), -1)[:, : array.shape[1]] for part, array in zip(sent, arrays, strict=True)
-        )
-        self._forward(tokens, sampling, *blocks, last=last[0], decoding=False)
+    def _shape(self, tokens: int, prompts: int) -> Shape:
+        """With a block of queries for every part of as many prompts, and of the padding."""
+        return Shape(tokens, prompts, tokens // self.queries + prompts + 1)
+
+    def _inputs_of_prompts(self, shape: Shape, row: int, prompts: list[tuple[Sequence, int]]) -> np.ndarray:
+        """The inputs of _read. Tokens of the padding are one more sequence, on the null page; its other blocks of
+        queries have no tokens."""
+        flat = np.zeros(shape.length, dtype=np.int32)
+        tokens, draws, blocks = shape.split(flat)
+        begin, starts, counts = 0, [], []
+        for i, (sequence, stop) in enumerate(prompts):
+            first, ids = sequence.table.length, sequence.ids
+            end, known = begin + stop - first, np.asarray(array("i", ids[max(first - 1, 0) : stop]))
+            tokens[0, begin:end], tokens[2, end - len(known) + 1 : end] = known[-(stop - first) :], known[:-1]
+            tokens[3, begin:end], tokens[4, begin:end] = np.arange(first, stop), row + i
+            draws[-1, i] = end - 1
+            starts += range(begin, end, self.queries)
+            counts += [min(self.queries, end - start) for start in range(begin, end, self.queries)]
+            begin = end
+        tokens[1] = UNKNOWN
+        tokens[:, begin:] = self.padding[: len(TOKEN_FIELDS)]
+        starts += range(begin, shape.tokens, self.queries)
+        counts += [min(self.queries, shape.tokens - start) for start in range(begin, shape.tokens, self.queries)]
+        blocks[:, : len(starts)] = starts[::-1], counts[::-1]  # those with the most keys to see begin first
+        draws[:-1, : len(prompts)] = _sampling([sequence for sequence, _ in prompts], self.config.vocab_size)
+        draws[:-1, len(prompts) :] = self.padding[len(TOKEN_FIELDS) :]
+        return flat
 
     def _decode(self, inputs: torch.Tensor, S: int) -> None:
         """A step in which S sequences read one token each. inputs (fields, at least S)."""
         tokens, sampling = inputs[:, :S].split([len(TOKEN_FIELDS), len(SAMPLING_FIELDS)])
         start, count = (blocks[:S] for blocks in self.single_tokens)
-        self._forward(tokens, sampling, start, count, last=None, decoding=True)
+        x, y, x_mid = self._blocks(tokens, start, count, decoding=True)
+        self._draw(x, y, x_mid, sampling, self.logits[:S], self.drawn)
 
-    def _forward(self, tokens, sampling, start, count, last, decoding: bool) -> None:
-        """Fills logits and drawn. last (S,): each sequence's last token, None if every token is one."""
+    def _read(self, inputs: torch.Tensor, shape: Shape, ends: torch.Tensor | None = None) -> torch.Tensor:
+        """A step that reads prompts. Fills read_logits and read_drawn; returns, in `ends` if it is given, what the
+        logits of each token are made of (3, tokens, C)."""
+        tokens, (*sampling, last), (start, count) = shape.split(inputs)
+        ends = torch.stack(self._blocks(tokens, start, count, decoding=False), out=ends)
+        self._draw(*ends.index_select(1, last), sampling, self.read_logits[: shape.prompts], self.read_drawn)
+        return ends
+
+    def _blocks(self, tokens, start, count, decoding: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The residual stream after the last block but for its MLP, that MLP's output, and the stream in the middle:
+        each (N, C)."""
         idx, source, previous, at, row = tokens
         model, config = self.model, self.config
         x0 = kernels.embed(
@@ -222,70 +320,102 @@ class GPURunner:
             y = F.linear(kernels.relu_square(F.linear(u, layer.mlp_in)), layer.mlp_out)
             if i == config.n_layer // 2:
                 x_mid = x + y
-        if last is not None:
-            self.ends = x, y, x_mid
-            x, y, x_mid = (each.index_select(0, last) for each in (x, y, x_mid))
+        return x, y, x_mid
+
+    def _draw(self, x, y, x_mid, sampling, logits: torch.Tensor, drawn: torch.Tensor) -> None:
+        """Fill logits (S, V) and the first S of drawn, after tokens of which _blocks returned (S, C) each."""
         raw = F.linear(kernels.mix_norm(x, y, x_mid, self.backout), self.head)
         temperature, uniform, top_k, top_p, min_p = sampling
         temperature, uniform, top_p, min_p = (x.view(torch.float32) for x in (temperature, uniform, top_p, min_p))
-        kernels.sample(
-            raw, config.vocab_size, temperature, uniform, top_k, top_p, min_p, self.logits[: len(raw)], self.drawn
-        )
+        kernels.sample(raw, self.config.vocab_size, temperature, uniform, top_k, top_p, min_p, logits, drawn)
 
     def _send_tables(self) -> None:
-        if not self.changed:
-            return
-        rows = np.array(sorted(self.changed), dtype=np.int32)
+        """Bring the blocks to the device that its tables lack."""
+        places, pages = [[] for _ in self.groups], [array("i") for _ in self.groups]
+        for row in self.changed:
+            table, known = self.placed[row], self.known[row]
+            self.known[row] = table.room // PAGE
+            for group, (first, blocks) in enumerate(zip(table.first, table.blocks, strict=True)):
+                new = blocks[max(known - first, 0) :]
+                if new:
+                    end = row * self.width + 1 + first + len(blocks)
+                    places[group] += range(end - len(new), end)
+                    for block in new:
+                        pages[group].fromlist(block.pages)
         self.changed.clear()
-        parts = [
-            table[:, rows, : widths[rows].max()] for table, widths in zip(self.host_tables, self.widths, strict=True)
+        if not any(places):
+            return
+        cells = [
+            np.add.outer(np.array(own, dtype=np.int64), first).ravel()
+            for own, first in zip(places, self.first_cells, strict=True)
         ]
-        flat = self._pinned(np.concatenate([rows, *(part.ravel() for part in parts)]))
-        rows, *flat = flat.to(self.device, non_blocking=True).split([len(rows), *(part.size for part in parts)])
-        rows = rows.long()
-        for table, part, new in zip(self.tables, parts, flat, strict=True):
-            table[:, :, : part.shape[2]].index_copy_(1, rows, new.view(part.shape))
+        cells, pages = np.concatenate(cells), np.concatenate(pages, dtype=np.int32)
+        sent = self._pinned(np.concatenate([cells.view(np.int32), pages])).to(self.device, non_blocking=True)
+        self.cells.index_copy_(0, sent[: 2 * len(pages)].view(torch.int64), sent[2 * len(pages) :])
 
     def _pinned(self, array: np.ndarray) -> torch.Tensor:
         """Torch keeps a pinned tensor's memory until what was copied from it has arrived."""
-        tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=np.int32))
-        return tensor.pin_memory() if self.device.type == "cuda" else tensor
+        tensor = torch.empty(array.shape, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        tensor.numpy()[...] = array
+        return tensor
 
-    def _graph(self, S: int) -> "Graph | None":
-        """The graph for S sequences, captured when such steps have been many enough for it to pay, or None."""
-        size = next(size for size in self.sizes if size >= S)
+    def _graph(self, size: int | Shape) -> Graph | None:
+        """The graph for so many sequences that decode, or for prompts of this shape, captured when such steps have been
+        many enough for it to pay, or None."""
         self.uses[size] += 1
-        if size not in self.graphs and self.uses[size] > EAGER_STEPS and self.device.type == "cuda":
+        if size not in self.graphs and self.uses[size] > EAGER_STEPS:
             self._capture(size)
         return self.graphs.get(size)
 
     @torch.inference_mode()
     def compile(self) -> None:
         """Capture all graphs now, which takes seconds. Not while the engine steps."""
+        for size in [*reversed(self.shapes), *reversed(self.sizes)]:
+            self._capture(size)  # the largest first: the smaller ones find room in its memory
         if self.device.type == "cuda":
-            for size in reversed(self.sizes):  # the largest first: the smaller ones find room in its memory
-                self._capture(size)
+            torch.cuda.empty_cache()  # what the runs before the captures took
 
-    def _capture(self, size: int) -> None:
-        inputs = self._pinned(_pad(self.padding.repeat(size, axis=1))).to(self.device)
-        drawn = self.drawn.clone()  # the next step may need these
-        torch.cuda.synchronize(self.device)
-        with torch.cuda.stream(self.capture_stream):
-            self._decode(inputs, size)  # compiles kernels and sets up cuBLAS, which a capture must not
-        torch.cuda.synchronize(self.device)
-        graph = torch.cuda.CUDAGraph()
-        # Thread-local: other threads of the process may use the device meanwhile.
-        options = {"pool": self.pool, "stream": self.capture_stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(graph, **options):
-            self._decode(inputs, size)
+    def _capture(self, size: int | Shape) -> None:
+        drawn, ends = self.drawn.clone(), None  # the next step may need these
+        if isinstance(size, Shape):
+            needed = 3 * size.tokens * self.config.n_embd
+            if self.ends_memory.numel() < needed:
+                self.ends_memory = self.ends_memory.new_empty(needed)
+            ends = self.ends_memory[:needed].view(3, size.tokens, -1)
+            inputs = self._pinned(self._inputs_of_prompts(size, 0, [])).to(self.device)
+            step = partial(self._read, inputs, size, ends)
+        else:
+            inputs = self._pinned(_pad(self.padding.repeat(size, axis=1))).to(self.device)
+            step = partial(self._decode, inputs, size)
+        self.graphs[size] = Graph(self._captured(step) if self.pool else step, inputs, ends)
         self.drawn.copy_(drawn)
-        self.graphs[size] = Graph(graph, inputs)
+
+    def _captured(self, step: Callable) -> Callable[[], None]:
+        """A step as a CUDA graph."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(_capture_stream(self.device)):
+            step()  # compiles kernels and sets up cuBLAS, which a capture must not
+            torch.cuda.synchronize(self.device)
+            # Not torch.cuda.graph, which gives all memory back first, and the next step takes it again. Thread-local:
+            # other threads of the process may use the device meanwhile.
+            graph.capture_begin(self.pool, capture_error_mode="thread_local")
+            try:
+                step()
+            finally:
+                graph.capture_end()
+        return graph.replay
 
 
 @lru_cache
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """One for all engines of a process: cuBLAS keeps a workspace of 32 MiB for each stream, for good."""
     return torch.cuda.Stream(device)
+
+
+def _prompts_of(tokens: int, max_rows: int) -> int:
+    """How many prompts a graph for so many tokens takes."""
+    return min(max_rows, max(LEAST_PROMPTS, tokens // TOKENS_A_PROMPT))
 
 
 def graph_sizes(most: int) -> list[int]:
@@ -305,26 +435,11 @@ def _pad(array: np.ndarray) -> np.ndarray:
     return np.pad(array.astype(np.int32, copy=False), ((0, 0), (0, padding)))
 
 
-def _tokens_of_rows(rows: list[Sequence]) -> np.ndarray:
-    columns = []
-    for row, s in enumerate(rows):
-        token, before = s.last_token, s.ids[-1] if s.in_flight else s.ids[-2:][0]
-        known = (token, UNKNOWN) if token is not None else (0, s.slot)
-        columns.append((*known, before, s.length - 1, row))
-    return np.array(columns, dtype=np.int32).reshape(-1, len(TOKEN_FIELDS)).T
-
-
 def _sampling(sequences: list[Sequence], vocab_size: int) -> np.ndarray:
     params = [s.params for s in sequences]
-    chances = uniforms(np.array([s.key for s in sequences], dtype=np.uint64)).numpy()
-    floats = np.array(
-        [
-            [max(p.temperature, GREEDY) for p in params],
-            chances,
-            [1.0 if p.top_p is None else p.top_p for p in params],
-            [p.min_p for p in params],
-        ],
-        dtype=np.float32,
-    ).view(np.int32)
-    top_k = np.array([min(p.top_k or vocab_size, vocab_size) for p in params], dtype=np.int32)
-    return np.stack([floats[0], floats[1], top_k, floats[2], floats[3]])
+    columns = [(max(p.temperature, GREEDY), 0, 0, 1 if p.top_p is None else p.top_p, p.min_p) for p in params]
+    fields = np.array(columns, dtype=np.float32).reshape(-1, len(SAMPLING_FIELDS)).T.copy()
+    fields[1] = uniforms(np.array([s.key for s in sequences], dtype=np.uint64)).numpy()
+    fields = fields.view(np.int32)
+    fields[2] = [min(p.top_k or vocab_size, vocab_size) for p in params]
+    return fields

@@ -1,4 +1,4 @@
-"""Triton kernels of the GPU engine: everything in a forward that is not a matmul. Not yet run on a GPU.
+"""Triton kernels of the GPU engine: everything in a forward that is not a matmul.
 
 Matmuls stay with cuBLAS. All kernels compute in fp32 and round where the model in gpt.py rounds, so that both give the
 same numbers up to the order of sums. No kernel takes an integer that changes between steps: such an integer would be
@@ -155,6 +155,8 @@ def attention_kernel(
     """
     block, kv_head, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     token, tokens = tl.load(start + block), tl.load(count + block)
+    if tokens == 0:  # a block of the padding
+        return
     GROUP: tl.constexpr = H // K
     lane = tl.arange(0, QUERIES)  # query heads of one token are adjacent lanes
     query, head = token + lane // GROUP, kv_head * GROUP + lane % GROUP

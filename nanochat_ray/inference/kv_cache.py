@@ -8,6 +8,7 @@ its pages are needed; a window's layers keep only the blocks that the next token
 import hashlib
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,7 +23,7 @@ class CacheFull(Exception):
     """There are too few pages left for what a sequence needs."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Block:
     pages: list[int]  # one a layer of its group
     references: int = 1
@@ -55,7 +56,7 @@ class BlockManager:
         """num_pages: of all layers together, the null page included. Raises ValueError for too few to hold a token."""
         self.windows = sorted(set(config.window_sizes))
         self.layers = [[i for i, w in enumerate(config.window_sizes) if w == window] for window in self.windows]
-        self.num_pages = num_pages - 1
+        self.num_layers, self.num_pages = config.n_layer, num_pages - 1
         self.capacity = self._capacity(ROTARY_REACH * config.sequence_len)
         if self.capacity == 0:
             raise ValueError(f"{num_pages} pages of {PAGE} tokens are too few for {config.n_layer} layers")
@@ -74,12 +75,12 @@ class BlockManager:
         the last one, which is always computed."""
         table = BlockTable([[] for _ in self.windows], [0 for _ in self.windows], root=_root(salt))
         limit = len(tokens) - 1 if most is None else min(most, len(tokens) - 1)
-        hashes = self._hashes(tokens[: limit // PAGE * PAGE], table.root)
-        length = self._longest_known(hashes)
-        table.length, table.room, table.hashes = length * PAGE, length * PAGE, hashes[:length]
+        hashes = self._longest_known(tokens[: limit // PAGE * PAGE], table.root)
+        length = len(hashes)
+        table.length, table.room, table.hashes = length * PAGE, length * PAGE, hashes
         for group, window in enumerate(self.windows):
             table.first[group] = _first_visible(table.length, window)
-            for key in hashes[table.first[group] : length]:
+            for key in hashes[table.first[group] :]:
                 block = self.found[group, key]
                 if block.references == 0:
                     del self.unused[block]
@@ -92,15 +93,14 @@ class BlockManager:
         """Make room for tokens up to length; returns whether blocks were added. Raises CacheFull, having taken none."""
         if length <= table.room:
             return False
-        counts = [
-            -(-length // PAGE) - first - len(blocks) for first, blocks in zip(table.first, table.blocks, strict=True)
-        ]
-        needed = sum(max(0, count) * len(layers) for count, layers in zip(counts, self.layers, strict=True))
-        if needed > len(self.free) + self.unused_pages:
+        count = -(-(length - table.room) // PAGE)  # in every group
+        if count * self.num_layers > len(self.free) + self.unused_pages:
             raise CacheFull
-        for count, layers, blocks in zip(counts, self.layers, table.blocks, strict=True):
-            blocks.extend(Block([self._take() for _ in layers]) for _ in range(count))
-        table.room = -(-length // PAGE) * PAGE
+        for layers, blocks in zip(self.layers, table.blocks, strict=True):
+            size = len(layers)
+            pages = self._take(count * size)
+            blocks += [Block(pages[i : i + size]) for i in range(0, len(pages), size)]
+        table.room += count * PAGE
         return True
 
     def advance(self, table: BlockTable, tokens: list[int], length: int) -> bool:
@@ -117,12 +117,12 @@ class BlockManager:
                 key, block = (group, table.hashes[index]), blocks[index - table.first[group]]
                 if key not in self.found:
                     self.found[key], block.key = block, key
-            gone = _first_visible(length, window) - table.first[group]
-            for block in blocks[:gone]:
-                self._release(block)
-            del blocks[:gone]
-            table.first[group] += gone
-            released |= gone > 0
+            if gone := _first_visible(length, window) - table.first[group]:
+                for block in blocks[:gone]:
+                    self._release(block)
+                del blocks[:gone]
+                table.first[group] += gone
+                released = True
         return released
 
     def close(self, table: BlockTable) -> None:
@@ -149,31 +149,39 @@ class BlockManager:
             self.unused[block] = None
             self.unused_pages += len(block.pages)
 
-    def _take(self) -> int:
-        if not self.free:
+    def _take(self, count: int) -> list[int]:
+        while len(self.free) < count:
             block, _ = self.unused.popitem(last=False)
             del self.found[block.key]
             self.unused_pages -= len(block.pages)
             self.free += block.pages
-        return self.free.pop()
+        taken = self.free[-count:]
+        del self.free[-count:]
+        return taken
 
-    def _longest_known(self, hashes: list[bytes]) -> int:
-        """How many blocks of a prefix can be gone on from: those that its next token sees are there in all groups."""
-        known, runs = 0, [0] * len(self.windows)
-        for length, key in enumerate(hashes, start=1):
-            for group in range(len(runs)):
-                runs[group] = runs[group] + 1 if (group, key) in self.found else 0
-            if all(run >= length - _first_visible(length * PAGE, w) for run, w in zip(runs, self.windows, strict=True)):
-                known = length
-        return known
+    def _longest_known(self, tokens: list[int], root: bytes) -> list[bytes]:
+        """The hashes of the blocks of the longest prefix that can be gone on from: those that its next token sees are
+        there in all groups."""
+        hashes, known, runs = [], 0, [0] * len(self.windows)
+        for key in self._hashes(tokens, root):
+            hashes.append(key)
+            runs = [run + 1 if (group, key) in self.found else 0 for group, run in enumerate(runs)]
+            seen = [len(hashes) - _first_visible(len(hashes) * PAGE, window) for window in self.windows]
+            if all(map(int.__ge__, runs, seen)):
+                known = len(hashes)
+            elif any(
+                run == 0 and _first_visible(len(tokens), window) < len(hashes)
+                for run, window in zip(runs, self.windows, strict=True)
+            ):
+                break  # every longer prefix needs this block too
+        return hashes[:known]
 
-    def _hashes(self, tokens: list[int], last: bytes) -> list[bytes]:
+    def _hashes(self, tokens: list[int], last: bytes) -> Iterator[bytes]:
         """Of each block's tokens and all before them; sha256, since a collision would show one user another's text."""
-        hashes = []
-        for start in range(0, len(tokens), PAGE):
-            last = hashlib.sha256(last + array("i", tokens[start : start + PAGE]).tobytes()).digest()
-            hashes.append(last)
-        return hashes
+        stored, size = array("i", tokens).tobytes(), 4 * PAGE
+        for start in range(0, len(stored), size):
+            last = hashlib.sha256(last + stored[start : start + size]).digest()
+            yield last
 
 
 def _root(salt: str) -> bytes:

@@ -80,13 +80,13 @@ class SamplingParams:
             _check(name, count, valid, f"from 0 to {MOST_LOGPROBS}")
         _check("grammar", self.grammar, self.grammar is None or bool(self.grammar), "a grammar that is not empty")
 
-    @property
+    @cached_property
     def penalizes(self) -> bool:
         """Whether logits change by what was said, or by a bias."""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         return bool(penalties or self.logit_bias)
 
-    @property
+    @cached_property
     def filters(self) -> bool:
         """Whether some tokens are left out by their probability."""
         return bool(self.top_k or self.min_p > 0) or (self.top_p is not None and self.top_p < 1)
@@ -257,9 +257,18 @@ def uniforms(keys: np.ndarray) -> torch.Tensor:
     """
     z = np.zeros(len(keys), dtype=np.uint64)
     for key in keys.T:
-        z = z + (key + ONE) * np.uint64(0x9E3779B97F4A7C15)  # the golden ratio in 64 bits; sums and products wrap
-        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        z = z ^ (z >> np.uint64(31))
-    # 23 bits: in fp32 their product with a sum stays below the sum
-    return torch.from_numpy((z >> np.uint64(41)).astype(np.float32) / np.float32(2**23))
+        z = hashed(z, key)
+    return torch.from_numpy(chances(z))
+
+
+def hashed(z: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The hash (B,) uint64 of the integers whose hash is z, and one more."""
+    z = z + (key + ONE) * np.uint64(0x9E3779B97F4A7C15)  # the golden ratio in 64 bits; sums and products wrap
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def chances(z: np.ndarray) -> np.ndarray:
+    """Hashes to fp32 in [0, 1). 23 bits: their product with a sum stays below the sum."""
+    return (z >> np.uint64(41)).astype(np.float32) / np.float32(2**23)

@@ -93,7 +93,7 @@ class Scheduler:
         When there is none left the youngest makes way. A sequence alone always has room: its length was limited to it.
         """
         changed = []
-        growing = [s for s in self.running if s.length > s.table.room]
+        growing = [s for s in self.running if len(s.ids) + s.in_flight > s.table.room]
         for sequence in sorted(growing, key=lambda s: s.arrival):
             while sequence.table is not None:
                 try:

@@ -55,9 +55,15 @@ class Sequence:
     finish_reason: str | None = None
     error: str | None = None  # why finish_reason is "error"
     ending: tuple[int, tuple] | None = None  # with logprobs: the token that ended the turn, and its log probabilities
+    longest: int = 0  # tokens of the prompt and of an answer of max_tokens
+    needs_logits: bool = False  # whether the host has to look at the logits, or the tokens so far, for the next token
+    plain: bool = False  # whether a token that is none of the special ones is just added to the answer
 
     def __post_init__(self):
         self.prompt_len = len(self.ids)
+        self.longest = self.prompt_len + self.max_tokens
+        self.needs_logits = self.params.logprobs is not None or self.params.penalizes or self.matcher is not None
+        self.plain = self.max_tokens > 0 and self.answer is None and self.matcher is None
 
     @property
     def generated(self) -> int:
@@ -91,11 +97,6 @@ class Sequence:
         """The same when it is drawn a second time."""
         seed, sample, step = self.key
         return seed, sample + SECOND, step
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether the host has to look at the logits, or the tokens so far, before the next token is drawn."""
-        return self.params.logprobs is not None or self.params.penalizes or self.matcher is not None
 
     @property
     def tokens(self) -> list[int]:

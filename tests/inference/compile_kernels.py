@@ -9,13 +9,12 @@ import re
 import subprocess
 import tempfile
 
-import numpy as np
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from nanochat_ray.inference.gpu_runner import GPURunner, _sampling
+from nanochat_ray.inference.gpu_runner import GPURunner
 from nanochat_ray.inference.kv_cache import BlockManager
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.inference.sequence import Sequence
@@ -67,8 +66,7 @@ def launch(config: GPTConfig, dtype: torch.dtype, rows: tuple[int, ...]) -> None
     runner, sequence = GPURunner(model, manager, max(rows)), Sequence([1] * 200, SamplingParams(), 0, 9)
     sequence.table = manager.open(sequence.ids)
     with torch.inference_mode():
-        tokens = np.zeros((5, 0), dtype=np.int32)
-        runner._run_with_prompts(tokens, _sampling([sequence], config.vocab_size), [(sequence, 200)])
+        runner._run_prompts(0, [(sequence, 200)])
         for S in rows:
             runner._decode(torch.zeros(10, -(-S // 4) * 4, dtype=torch.int32), S)
 

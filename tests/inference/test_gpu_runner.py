@@ -91,6 +91,32 @@ def test_a_step_is_launched_before_the_last_ones_tokens_are_known(small, random_
     assert (first.generated, first.in_flight, first.finish_reason) == (4, 0, "length")
 
 
+def test_steps_padded_to_the_size_of_a_graph_are_the_same(small, random_prompts, monkeypatch):
+    """Prompts alone and beside sequences that decode, and a prompt's scores. In the interpreter a graph is a call."""
+    monkeypatch.setattr("nanochat_ray.inference.gpu_runner.READ_SIZES", (8,))
+    monkeypatch.setattr("nanochat_ray.inference.gpu_runner.LEAST_PROMPTS", 2)
+    answers = []
+    for compiled in (False, True):
+        engine = Engine(small, None, 5, chunk=8)
+        if compiled:
+            engine.compile()
+        sequences = []
+        for lengths, scores in (((3, 1), 2), ((2,), None)):
+            params = SamplingParams(2, seed=len(lengths), prompt_logprobs=scores)
+            sequences += [engine.submit(prompt, params)[0] for prompt in random_prompts(*lengths, seed=len(lengths))]
+            engine.step()
+        while engine.busy:
+            engine.step()
+        used = [engine.runner.graphs[size] for size in engine.runner.uses if size in engine.runner.graphs]
+        assert len([graph for graph in used if graph.ends is not None]) == compiled
+        answers.append(sequences)
+    for ours, theirs in zip(*answers, strict=True):
+        assert ours.tokens == theirs.tokens
+        for one, other in zip(ours.prompt_logprobs or [None], theirs.prompt_logprobs or [None], strict=True):
+            assert one == other or one[0] == pytest.approx(other[0], abs=1e-4)
+    assert torch.isfinite(engine.runner.keys).all() and torch.isfinite(engine.runner.values).all()
+
+
 def test_every_row_of_a_steps_inputs_is_aligned(small, random_prompts):
     """Else Triton would compile each kernel again for another mix of aligned and other pointers."""
     from nanochat_ray.inference import kernels

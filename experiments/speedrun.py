@@ -195,7 +195,7 @@ def run_stages(job: "Job") -> str:
     if "sft" in job.after:
         answered = stages.measure(
             "chat",
-            lambda: on_gpus(job.use_gpu, held_out.ask, [(newest, job.pydocs)])[0],
+            lambda: on_gpus(job.use_gpu, "chat", held_out.ask, [(newest, job.pydocs)])[0],
             lambda answers: {answer["kind"]: answer["right"] / answer["of"] for answer in answers},
         )
         answers = answered or []
@@ -324,7 +324,7 @@ def measure_core(job: Job, folder: str, bundle_dir: str) -> dict[str, float]:
 
 def measure_chatcore(job: Job, folder: str, problems: dict[str, list[dict]]) -> dict[str, float]:
     """Each task on a GPU of its own, or one after the other on this machine's CPUs."""
-    parts = on_gpus(job.use_gpu, answer, [(folder, {name: tasks}) for name, tasks in problems.items()])
+    parts = on_gpus(job.use_gpu, "chatcore", answer, [(folder, {name: tasks}) for name, tasks in problems.items()])
     result = chat.ChatResult()
     for part in parts:
         result.accuracy |= part.accuracy
@@ -335,15 +335,22 @@ def measure_chatcore(job: Job, folder: str, problems: dict[str, list[dict]]) -> 
     return result.metrics()
 
 
-def on_gpus(use_gpu: bool, function: Callable, calls: list[tuple]) -> list:
+def on_gpus(use_gpu: bool, stage: str, function: Callable, calls: list[tuple]) -> list:
     """function(device, *call) of each call: by a Ray task with a GPU each, or here on the CPUs.
 
     A GPU that this process took by itself could be one that somebody else has reserved."""
     if not use_gpu:
         return [function("cpu", *call) for call in calls]
-    task = ray.remote(num_gpus=1)(function)
+
+    def begin(*call):
+        yield  # it has a GPU
+        yield function("cuda", *call)
+
+    task = ray.remote(num_gpus=1, num_returns="streaming")(begin)
+    results = [task.remote(*call) for call in calls]
+    hosts.until_started(results, stage)
     try:
-        return ray.get([task.remote("cuda", *call) for call in calls])
+        return [ray.get([*result][-1]) for result in results]
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
 

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
@@ -23,6 +22,7 @@ import ray
 import ray.train
 import torch
 from ray import tune
+from ray.actor import ActorHandle
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -32,14 +32,13 @@ from nanochat_ray.data import prepare
 from nanochat_ray.evals import bundle, core
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
 from nanochat_ray.train import hosts, launch, lease, pretrain
+from nanochat_ray.train.failing import described, shared
+from nanochat_ray.train.loop import OUT_OF_MEMORY
 from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.plan import GPU_SHARE, predict_memory, rows_that_fit
 from nanochat_ray.train.pretrain import PretrainOptions
 
 HEAD = {"node:__internal_head__": 0.001}  # a trial's own: on the node that, once lost, ends the sweep in any case
-OUT_OF_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|cannot allocate memory|low on memory|MemoryError", re.I
-)
 AS_LARGE = 0.9  # of the largest run's FLOPs: such runs share the GPUs evenly
 CPU_SHARE = 0.9  # of a CPU worker's memory that the plan may fill: it is right to some 10 %
 
@@ -250,7 +249,7 @@ def worker_memory(scaling: ray.train.ScalingConfig) -> float:
 # One run
 
 
-def train_trial(config: dict) -> None:
+def train_trial(config: dict, failing: ActorHandle) -> None:
     """Train a run to its end and write its result.json. A failure is reported, not raised: Tune would print a page.
 
     A score that can't be had is reported too, and the run has a result without it."""
@@ -259,7 +258,7 @@ def train_trial(config: dict) -> None:
     options = PretrainOptions(**given["options"])
     measuring.failed.clear()
     try:
-        result, options, notes = train_within_memory(options, given["base_lrs"])
+        result, options, notes = train_within_memory(options, given["base_lrs"], failing)
         finish_trial(given, options, result.checkpoint, result.run_dir, notes)
     except Exception as error:
         tune.report({"error": f"{type(error).__name__}: {error}"})
@@ -281,13 +280,15 @@ def finish_trial(given: dict, options: PretrainOptions, checkpoint: str, run_dir
         tune.report({"unmeasured": measuring.failed})
 
 
-def train_within_memory(options: PretrainOptions, base_lrs: dict[str, float]):
+def train_within_memory(options: PretrainOptions, base_lrs: dict[str, float], failing: ActorHandle):
     """(result, the options it was got with, notes). Out of memory, the device batch is halved; a run that lost its
     workers otherwise goes on as often as a single run does."""
     failures, notes = 0, []
     while True:
+        known = ray.get(failing.bad_places.remote())
         try:
-            return pretrain.run(options, report=report_to_tune(options), base_lrs=base_lrs), options, notes
+            result = pretrain.run(options, report=report_to_tune(options), base_lrs=base_lrs, failing=failing)
+            return result, options, notes
         except ray.train.TrainingFailedError as error:
             rows = options.device_batch_size
             if OUT_OF_MEMORY.search(str(error)) and rows > 1:
@@ -297,6 +298,9 @@ def train_within_memory(options: PretrainOptions, base_lrs: dict[str, float]):
             failures += 1
             if failures > launch.MAX_FAILURES:
                 raise
+            if bad := ray.get(failing.bad_places.remote()) - known:
+                notes.append(f"workers failed twice on {described(bad)}")
+                tune.report({"said": f"{notes[-1]}: all runs go on without if there are others"})
 
 
 def report_to_tune(options: PretrainOptions) -> Callable[[dict], None]:
@@ -344,8 +348,16 @@ def write_result(run_dir: str, more: dict) -> None:
 # All runs
 
 
-def run_trials(folder: str, trials: list[dict], trainable: Callable = train_trial, scheduler=None) -> list[dict]:
+def run_trials(
+    folder: str,
+    trials: list[dict],
+    trainable: Callable | None = None,
+    scheduler=None,
+    failing: ActorHandle | None = None,
+) -> list[dict]:
     """Run what is not finished, as many at once as the cluster has room for; returns the lines of results.csv.
+
+    failing: what trials before have found of the hosts, else they begin to find it.
 
     Raises ValueError naming the runs that failed, when the others are finished, and KeyboardInterrupt when stopped.
     """
@@ -365,6 +377,9 @@ def run_trials(folder: str, trials: list[dict], trainable: Callable = train_tria
         os.environ |= {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}  # a run that failed has no loss to report
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         filesystem, path = storage.filesystem(folder)
+        if trainable is None:
+            failing = failing or shared()
+            trainable = tune.with_parameters(train_trial, failing=failing)
         tuner = tune.Tuner(
             tune.with_resources(trainable, tune.PlacementGroupFactory([HEAD])),
             param_space={"trial": tune.grid_search(unfinished)},
@@ -455,6 +470,8 @@ class Progress(tune.Callback):
         if result.get("error"):
             self.errors[name] = result["error"]
             return
+        if "said" in result:
+            print(f"{name}: {result['said']}", flush=True)
         for line in result.get("unmeasured", ()):
             measuring.note(f"{name}: {line}")
         if "step" not in result:

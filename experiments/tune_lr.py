@@ -18,6 +18,7 @@ from experiments import sweep
 from experiments.report import conclude
 from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.model.scaling import BASE_LRS
+from nanochat_ray.train.failing import shared
 
 DEPTHS = {"cpu": (1, 2), "gpu": (12, 20)}  # of the search and of the check
 MEASUREMENTS = 9  # of val/bpb in a run, besides the one before its first step
@@ -57,12 +58,13 @@ def run(options: TuneLrOptions) -> str:
         workers, *_ = sweep.share_workers(options, [sweep.plan_of(run)] * count)
         return sweep.trial(label, run, workers, options, base_lrs=rates, columns={"ratio": ratio, **rates})
 
+    failing = shared()
     everything, draws = [], sample_rates(options.samples, options.factor, options.seed)
     for ratio in ratios:
         searched = [trial(f"r{ratio:g}-{i}", depth, ratio, rates, len(draws)) for i, rates in enumerate(draws)]
         everything += searched
         asha = ASHAScheduler("evals", "val/bpb", "min", NEVER, RUNGS_AT, reduction_factor=RUNGS_AT)
-        found = sweep.run_trials(folder, searched, scheduler=asha)
+        found = sweep.run_trials(folder, searched, scheduler=asha, failing=failing)
         best = min(found, key=lambda row: row["val_bpb"])
         rates = {key: best[key] for key in BASE_LRS}
         check = [
@@ -70,7 +72,7 @@ def run(options: TuneLrOptions) -> str:
             for side, lrs in (("base", BASE_LRS), ("best", rates))
         ]
         everything += check
-        results = {row["run"]: row["val_bpb"] for row in sweep.run_trials(folder, check)}
+        results = {row["run"]: row["val_bpb"] for row in sweep.run_trials(folder, check, failing=failing)}
         said += sentences(ratio, depth, larger, found, best, [results[t["name"]] for t in check])
     sweep.write_results(folder, everything)
     sweep.begin("tune_lr", options, inputs, depth=depth, findings=said)

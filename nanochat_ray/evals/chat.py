@@ -5,7 +5,7 @@ generated on the engine, all problems in its batches, and judged by the number a
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from nanochat_ray.train.loop import Measurement
 
 @dataclass(frozen=True)
 class Task:
-    conversations: Callable[..., list[dict]]  # takes datasets_dir and size
+    conversations: Callable[..., Iterable[dict]]  # takes datasets_dir and size
     judge: Callable[[dict, str], bool]
     baseline: float  # accuracy of guessing
     generates: bool
@@ -143,7 +143,7 @@ def load_problems(
     problems = {}
     for name in tasks or TASKS:
         try:
-            problems[name] = TASKS[name].conversations(datasets_dir=datasets_dir, size=max_problems)
+            problems[name] = list(TASKS[name].conversations(datasets_dir=datasets_dir, size=max_problems))
         except OSError as error:
             raise OSError(f"{name}: {error}, or leave it out: --tasks, --chatcore-tasks") from None
     return problems

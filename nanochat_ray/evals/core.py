@@ -31,11 +31,11 @@ from nanochat_ray.measuring import measuring
 from nanochat_ray.model.attention import attention, sliding_window_mask
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.train.checkpoint import load_model
+from nanochat_ray.train.hosts import until_started
 from nanochat_ray.train.loop import Measurement
 
 SHOTS_SEED = 1234
 FORWARD_TOKENS = {"cuda": 2**16, "cpu": 2**12}  # in one forward, padding included; one row may be longer
-PATIENCE_SECONDS = 30  # between two lines that say what is waited for
 HEAD_LOGITS = 2**25  # held at once: 128 MB of fp32
 
 
@@ -424,21 +424,19 @@ class Scorers:
         self.pool = ActorPool([])
 
     def __call__(self, batches: list[list[Item]]) -> Iterator[list]:
-        while not self._admit(PATIENCE_SECONDS) and len(self.starting) == self.count:
-            print(f"core: waiting for a {self.kind}, none of {self.count} actors has started", flush=True)
+        if len(self.starting) == self.count:
+            until_started(list(self.starting), "core", self.kind)
+            self._admit()
         for items in batches:
             self.pool.submit(lambda actor, items: actor.score.remote([self.model], items), items)
         while self.pool.has_next():
-            self._admit(0)
+            self._admit()
             yield self.pool.get_next()
 
-    def _admit(self, seconds: float) -> bool:
-        """Take the actors that have started into the pool. Waits so long for one if there is none yet."""
-        seconds = seconds if len(self.starting) == self.count else 0
-        ready = ray.wait(list(self.starting), num_returns=1, timeout=seconds)[0] if self.starting else []
-        for started in ready:
+    def _admit(self) -> None:
+        """Take the actors that have started into the pool."""
+        for started in ray.wait(list(self.starting), num_returns=len(self.starting), timeout=0)[0]:
             self.pool.push(self.starting.pop(started))
-        return bool(ready)
 
 
 # What is written

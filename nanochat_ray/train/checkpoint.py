@@ -4,6 +4,10 @@ A checkpoint is a folder step_000123/: model.safetensors (fp32), one optimizer_0
 tokenizer's two files, and meta.json with the step, the row position and each file's size and sha256. meta.json is
 written last: a folder without it, or whose files do not match it, is not a checkpoint. A Writer writes them while the
 training goes on.
+
+Files are not named by the attempt that wrote them. A worker that is left over, as on a host that was cut off, may
+replace one of the same step later. Its hash is then not the one that the new rank took while it wrote, and the
+checkpoint is skipped for the one before: what two attempts wrote is never loaded together.
 """
 
 import hashlib

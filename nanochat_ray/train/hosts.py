@@ -28,8 +28,10 @@ from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordina
 
 from nanochat_ray import storage, versions
 from nanochat_ray.measuring import QUIET_SECONDS
+from nanochat_ray.train.failing import Place, described, good_rooms, hold_gpus
 
 RESIZE_SECONDS = 30.0  # between looks at whether a returned node lets a run have more workers again
+FIRST_LINE_SECONDS = 5.0  # after which what waits says so
 LOST_HOST_SECONDS = 80.0  # in which Ray finds, with its own settings, that a host is lost
 # Ray Train asks again for the hosts of a run every 20 seconds. Those of a run that was killed are free after so long.
 RESERVATION_SECONDS = 30
@@ -116,6 +118,16 @@ def wait_for_hosts(request: Request, scaling: ray.train.ScalingConfig, stage: st
     return scaling
 
 
+def until_started(starting: list, stage: str, kind: str = "GPU") -> None:
+    """Wait for the first of these references, which tasks or actors give when they have a GPU, or a CPU."""
+    began, patience = time.monotonic(), FIRST_LINE_SECONDS
+    while not ray.wait(starting, num_returns=1, timeout=patience)[0]:
+        free, there = (resources().get(kind, 0) for resources in (ray.available_resources, ray.cluster_resources))
+        waited = f"{time.monotonic() - began:.0f} s so far"
+        print(f"{stage}: waiting for a {kind}, {free:g} of {there:g} are free, {waited}", flush=True)
+        patience = QUIET_SECONDS
+
+
 def room(scaling: ray.train.ScalingConfig) -> int:
     """How many such workers the hosts that are there can take, if nothing else runs on them."""
     return sum(rooms(scaling, alive()).values())
@@ -159,16 +171,19 @@ def check_rows(rows: str) -> None:
 
 
 class Trainer(ray.train.torch.TorchTrainer):
-    """Ray's, with policies that Ray has no settings for."""
+    """Ray's, with policies that Ray has no settings for.
 
-    def __init__(self, *args, monitor, **kwargs):
+    failing: the actor that counts failures by place. The monitor does for a run by itself.
+    """
+
+    def __init__(self, *args, monitor, failing, **kwargs):
         super().__init__(*args, **kwargs)
-        self.monitor = monitor
+        self.actors = monitor, failing
 
     def _initialize_and_run_controller(self, **policies):
         if self.scaling_config.elasticity_enabled:
-            policies["scaling_policy"] = FreeHosts(self.scaling_config, self.monitor)
-        policies["failure_policy"] = Failures(self.run_config.failure_config, self.monitor)
+            policies["scaling_policy"] = FreeHosts(self.scaling_config, *self.actors)
+        policies["failure_policy"] = Failures(self.run_config.failure_config, *self.actors)
         return super()._initialize_and_run_controller(**policies)
 
 
@@ -179,9 +194,9 @@ class FreeHosts(ElasticScalingPolicy):
     would ask for again and again. This one counts what is free once a start has timed out, and before a run grows.
     """
 
-    def __init__(self, scaling_config: ray.train.ScalingConfig, monitor):
+    def __init__(self, scaling_config: ray.train.ScalingConfig, monitor, failing):
         super().__init__(scaling_config)
-        self.monitor, self.timed_out, self.said = monitor, False, None
+        self.monitor, self.failing, self.timed_out, self.said = monitor, failing, False, None
         self.own: Counter | None = None  # workers by node, when what is free is counted
 
     def after_controller_state_update(self, previous_state, current_state) -> None:
@@ -191,11 +206,13 @@ class FreeHosts(ElasticScalingPolicy):
 
     def _count_possible_workers(self, reserved_resources) -> int:
         possible = super()._count_possible_workers(reserved_resources)
+        bad = left_out(self.scaling_config, self.failing)
         if self.own is None:
             there = rooms(self.scaling_config, alive())
         else:
             there = Counter(free_rooms(self.scaling_config)) + self.own
-        return min(possible, sum(without(there, self.monitor).values()))
+            bad = {(node, gpu) for node, gpu in bad if gpu is None}  # GPUs that are held are not free
+        return min(possible, sum(good_rooms(there, bad).values()))
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
         self.own = Counter() if self.timed_out else None
@@ -222,25 +239,29 @@ def free_rooms(scaling: ray.train.ScalingConfig) -> dict[str, int]:
     return rooms(scaling, ray._private.state.available_resources_per_node())
 
 
-def without(nodes: dict[str, int], monitor) -> dict[str, int]:
-    """Without the nodes whose workers fail, if others have room."""
-    failing = ray.get(monitor.failing_nodes.remote())
-    good = {node: room for node, room in nodes.items() if node not in failing}
-    return good if any(good.values()) else nodes
+def left_out(scaling: ray.train.ScalingConfig, failing) -> set[Place]:
+    """Where workers fail, and are not started any more: nowhere, if too little is left for them then."""
+    bad = ray.get(failing.bad_places.remote())
+    left = good_rooms(rooms(scaling, alive()), bad).values()
+    most = max(left, default=0) if scaling.placement_strategy == "STRICT_PACK" else sum(left)
+    return bad if most >= scaling.min_workers else set()
 
 
-class OneHost(ControllerCallback):
+class GoodHosts(ControllerCallback):
     """Starts workers on one host if one has room for all: on the fullest, so that a larger run finds another whole.
 
-    Ray takes the emptiest.
+    Ray takes the emptiest. And leaves out the hosts and GPUs on which they fail.
     """
 
-    def __init__(self, monitor):
-        self.monitor = monitor
+    def __init__(self, monitor, failing):
+        self.monitor, self.failing = monitor, failing
 
     def on_controller_start_worker_group(self, *, scaling_config, num_workers) -> dict[str, str] | None:
-        free = free_rooms(scaling_config)
-        good = without(free, self.monitor)
+        bad, free = left_out(scaling_config, self.failing), free_rooms(scaling_config)
+        held = ray.get(self.failing.held_places.remote())
+        if taken := hold_gpus(self.failing, bad, held, rooms(scaling_config, alive())):
+            self.monitor.say.remote(f"{described(taken)} can't be left out while others hold it")
+        good = good_rooms(free, bad - held)
         if fitting := {node: room for node, room in good.items() if room >= num_workers}:
             small = 2 * num_workers <= max(free.values())  # small and large runs that start at once look at either end
             return {ray._raylet.RAY_NODE_ID_KEY: min(sorted(fitting, reverse=not small), key=fitting.get)}
@@ -252,9 +273,9 @@ class Failures(DefaultFailurePolicy):
     """Ends a run that a new start would not help, or whose workers fail again and again without a new step between,
     as the monitor counts."""
 
-    def __init__(self, failure_config: ray.train.FailureConfig, monitor):
+    def __init__(self, failure_config: ray.train.FailureConfig, monitor, failing):
         super().__init__(failure_config)
-        self.monitor = monitor
+        self.actors = monitor, failing
 
     def make_decision(self, training_failed_error) -> FailureDecision:
         decision = super().make_decision(training_failed_error)
@@ -265,9 +286,15 @@ class Failures(DefaultFailurePolicy):
         if failures := getattr(training_failed_error, "worker_failures", None):
             kinds = WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError  # others fail for want of these
             dead = [rank for rank, error in failures.items() if isinstance(error, kinds)]
-            if ray.get(self.monitor.fails_again.remote(dead)):
+            if fails_again(*self.actors, dead):
                 return FailureDecision.RAISE
         return decision
+
+
+def fails_again(monitor, failing, dead: list[int], why: str | None = None) -> bool:
+    """Count a failure, of these ranks or of those that said so. True: the run is over."""
+    places, run = ray.get(monitor.failed_places.remote(dead))
+    return ray.get(monitor.fails_again.remote(ray.get(failing.blame.remote(places, run)), why))
 
 
 class LostHosts(ControllerCallback):

@@ -17,6 +17,7 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+from ray.actor import ActorHandle
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import PreemptingState, ResizingState
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -25,19 +26,21 @@ from nanochat_ray import measuring, storage
 from nanochat_ray.measuring import QUIET_SECONDS
 from nanochat_ray.model.gpt import GPTConfig
 from nanochat_ray.train import checkpoint, lease, network
+from nanochat_ray.train.failing import Failing, Place, described
 from nanochat_ray.train.hosts import (
+    GoodHosts,
     LostHosts,
-    OneHost,
     Request,
     Trainer,
     check_rows,
+    fails_again,
     scaling_config,
     wait_for_hosts,
     wanted,
 )
 from nanochat_ray.train.loop import Measurement, TrainConfig, train_loop_per_worker
 from nanochat_ray.train.plan import GPU_SHARE, MAX_TOKENS_PER_CPU, gpu_memory, rows_that_fit
-from nanochat_ray.versions import hosts, pinned
+from nanochat_ray.versions import pinned
 
 MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
 SLOW_SECONDS = 1.0  # what takes longer has a line of its own
@@ -55,68 +58,73 @@ PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10", "RAY_TRAIN_WORKER_HE
 
 
 @ray.remote(num_cpus=0)
-class Monitor:
+class Monitor(Failing):
     """Carries progress from the workers to the driver's terminal, and the driver's requests to the workers."""
 
-    def __init__(self):
+    def __init__(self, run: str = ""):
+        super().__init__()
+        self.run = run
         self.latest: dict | None = None
         self.lines: list[str] = []
         self.outcome: dict | None = None
         self.stop, self.save = False, False
         self.failures, self.furthest = 0, -1
-        self.first: tuple[int, str] | None = None  # the first of the newest workers to fail, and why
-        self.nodes: dict[int, str] = {}  # of the newest workers, by rank
-        self.blamed: Counter = Counter()  # failures by node, in a row without a new step
-        self.failing: set[str] = set()
+        self.errors: dict[int, tuple[str, str | None]] = {}  # of the newest workers by rank: why, and what's fault
+        self.places: dict[int, Place] = {}  # of the newest workers, by rank
         self.fatal: set[str] = set()  # nodes on which one of the newest workers failed by what a new start would repeat
         self.ended_group = False
         self.doing: tuple[str, float] | None = None  # what may take long, and when it began
         self.begun: Counter = Counter()  # measurements that have not ended, by how often they began
         self.failed_ones: dict[str, dict[int, str]] = {}  # measurements by name: by rank, what is said of it
 
-    def started(self, rank: int, node: str) -> None:
+    def started(self, rank: int, node: str, gpu: str | None = None) -> None:
         if self.ended_group:
-            self.nodes, self.fatal, self.ended_group = {}, set(), False
-        self.nodes[rank] = node
+            self.places, self.fatal, self.ended_group = {}, set(), False
+        self.places[rank] = node, gpu
 
-    def failed(self, rank: int, error: str, may_pass: bool = True) -> None:
-        """may_pass: whether a new start may help."""
-        self.first = self.first or (rank, error)
+    def failed(self, rank: int, error: str, may_pass: bool = True, fault: str | None = "host") -> None:
+        """may_pass: whether a new start may help. fault: of the "GPU", the "host", or None of either."""
+        self.errors[rank] = error, fault
         if not may_pass:
-            self.fatal.add(self.nodes[rank])
+            self.fatal.add(self.places[rank][0])
         if not self.is_fatal():
             self.say(f"worker {rank} failed: {error}")
 
     def is_fatal(self) -> bool:
         """Whether workers of every host have failed by what a new start would only repeat."""
-        return bool(self.fatal) and self.fatal == set(self.nodes.values())
+        return bool(self.fatal) and self.fatal == {node for node, _ in self.places.values()}
 
-    def fails_again(self, dead: list[int], why: str | None = None) -> bool:
-        """Count a failure, of these ranks or of the first that said so. True: the run is over.
+    def failed_places(self, dead: list[int]) -> tuple[set[Place], str]:
+        """(where the newest workers failed, the run): GPUs of ranks that died or had an error of CUDA, else the host of
+        the first to fail; a host for several GPUs of it."""
+        ranks = dead or [rank for rank, (_, fault) in self.errors.items() if fault == "GPU"]
+        places = [self.places[rank] for rank in ranks if rank in self.places]
+        if not places:
+            places = [(self.places[rank][0], None) for rank, (_, fault) in [*self.errors.items()][:1] if fault]
+        of_node = Counter(node for node, _ in places)
+        return {(node, gpu if of_node[node] == 1 else None) for node, gpu in places}, self.run
 
-        It is when this is one too many, or when each host's workers say that a new start would only repeat it.
+    def fails_again(self, left_out: set[Place], why: str | None = None) -> bool:
+        """Count a failure, after which these are left out. True: the run is over.
+
+        It is when this is one too many and nothing new is left out, or when each host's workers say that a new start
+        would only repeat it.
         """
         self.failures += 1
         self.ended_group = True
+        first = next((error for error, _ in self.errors.values()), None)
         if self.is_fatal():
-            self.outcome = {"step": self.furthest, "error": self.first[1]}
+            self.outcome = {"step": self.furthest, "error": first}
             return True
-        ranks = dead or ([self.first[0]] if self.first else [])
-        self.blamed.update({self.nodes[rank] for rank in ranks if rank in self.nodes})
-        if bad := {node for node, count in self.blamed.items() if count == 2} - self.failing:
-            self.failing |= bad
-            names = ", ".join(host for host, node in hosts().items() if node["NodeID"] in bad)
-            self.say(f"workers on {names} failed twice: the run goes on without that host if there are others")
-        if self.failures == MAX_FAILURES:
-            why = why or (self.first and self.first[1])
-            why = why or "none said why: one may have been killed, or have had too little memory"
-            error = f"workers failed {MAX_FAILURES} times in a row without a new step: {why}"
+        if left_out:
+            self.say(f"workers failed twice on {described(left_out)}: the run goes on without if there are others")
+        over = self.failures >= MAX_FAILURES and not left_out
+        if over:
+            why = why or first or "none said why: one may have been killed, or have had too little memory"
+            error = f"workers failed {self.failures} times in a row without a new step: {why}"
             self.outcome = {"step": self.furthest, "error": error}
-        self.first = None
-        return self.failures >= MAX_FAILURES
-
-    def failing_nodes(self) -> set[str]:
-        return self.failing
+        self.errors = {}
+        return over
 
     def begins(self, what: str | None) -> None:
         """What may take long, or nothing, is done from here on."""
@@ -152,7 +160,7 @@ class Monitor:
         self.latest, self.doing = metrics, None
         if metrics["step"] > self.furthest:
             self.failures, self.furthest = 0, metrics["step"]
-            self.blamed.clear()
+            self.forgive()
 
     def say(self, line: str) -> None:
         self.lines.append(line)
@@ -251,12 +259,14 @@ def train(
     request: Request,
     measurement: Measurement | None = None,
     report: Callable[[dict], None] | None = None,
+    failing: ActorHandle | None = None,
 ) -> TrainResult:
     """Train to the end and measure, unless both are done. A measurement that fails is in measuring.failed.
 
     record: what config.json keeps; its "inputs" are those of every start of this run.
     report: is given the metrics, which else go to the terminal. For runs of a sweep, which share a cluster: they take
     as many workers as they ask for and not fewer, and the first failure is raised, for the sweep to decide.
+    failing: the sweep's actor of Failing.
 
     Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. Raises ValueError, before
     anything is written, when the run was begun with other inputs, when there are more workers than rows in a step,
@@ -284,7 +294,7 @@ def train(
     with lease.hold(c.run_dir) as held:
         storage.write_json(uri, about)
         try:
-            return _train(c, scaling, held, measurement, report)
+            return _train(c, scaling, held, measurement, report, failing)
         finally:
             with measuring.measuring(f"writing {uri}"):
                 if not storage.exists(uri):  # somebody deleted the folder meanwhile
@@ -297,15 +307,19 @@ def _train(
     held: lease.Lease,
     measurement: Measurement | None,
     report: Callable[[dict], None] | None,
+    failing: ActorHandle | None,
 ) -> TrainResult:
     for name, seconds in PATIENCE.items():
         os.environ.setdefault(name, seconds)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    monitor = Monitor.options(scheduling_strategy=here).remote()  # dies with the driver, not with a worker's node
+    # It dies with the driver, not with a worker's node.
+    monitor = Monitor.options(scheduling_strategy=here).remote(c.run_dir)
     monitor.begins.remote(f"starting {wanted(scaling)}")
+    failing = failing or monitor
     trainer = Trainer(
         train_loop_per_worker,
         monitor=monitor,
+        failing=failing,
         train_loop_config=asdict(c) | {"monitor": monitor, "measurement": measurement},
         torch_config=network.TorchConfig(),
         scaling_config=scaling,
@@ -314,7 +328,7 @@ def _train(
             c.run_dir,
             scaling.use_gpu,
             max_failures=0 if report else -1,
-            callbacks=[SaveFirst(monitor), LostHosts(monitor), OneHost(monitor)],
+            callbacks=[SaveFirst(monitor), LostHosts(monitor), GoodHosts(monitor, failing)],
         ),
     )
     failure: list[BaseException] = []
@@ -443,7 +457,7 @@ def _fit(trainer: Trainer, monitor, failure: list[BaseException], again: bool) -
             return
         except BaseException as error:  # for the main thread to raise
             again = again and isinstance(error, ray.train.ControllerError)
-            if not again or ray.get(monitor.fails_again.remote([], last_line(error))):
+            if not again or fails_again(*trainer.actors, [], last_line(error)):
                 failure.append(error)
             else:
                 monitor.say.remote(f"workers could not be started, once more: {last_line(error)}")

@@ -6,6 +6,7 @@ A step's checkpoint comes before what is measured of it. A measurement that fail
 import gc
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -30,6 +31,7 @@ from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import MuonAdamW, build_optimizer
 from nanochat_ray.model.scaling import finetune_lr_multiplier, lr_multiplier, muon_momentum, muon_weight_decay
 from nanochat_ray.train import checkpoint, network
+from nanochat_ray.train.failing import own_gpu
 from nanochat_ray.train.metrics import MetricsLog, bits_per_byte, peak_flops, peak_memory_mb
 
 COMPILE_THREADS = 8  # of a worker at most: each of a host would start 32 processes that compile
@@ -38,6 +40,9 @@ UNTIMED_STEPS = 10  # the first steps compile and warm caches: they are left out
 # become NaN by itself, as the logits are capped. Finetuning may begin there, with tokens that the base never saw and
 # that cost up to 30 nats: the first steps are not judged.
 HOPELESS_NATS, UNJUDGED_STEPS = 2.0, 40
+OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|low on memory|MemoryError", re.I
+)
 REQUESTS = (None, "save", "stop")  # what the driver may ask for after a step
 TOGETHER_SECONDS = 60.0  # in which all workers must have failed in a measurement for training to go on after it
 
@@ -171,15 +176,22 @@ def train_loop_per_worker(config: dict) -> None:
     """What Ray Train runs on every worker, and again after a failure, which the monitor hears of and counts."""
     monitor, measurement = config.pop("monitor"), config.pop("measurement")
     rank = ray.train.get_context().get_world_rank()
-    ray.get(monitor.started.remote(rank, ray.get_runtime_context().get_node_id()))
+    ray.get(monitor.started.remote(rank, ray.get_runtime_context().get_node_id(), own_gpu()))
     try:
         network.meet()
         run(TrainConfig(**config), monitor, measurement)
     except Exception as error:
         own = not may_pass(error) and isinstance(error, ValueError | OSError)  # these are written for the user
         why = str(error).strip().partition("\n")[0] if own else one_line(error)
-        ray.get(monitor.failed.remote(rank, why, may_pass(error)))
+        ray.get(monitor.failed.remote(rank, why, may_pass(error), fault_of(error)))
         raise
+
+
+def fault_of(error: Exception) -> str | None:
+    """What may be at fault: this worker's GPU, its host, or neither, when memory ran out."""
+    if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
+        return None
+    return "GPU" if "CUDA error" in str(error) else "host"
 
 
 def may_pass(error: Exception) -> bool:

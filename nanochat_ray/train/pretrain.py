@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
+from ray.actor import ActorHandle
+
 from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
@@ -75,10 +77,11 @@ def run(
     measurement: Measurement | None = None,
     report: Callable[[dict], None] | None = None,
     base_lrs: dict[str, float] = BASE_LRS,
+    failing: ActorHandle | None = None,
 ) -> TrainResult:
     """Pretrain, go on where the run's newest checkpoint stands, or return at once when it is finished.
 
-    report: see launch.train. base_lrs: for a search of them.
+    report, failing: see launch.train. base_lrs: for a search of them.
     Raises FileNotFoundError without rows, ValueError for options that can't be, or not in this run folder.
     """
     rows, manifest = find_rows(options)
@@ -120,7 +123,7 @@ def run(
     )
     record = asdict(options) | {"plan": asdict(plan), "inputs": inputs | {"data": data}}
     request = Request(options.workers, options.use_gpu, options.wait_minutes)
-    return train(config, record, request, measurement, report)
+    return train(config, record, request, measurement, report, failing)
 
 
 def plan_of(options: PretrainOptions, manifest: dict) -> RunPlan:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import threading
 import zipfile
@@ -20,6 +21,7 @@ from nanochat_ray.data import download
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals import bundle, core
 from nanochat_ray.model.gpt import GPT, GPTConfig
+from nanochat_ray.train import hosts
 from nanochat_ray.train.checkpoint import import_nanochat, load_model, save_checkpoint
 
 WORDS = ["the", "a", "cat", "dog", "sat", "ran", "12", "1999", "red,", "blue.", "don't", "Ünï", "(", "x=1", "你好"]
@@ -451,8 +453,11 @@ def test_any_number_of_actors_or_ranks(odd_tasks, model, tokenizer, tmp_path, ra
 
 
 @pytest.mark.slow
-def test_actors_that_find_no_room_are_not_waited_for(odd_tasks, model, tokenizer, tmp_path, ray_session, capsys):
+def test_actors_that_find_no_room_are_not_waited_for(
+    odd_tasks, model, tokenizer, tmp_path, ray_session, monkeypatch, capsys
+):
     """One of two CPUs is held."""
+    monkeypatch.setattr(hosts, "FIRST_LINE_SECONDS", 0.01)
     [task] = bundle.read_tasks(str(write_bundle(tmp_path, odd_tasks)), names=["plain"])
     items = core.build_items(task, tokenizer, model)
     holder = ray.remote(num_cpus=1)(type("Holder", (), {"hold": lambda self: None})).remote()
@@ -462,6 +467,7 @@ def test_actors_that_find_no_room_are_not_waited_for(odd_tasks, model, tokenizer
     finally:
         ray.kill(holder)
     assert json.dumps(scores) == json.dumps([core.score(model, [item]) for item in items])
+    assert re.match(r"core: waiting for a CPU, [012] of 2 are free, 0 s so far\n", capsys.readouterr().out)
 
 
 @pytest.mark.slow

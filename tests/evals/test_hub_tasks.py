@@ -59,10 +59,10 @@ def test_a_question_without_its_answer_is_refused(letters, answer):
 def test_rows_come_in_the_order_of_seed_42(hub, shared):
     table = pq.read_table(shared / "datasets/openai/gsm8k/main/test-00000-of-00001.parquet").to_pylist()
     order = np.random.default_rng(42).permutation(len(table))
-    rows = hub_rows("openai/gsm8k", "main", "test", str(shared / "datasets"))
+    rows = list(hub_rows("openai/gsm8k", "main", "test", str(shared / "datasets")))
     assert rows == [table[i] for i in order]
-    assert hub_rows("openai/gsm8k", "main", "test", str(shared / "datasets"), 7) == rows[:7]
-    assert len(hub_rows("openai/gsm8k", "main", "test", hub, 100)) == 2  # of another folder with the same name
+    assert list(hub_rows("openai/gsm8k", "main", "test", str(shared / "datasets"), 7)) == rows[:7]
+    assert len(list(hub_rows("openai/gsm8k", "main", "test", hub, 100))) == 2  # of another folder with the same name
 
 
 def test_arc_keeps_the_letters_of_each_question(hub, shared):
@@ -84,7 +84,7 @@ def test_mmlu_counts_its_answers_from_zero(hub):
     for conversation in mmlu.conversations("all", "test", hub):
         question, answer = (message["content"] for message in conversation["messages"])
         assert question.startswith(f"Multiple Choice question: Which is number {'ABCD'.index(answer)}?\n- a cat=A\n")
-    auxiliary = mmlu.conversations("auxiliary_train", "train", hub)  # nested in a column of its own
+    auxiliary = list(mmlu.conversations("auxiliary_train", "train", hub))  # nested in a column of its own
     assert len(auxiliary) == 30
     assert auxiliary[0]["messages"][0]["content"].startswith("Multiple Choice question: No. ")
 
@@ -243,7 +243,7 @@ def test_all_canonical_solutions_pass_and_none_without_its_body(shared):
 
 
 def test_smoltalk_turns_and_system_messages(hub, shared, tokenizer):
-    conversations = smoltalk.conversations("train", hub)
+    conversations = list(smoltalk.conversations("train", hub))
     assert len(conversations) == 22
     (with_system,) = (c for c in conversations if len(c["messages"]) > 2)
     assert rendered(tokenizer, with_system) == [
@@ -252,8 +252,8 @@ def test_smoltalk_turns_and_system_messages(hub, shared, tokenizer):
         ("<|user_start|>Nothing<|user_end|><|assistant_start|>", 0),
         ("Fine.<|assistant_end|>", 1),
     ]
-    assert len(smoltalk.conversations("train", str(shared / "datasets"))) == 450
-    assert len(smoltalk.conversations("test", str(shared / "datasets"), 7)) == 7
+    assert len(list(smoltalk.conversations("train", str(shared / "datasets")))) == 450
+    assert len(list(smoltalk.conversations("test", str(shared / "datasets"), 7))) == 7
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_smoltalk_turns_and_system_messages(hub, shared, tokenizer):
 def test_smoltalk_turns_out_of_order_are_named(row, tmp_path):
     folder = write_hub(tmp_path, {("HuggingFaceTB/smol-smoltalk", "default", "train"): [row]})
     with pytest.raises(ValueError, match="HuggingFaceTB/smol-smoltalk train, shuffled row 0: "):
-        smoltalk.conversations("train", folder)
+        list(smoltalk.conversations("train", folder))
 
 
 def kinds(conversations) -> dict[str, int]:
@@ -288,7 +288,7 @@ def kinds(conversations) -> dict[str, int]:
 def test_hub_mixture_has_each_dataset_as_often_as_asked(hub):
     train = hub_mixture("train", MixtureOptions(datasets_dir=hub, spelling=100))
     assert kinds(train) == {"smoltalk": 22, "mmlu": 3 * 30, "gsm8k": 4 * 9, "arc": 0, "spelling": 100}
-    assert train == hub_mixture("train", MixtureOptions(datasets_dir=hub, spelling=100))
+    assert list(train) == list(hub_mixture("train", MixtureOptions(datasets_dir=hub, spelling=100)))
     assert min(kinds(train[:60])[name] for name in ("smoltalk", "mmlu", "gsm8k", "spelling")) > 0  # mixed
     options = MixtureOptions(
         datasets_dir=hub, smoltalk_epochs=0, mmlu_epochs=1, gsm8k_epochs=2, arc_epochs=2, spelling=0, max_rows=5

@@ -29,7 +29,8 @@ def hold(config: dict) -> None:
 
     run_dir = f"{given['folder']}/{given['name']}"
     scaling = hosts.scaling_config(given["options"]["workers"], elastic=False)
-    run_config = launch.run_config(run_dir, True, callbacks=[hosts.OneHost(launch.Monitor.remote())])
+    monitor = launch.Monitor.remote()
+    run_config = launch.run_config(run_dir, True, callbacks=[hosts.GoodHosts(monitor, monitor)])
     DataParallelTrainer(sleep, scaling_config=scaling, run_config=run_config).fit()
     started = [storage.read_json(f"{run_dir}/{rank}.json") for rank in range(given["options"]["workers"])]
     row = {"run": given["name"], "val_bpb": 1.0, "train_time_sec": given["seconds"], "ended": time.time()}

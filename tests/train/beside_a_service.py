@@ -37,10 +37,11 @@ if __name__ == "__main__":
     trainer = hosts.Trainer(
         work,
         monitor=monitor,
+        failing=monitor,
         train_loop_config={"log": str(log)},
         torch_config=network.TorchConfig(backend="gloo"),
         scaling_config=hosts.scaling_config(None),
-        run_config=launch.run_config(str(folder / "run"), True, -1, [hosts.OneHost(monitor)]),
+        run_config=launch.run_config(str(folder / "run"), True, -1, [hosts.GoodHosts(monitor, monitor)]),
     )
     began = time.time()
     run = threading.Thread(target=trainer.fit, daemon=True)

@@ -3,6 +3,7 @@ import pickle
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_a_resumed_run_makes_the_same_step(golden, tmp_path, device):
         assert torch.equal(model.get_parameter(name), p), name
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "no meta", "torn meta"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "flipped", "left over", "no meta", "torn meta"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, capsys, damage):
     good, bad = save(tmp_path, 1, trained), tmp_path / "checkpoints" / "step_000002"
     save(tmp_path, 2, trained)
@@ -93,6 +94,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(trained, tmp_path, cap
         file.unlink()
     elif damage == "flipped":
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    elif damage == "left over":  # by a worker of an earlier attempt, which was elsewhere
+        step(*trained[:2])
+        other = save(tmp_path / "other", 2, trained)
+        file.write_bytes((Path(other) / file.name).read_bytes())
     else:
         file.write_bytes(content[: len(content) // 2])
     assert checkpoint.latest_checkpoint(str(tmp_path)) == good

@@ -7,7 +7,7 @@ from runs import assert_same_weights, steps
 
 from benchmarks.eval import make_bundle
 from nanochat_ray import measuring
-from nanochat_ray.data.conversations import prepare_conversations
+from nanochat_ray.data.conversations import Conversations, prepare_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals import chat, core
 from nanochat_ray.evals.tasks import arithmetic
@@ -77,7 +77,7 @@ def hub(tmp_path) -> str:
 
 def test_chatcore_during_finetuning_by_two_workers(uninterrupted, hub, nanochat_ray_home):
     wanted = chat.ChatCoreInTraining(chatcore_every=2, chatcore_tasks=["ARC-Easy", "GSM8K"])
-    conversations = {split: arithmetic.conversations(split, 40) for split in ("train", "val")}
+    conversations = {split: Conversations(arithmetic.conversations(split, 40)) for split in ("train", "val")}
     rows = prepare_conversations(conversations, Tokenizer.load(uninterrupted.checkpoint), 64)
     options = sft.SftOptions(
         uninterrupted.checkpoint, run="tuned", steps=3, workers=2, eval_tokens=512, dtype="float32", compile=False

@@ -1,10 +1,11 @@
 from itertools import pairwise
+from random import Random
 
 import numpy as np
 import pytest
 
 from nanochat_ray import storage
-from nanochat_ray.data.conversations import prepare_conversations
+from nanochat_ray.data.conversations import Conversations, prepare_conversations
 from nanochat_ray.data.loader import Rows
 from nanochat_ray.data.packing import pack_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
@@ -25,7 +26,8 @@ def test_no_token_of_a_conversation_is_lost_and_only_the_assistants_are_learned(
         return {"messages": [{"role": role, "content": text} for _ in range(turns) for role in ("user", "assistant")]}
 
     long = [talk("one more word " * 9, 20), talk("ö" * 400, 1), talk("def f(x): return x\n" * 30, 3)]
-    splits = {"train": arithmetic.conversations("train", 50) + long, "val": spelling.conversations("val", 10)}
+    splits = {"train": Conversations(arithmetic.conversations("train", 50) + long)}
+    splits["val"] = Conversations(spelling.conversations("val", 10))
     folder = prepare_conversations(splits, tokenizer, 128)
     manifest = storage.read_json(storage.join(folder, "manifest.json"))
     for split, conversations in splits.items():
@@ -57,14 +59,14 @@ def test_no_token_of_a_conversation_is_lost_and_only_the_assistants_are_learned(
 
 @pytest.mark.slow
 def test_the_same_conversations_are_packed_once(ray_session, tokenizer):
-    splits = {"train": arithmetic.conversations("train", 5), "val": arithmetic.conversations("val", 5)}
+    splits = {split: Conversations(arithmetic.conversations(split, 5)) for split in ("train", "val")}
     folder = prepare_conversations(splits, tokenizer, 128)
     assert prepare_conversations(splits, tokenizer, 128) == folder
     assert prepare_conversations(splits, tokenizer, 256) != folder
     with pytest.raises(ValueError, match="no val conversations"):
-        prepare_conversations({"train": splits["train"], "val": []}, tokenizer, 128)
+        prepare_conversations({"train": splits["train"], "val": Conversations()}, tokenizer, 128)
     with pytest.raises(ValueError, match=r"^conversation: message 0 has role 'robot', expected 'user'$"):
-        prepare_conversations({"train": [{"messages": [{"role": "robot"}]}], "val": splits["val"]}, tokenizer, 128)
+        prepare_conversations(splits | {"train": Conversations([{"messages": [{"role": "robot"}]}])}, tokenizer, 128)
 
 
 @pytest.mark.slow
@@ -73,7 +75,9 @@ def test_rows_are_the_rendered_conversations_packed_in_order(ray_session, tokeni
     monkeypatch.setattr("nanochat_ray.data.conversations.TASK_CONVERSATIONS", 7)
     talk = {"messages": [{"role": r, "content": "half \ud800 a pair, " * 30} for r in ("system", "user", "assistant")]}
     few, once = arithmetic.conversations("train", 20), spelling.conversations("train", 30)
-    splits = {"train": [*few, talk, *once, *few, *few], "val": [*few[:3], talk]}
+    splits = {"train": Conversations([talk, *once]), "val": Conversations([*few[:3], talk])}
+    splits["train"].add(few, times=3)
+    splits["train"].shuffle(Random(1))
     folder = prepare_conversations(splits, tokenizer, 64)
     for split, conversations in splits.items():
         pieces = []

@@ -255,3 +255,17 @@ def test_an_elastic_run_starts_beside_a_service_and_grows_when_that_ends(tmp_pat
     print(f"the first workers started after {seconds:.0f} s")
     assert sizes == [2, 3]
     assert said == ["3 workers of 1 GPU: 2 are free, goes on with 2"]
+
+
+@pytest.mark.cluster
+def test_a_gpu_that_fails_twice_is_left_out_by_the_run_and_by_all_runs_of_a_sweep(tmp_path, rows):
+    script = str(Path(__file__).with_name("a_bad_gpu.py"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, script, str(tmp_path), rows]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    of_sweep, of_run, said = storage.read_json(str(tmp_path / "result.json"))
+    assert sorted(gpu for _, gpu in of_sweep) == ["0", "0", "1", "1"], of_sweep
+    assert of_run == [["run", "0", "1"], ["run", "0", "1"], ["run", "1"]]
+    assert any(re.search("^[ab]: workers failed twice on GPU 0 of host .*: all runs go on without", s) for s in said)
+    assert any(re.search("^pretrain: workers failed twice on GPU 0 of host .*: the run goes on", s) for s in said)

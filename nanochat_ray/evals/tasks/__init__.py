@@ -6,6 +6,7 @@ from functools import partial
 from random import Random
 from typing import Literal
 
+from nanochat_ray.data.conversations import Conversations
 from nanochat_ray.evals.tasks import arc, arithmetic, gsm8k, mmlu, own, pydocs, smoltalk, spelling
 from nanochat_ray.evals.tasks.common import VAL_EVERY
 
@@ -33,7 +34,7 @@ class MixtureOptions:
     """Conversations taken of each of its datasets, before they are repeated; all by default."""
 
 
-def hub_mixture(split: str, options: MixtureOptions) -> list[dict]:
+def hub_mixture(split: str, options: MixtureOptions) -> Conversations:
     """Conversations of the Hub's datasets, mixed in an order that is the same every time.
 
     split: "train", a dataset as often as the options say, or "val": once, in about the same proportions. Raises
@@ -50,9 +51,9 @@ def hub_mixture(split: str, options: MixtureOptions) -> list[dict]:
     ]
     max_rows = all_rows if o.max_rows is None else o.max_rows
     share = 1 if train else VAL_EVERY
-    mixed = spelling.conversations(split, min(o.spelling, max_rows) // share)
+    mixed = Conversations(spelling.conversations(split, min(o.spelling, max_rows) // share))
     if o.identity and train:
-        mixed += 2 * own.conversations(o.identity)
+        mixed.add(own.conversations(o.identity), times=2)
     for epochs, conversations, val_rows in datasets:
         if epochs > 0:
             size = max_rows if train else min(val_rows, max(1, max_rows // VAL_EVERY))
@@ -60,22 +61,20 @@ def hub_mixture(split: str, options: MixtureOptions) -> list[dict]:
                 rows = conversations(datasets_dir=o.datasets_dir, size=size)
             except OSError as error:
                 raise OSError(f"{error}; --mixture offline needs neither") from None
-            mixed += rows * (epochs if train else 1)
-    Random(42).shuffle(mixed)
+            mixed.add(rows, times=epochs if train else 1)
+    mixed.shuffle(Random(42))
     return mixed
 
 
 def offline_mixture(
     split: str, pydocs_shards: list[str], n_pydocs: int = 4000, n_arithmetic: int = 3000, n_spelling: int = 3000
-) -> list[dict]:
+) -> Conversations:
     """The three tasks that need no network, mixed in an order that is the same every time.
 
     split: "train" or "val". The numbers are those of training conversations; validation has a twentieth of each."""
     share = 1 if split == "train" else VAL_EVERY
-    mixed = [
-        *pydocs.conversations(pydocs_shards, split, n_pydocs // share),
-        *arithmetic.conversations(split, n_arithmetic // share),
-        *spelling.conversations(split, n_spelling // share),
-    ]
-    Random(f"offline mixture {split}").shuffle(mixed)
+    mixed = Conversations(pydocs.conversations(pydocs_shards, split, n_pydocs // share))
+    mixed.add(arithmetic.conversations(split, n_arithmetic // share))
+    mixed.add(spelling.conversations(split, n_spelling // share))
+    mixed.shuffle(Random(f"offline mixture {split}"))
     return mixed

@@ -5,19 +5,21 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 
 from nanochat_ray import storage
 from nanochat_ray.inference.tools import calculate
 
 VAL_EVERY = 20  # one problem in twenty is validation
+ROWS_AT_ONCE = 1000  # in memory
 CONNECTIONS = 4  # to the Hub for one dataset, before we give up
 
 
 def hub_rows(
     name: str, config: str | None, split: str, datasets_dir: str | None = None, size: int | None = None
-) -> list[dict]:
-    """A dataset's split in the order of shuffle(seed=42), the first `size` rows of it.
+) -> Iterator[dict]:
+    """A dataset's split in the order of shuffle(seed=42), the first `size` rows of it, read as they are taken.
 
     name: of the Hub, or below datasets_dir a folder of the same layout. Raises OSError saying what can't be had."""
     import datasets  # takes a second, and the tasks that need no network do without
@@ -27,7 +29,9 @@ def hub_rows(
         cache = scratch if datasets_dir else None
         rows = from_hub(datasets.load_dataset, name, config, datasets_dir, split=split, cache_dir=cache)
         rows = rows.shuffle(seed=42, keep_in_memory=True)
-        return rows.select(range(min(len(rows) if size is None else size, len(rows)))).to_list()
+        rows = rows.select(range(min(len(rows) if size is None else size, len(rows))), keep_in_memory=True)
+    batches = rows.with_format("arrow").iter(ROWS_AT_ONCE)  # their files stay open after the folder is gone
+    return chain.from_iterable(batch.to_pylist() for batch in batches)
 
 
 def from_hub(load: Callable, name: str, config: str | None, datasets_dir: str | None, **arguments):

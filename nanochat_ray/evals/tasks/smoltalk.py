@@ -1,14 +1,16 @@
 """SmolTalk (arXiv:2502.02737) in its version for small models: everyday conversations of one or more turns."""
 
+from collections.abc import Iterator
+
 from nanochat_ray.evals.tasks.common import hub_rows
 
 NAME = "HuggingFaceTB/smol-smoltalk"
 
 
-def conversations(split: str, datasets_dir: str | None = None, size: int | None = None) -> list[dict]:
+def conversations(split: str, datasets_dir: str | None = None, size: int | None = None) -> Iterator[dict]:
     """split: train or test. Raises ValueError for a conversation whose turns are not in order."""
     rows = hub_rows(NAME, None, split, datasets_dir, size)
-    return [{"messages": checked(row["messages"], f"{NAME} {split}, shuffled row {i}")} for i, row in enumerate(rows)]
+    return ({"messages": checked(row["messages"], f"{NAME} {split}, shuffled row {i}")} for i, row in enumerate(rows))
 
 
 def checked(messages: list[dict], where: str) -> list[dict]:

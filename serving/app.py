@@ -96,6 +96,8 @@ class ServiceOptions(BaseModel):
     """For several times the speed: torch.compile in the background on CPUs, a minute or two; CUDA graphs on GPUs."""
     replicas: int = 1
     """Engines of each model, one per GPU, or sharing the CPUs."""
+    use_gpu: bool | None = None
+    """Engines on GPUs. The default is what the cluster has now: say so where nodes with GPUs come later."""
     max_replicas: int | None = None
     """Add engines, up to this many, while requests exceed what those there are generate at once."""
     api_keys: str | None = None
@@ -525,7 +527,7 @@ def app(options: ServiceOptions) -> serve.Application:
         if name in models:
             raise ValueError(f"two checkpoints are named {name!r}: give one as NAME=FOLDER")
         models[name] = folder
-    on_gpu = has_gpus()
+    on_gpu = has_gpus() if options.use_gpu is None else options.use_gpu
     scaling = {"num_replicas": options.replicas}
     if options.max_replicas:
         scaling = {

@@ -66,6 +66,13 @@ def test_more_engines_than_cpus_are_refused(ray_session, checkpoints):
         start(app(options), 3, "127.0.0.1", 0)
 
 
+def test_engines_can_wait_for_gpus_that_are_not_there_yet(ray_session, checkpoints):
+    for use_gpu in (None, True):
+        service = app(ServiceOptions(checkpoint=checkpoints["knowing"], use_gpu=use_gpu))._bound_deployment
+        resources = service.init_args[-1]._bound_deployment.ray_actor_options
+        assert resources.get("num_gpus", 0) == bool(use_gpu)
+
+
 def test_two_models_of_one_name_are_refused(checkpoints):
     with pytest.raises(ValueError, match="two checkpoints are named 'knowing'"):
         app(ServiceOptions(checkpoint=[checkpoints["knowing"]] * 2))

@@ -21,13 +21,24 @@ SIGNS = {
 
 
 def questions(pydocs_shards: list[str]) -> dict[str, list[dict]]:
-    """Conversations by kind; docstrings only of the shards, if there are any."""
-    spelled = spelling.conversations("val", 6 * EACH)  # a third of them spelling, the others counting
-    counted = [c for c in spelled if isinstance(c["messages"][-1]["content"], list)]
+    """Conversations by kind; docstrings only of the shards, if there are any.
+
+    A letter is in the word not at all, once, or more often in a third of the questions each: most often it is once,
+    and a model that always says so would look as if it could count.
+    """
+    spelled, counted = [], {"0": [], "1": [], "more": []}
+    for conversation in spelling.conversations("val", 10 * EACH):
+        answer = conversation["messages"][-1]["content"]
+        if isinstance(answer, str):
+            spelled.append(conversation)
+        else:
+            (count,) = (part["text"] for part in answer if part["type"] == "python_output")
+            counted[count if count in counted else "more"].append(conversation)
+    thirds = [questions[: -(-EACH // 3)] for questions in counted.values()]
     return {
         "arithmetic": arithmetic.conversations("val", EACH),
-        "spelling": [c for c in spelled if c not in counted][:EACH],
-        "counting letters": counted[:EACH],
+        "spelling": spelled[:EACH],
+        "counting letters": [question for questions in zip(*thirds, strict=True) for question in questions][:EACH],
     } | ({"docstrings": pydocs.conversations(pydocs_shards, "val", EACH)} if pydocs_shards else {})
 
 

@@ -350,7 +350,8 @@ def main() -> None:
     if stage in ("-h", "--help"):
         print(usage())
     elif stage in STAGES:
-        if "RAY_ADDRESS" not in os.environ:  # before Ray is imported
+        own = "RAY_ADDRESS" not in os.environ and not any(arg.startswith("--address") for arg in args)
+        if own:  # before Ray is imported
             # A Ray of our own listens on all of the machine's addresses: it does what those say who have its token.
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         STAGES[stage](args)

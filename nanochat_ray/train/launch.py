@@ -44,6 +44,7 @@ from nanochat_ray.versions import pinned
 
 MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
 SLOW_SECONDS = 1.0  # what takes longer has a line of its own
+AT_ONCE_SECONDS = 1.0  # within which several signals are one
 SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
 # glibc gives large blocks back to the kernel and gets them again, page by page, at every step: let it keep them.
 CPU_WORKER_ENV = {
@@ -468,10 +469,13 @@ def last_line(error: BaseException) -> str:
 
 
 class StopOnSignal:
-    """Within it, the first SIGINT or SIGTERM asks the workers to stop after their step; a second one is as usual."""
+    """Within it, the first SIGINT or SIGTERM asks the workers to stop after their step; a second one is as usual.
+
+    What comes at once after the first is no second one: Slurm tells a process by itself and by srun.
+    """
 
     def __init__(self, monitor):
-        self.monitor, self.previous, self.received = monitor, {}, False
+        self.monitor, self.previous, self.received = monitor, {}, 0.0
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # only it may set handlers
@@ -483,10 +487,13 @@ class StopOnSignal:
             signal.signal(number, handler)
 
     def handle(self, number, frame):
-        print("\nstopping after this step, with a checkpoint (again to stop at once)", flush=True)
-        self.received = True
-        self.monitor.request_stop.remote()
-        self.__exit__()
+        if not self.received:
+            print("\nstopping after this step, with a checkpoint (again to stop at once)", flush=True)
+            self.received = time.monotonic()
+            self.monitor.request_stop.remote()
+        elif time.monotonic() > self.received + AT_ONCE_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)
 
 
 def show_progress(

@@ -57,8 +57,8 @@ def ask(device: str, folder: str, pydocs_shards: list[str]) -> list[dict]:
 
 
 def shown(answer: dict) -> str:
-    """For a terminal: the rate, the question, and the answer with its tool calls in brackets."""
+    """For a terminal: the rate, and a question with its answer, tool calls in brackets."""
     text = answer["answer"]
     for special, sign in SIGNS.items():
         text = text.replace(special, sign)
-    return f"{answer['right']} of {answer['of']} right in {answer['kind']}, such as\n> {answer['prompt']}\n{text}"
+    return f"{answer['kind']}: {answer['right']} of {answer['of']} right\n> {answer['prompt']}\n{text}"

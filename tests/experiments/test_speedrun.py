@@ -22,7 +22,7 @@ def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(ray_session, nanoch
     assert [s["stage"] for s in stages] == ["source", "tokenizer", "rows", "sft data", "pretrain", "sft", "chat"]
     val_bpb = stages[4]["result"]["val/bpb"]
     assert 1 < val_bpb < 4
-    rates = [f"of 100 right in {kind}, such as\n> " for kind in held_out.JUDGES]
+    rates = [*(f"\n{kind}: " for kind in held_out.JUDGES), " of 100 right\n> "]
     for expected in (report, f"{val_bpb:.4f}", *rates, "=== samples", "nanochat-ray chat --checkpoint"):
         assert expected in shown, expected
     assert "<svg" in (runs / "quick" / "report.html").read_text()

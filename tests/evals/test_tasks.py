@@ -151,10 +151,10 @@ def test_pydocs_summary(docstring, summary):
 
 
 def test_offline_mixture(shards):
-    train = offline_mixture("train", shards, 200, 120, 80)
-    val = offline_mixture("val", shards, 200, 120, 80)
+    train = list(offline_mixture("train", shards, 200, 120, 80))
+    val = list(offline_mixture("val", shards, 200, 120, 80))
     assert (len(train), len(val)) == (400, 20)
-    assert train == offline_mixture("train", shards, 200, 120, 80)
+    assert train == list(offline_mixture("train", shards, 200, 120, 80))
     for conversation in train + val:
         assert [m["role"] for m in conversation["messages"]] == ["user", "assistant"]
     assert len({"`" in question(c) for c in train[:20]}) == 2  # mixed, not one task after the other

@@ -1,7 +1,9 @@
-"""cluster/slurm.sh on a real Slurm: a controller and two nodes of 2 CPUs, each on a host of its own."""
+"""cluster/slurm.sh on a real Slurm: a controller and two nodes of 3 CPUs, each on a host of its own."""
 
 import os
+import pydoc_data.topics
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,7 +63,7 @@ class Slurm(Cluster):
         munged = ["munged", "--foreground", "--force", f"--key-file={folder}/key", f"--socket={folder}/socket"]
         munged += [f"--{name}-file={folder}/munge.{name}" for name in ("pid", "log", "seed")]
         self.munged = subprocess.Popen(munged, stderr=subprocess.DEVNULL)
-        nodes = [f"NodeName={host.name} NodeAddr={host.address} CPUs=2 RealMemory=8000\n" for host in self.hosts]
+        nodes = [f"NodeName={host.name} NodeAddr={host.address} CPUs=3 RealMemory=8000\n" for host in self.hosts]
         config = CONFIG.format(head=self.head, folder=folder, nodes="".join(nodes))
         (folder / "slurm.conf").write_text(config)
         (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # loaded, though nothing here uses it
@@ -116,31 +118,44 @@ def cluster():
         yield cluster
 
 
-def pretrain(cluster: Slurm, rows: str, run: str, partition: str) -> Job:
-    few = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=2G", "--time=30", f"--partition={partition}"]
+def job(nodes: int, cpus: int) -> list[str]:
+    few = ["--gpus-per-node=0", "--mem=2G", "--time=30", f"--nodes={nodes}", f"--cpus-per-task={cpus}"]
+    return [*few, str(REPOSITORY / "cluster" / "slurm.sh")]
+
+
+def pretrain(run: str) -> list[str]:
+    """With two workers of a CPU each."""
     tiny = ["--depth=2", "--head-dim=32", f"--total-batch-size={ROWS_PER_STEP * 64}", "--dtype=float32"]
     tiny += ["--compile=False", "--workers=2", "--sample-every=0", "--eval-every=0", "--save-every=20"]
-    tiny += [f"--num-iterations={NUM_ITERATIONS}", "--eval-tokens=1024", f"--rows={rows}", f"--run={run}"]
-    return cluster.submit(*few, str(REPOSITORY / "cluster" / "slurm.sh"), "nanochat-ray", "pretrain", *tiny)
+    tiny += [f"--num-iterations={NUM_ITERATIONS}", "--eval-tokens=1024", f"--run={run}"]
+    return ["nanochat-ray", "pretrain", *tiny]
 
 
-def test_a_preempted_job_ends_as_the_one_beside_it(cluster, rows):
+def raylets(cluster: Slurm) -> list[int]:
+    return [len(host.processes("raylet/raylet")) for host in cluster.hosts]
+
+
+def test_a_preempted_job_ends_as_the_one_beside_it(cluster, golden):
     """Two jobs share the hosts. One makes way for a third, is queued again, and trains on to the same weights."""
-    runs = cluster.shared / "home" / "runs"
-    whole = pretrain(cluster, rows, "whole", "high")
-    preempted = pretrain(cluster, rows, "preempted", "low")
+    runs, text = cluster.shared / "home" / "runs", cluster.shared / "topics.txt"
+    text.write_text("\n\n".join(topic for _, topic in sorted(pydoc_data.topics.topics.items())))
+    prepare = ["nanochat-ray", "prepare", f"--source={text}", "--sequence-len=64", f"--tokenizer={golden}/nanochat_d2"]
+    both = f"{shlex.join(prepare)} && exec {shlex.join(pretrain('preempted'))}"
+    preempted = cluster.submit("--partition=low", *job(nodes=2, cpus=1), "sh", "-c", both)
+    preempted.wait_until(lambda: list(runs.parent.glob("rows/*/manifest.json")))
+    whole = cluster.submit("--partition=high", *job(nodes=1, cpus=2), *pretrain("whole"))
     print(f"first checkpoint: {preempted.wait_until(lambda: checkpoint.checkpoints(str(runs / 'preempted'))):.0f} s")
-    tokens = [job.token.read_text() for job in (whole, preempted)]
+    print(f"two Rays: {whole.wait_until(lambda: raylets(cluster) == [2, 1]):.0f} s")
+    tokens = [one.token.read_text() for one in (whole, preempted)]
     assert tokens[0] != tokens[1] and all(len(token) == 64 for token in tokens)
-    assert {job.token.stat().st_mode & 0o777 for job in (whole, preempted)} == {0o600}
-    for host in cluster.hosts:
-        assert len(host.processes("raylet/raylet")) == 2
-        assert not any(host.processes(token) for token in tokens)
-    cluster.submit("--partition=high", "--output=/dev/null", "--wrap", "true")
+    assert {one.token.stat().st_mode & 0o777 for one in (whole, preempted)} == {0o600}
+    assert not any(host.processes(token) for host in cluster.hosts for token in tokens)
+    node = cluster.hosts[1].name
+    cluster.submit("--partition=high", f"--nodelist={node}", "--cpus-per-task=3", "--output=/dev/null", "--wrap=true")
     print(f"preempted: {preempted.wait_until(lambda: preempted.told('Restarts') == '1'):.0f} s")
     assert whole.told("JobState") == "RUNNING"
-    for job in (whole, preempted):
-        print(f"ended: {job.wait_until(lambda job=job: job.told('JobState') == 'COMPLETED'):.0f} s")
+    for one in (whole, preempted):
+        print(f"ended: {one.wait_until(lambda one=one: one.told('JobState') == 'COMPLETED'):.0f} s")
     assert whole.told("Restarts") == "0" and "failed" not in whole.said
     assert "pretrain: going on from step" in preempted.said and "pretrain: going on" not in whole.said
     for run in ("whole", "preempted"):

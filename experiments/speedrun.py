@@ -186,7 +186,7 @@ def run_stages(job: "Job") -> str:
     if "sft" in job.after:
         tuned = stages.run(
             "sft",
-            lambda: sft.run(sft_options(job, base.checkpoint), conversations["folder"]),
+            lambda: sft.run(sft_options(job, base.checkpoint, conversations["rows"]), conversations["folder"]),
             lambda r: {"steps": r.step, "val/bpb of the assistant": r.val_bpb},
         )
         newest = tuned.checkpoint
@@ -431,11 +431,14 @@ def sft_steps(job: Job) -> int | None:
     return max(1, round(SFT_SHARE * job.plan.num_iterations)) if job.preset.minutes else job.preset.steps
 
 
-def sft_options(job: Job, base: str) -> sft.SftOptions:
+def sft_options(job: Job, base: str, rows: int) -> sft.SftOptions:
+    steps = sft_steps(job)
+    if job.preset.minutes:  # an epoch at most: in a second one these conversations are learned by heart
+        steps = min(steps, max(1, rows * job.plan.config.sequence_len // job.plan.total_batch_size))
     return sft.SftOptions(
         base,
         run=f"{storage.name(job.run_dir)}-sft",
-        steps=sft_steps(job),
+        steps=steps,
         compile=compiles(job),
         eval_tokens=job.preset.eval_tokens if job.preset.steps else sft.SftOptions.eval_tokens,
         **job.request,

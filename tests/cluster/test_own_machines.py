@@ -89,6 +89,7 @@ def test_a_cluster_comes_trains_and_goes(cluster, golden):
     print(f"up after {time.monotonic() - began:.0f} s")
     with pytest.raises(RuntimeError, match=r"[Aa]uthentication|401"):
         cluster.hosts[1].run("ray", "job", "list", env=cluster.env | {"HOME": str(cluster.shared)})
+    assert "ok       home " in cluster.ray("exec", "nanochat-ray doctor --address auto")
     options = f"--source {text} --depth 1 --minutes 0.05 --workers 2 --skip sft --run tiny"
     said = cluster.ray("exec", f"ray job submit -- python -m experiments.speedrun {options}")
     print(f"trained after {time.monotonic() - began:.0f} s")

@@ -18,7 +18,7 @@ from nanochat_ray.train import checkpoint
 pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))), reason="no Slurm: apt-get install slurm-wlm munge"
 )
-NUM_ITERATIONS, ROWS_PER_STEP = 120, 8
+NUM_ITERATIONS, ROWS_PER_STEP = 80, 8
 CONFIG = """
 ClusterName=test
 SlurmctldHost={head.name}({head.address})
@@ -126,7 +126,7 @@ def job(nodes: int, cpus: int) -> list[str]:
 def pretrain(run: str) -> list[str]:
     """With two workers of a CPU each."""
     tiny = ["--depth=2", "--head-dim=32", f"--total-batch-size={ROWS_PER_STEP * 64}", "--dtype=float32"]
-    tiny += ["--compile=False", "--workers=2", "--sample-every=0", "--eval-every=0", "--save-every=20"]
+    tiny += ["--compile=False", "--workers=2", "--sample-every=0", "--eval-every=0", "--save-every=10"]
     tiny += [f"--num-iterations={NUM_ITERATIONS}", "--eval-tokens=1024", f"--run={run}"]
     return ["nanochat-ray", "pretrain", *tiny]
 

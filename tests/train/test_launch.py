@@ -1,6 +1,7 @@
 """What the driver decides before workers start."""
 
 import math
+import signal
 import time
 from types import SimpleNamespace
 
@@ -94,3 +95,15 @@ def test_a_run_that_is_refused_leaves_nothing(changes, why, tiny, nanochat_ray_h
         pretrain.run(tiny(run="refused", **changes))
     assert time.monotonic() - began < 10
     assert not (nanochat_ray_home / "runs").exists()
+
+
+def test_signals_that_come_at_once_are_one_and_a_later_one_ends_the_driver(ray_session, monkeypatch):
+    """Slurm signals a task by itself and by srun."""
+    monitor = launch.Monitor.remote()
+    with launch.StopOnSignal(monitor):
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert ray.get(monitor.request.remote()) == "stop"
+        monkeypatch.setattr(launch, "AT_ONCE_SECONDS", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -2,7 +2,9 @@
 
 from nanochat_ray.evals import chat
 from nanochat_ray.evals.tasks import arithmetic, pydocs, spelling
+from nanochat_ray.inference.chat import CLOSES, OPENS
 from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.inference.text import KINDS
 from nanochat_ray.train import checkpoint
 
 EACH = 100  # questions of a kind
@@ -11,12 +13,6 @@ JUDGES = {
     "spelling": spelling.judge,
     "counting letters": spelling.judge,
     "docstrings": pydocs.judge,
-}
-SIGNS = {
-    "<|python_start|>": "[calculator: ",
-    "<|python_end|>": "]",
-    "<|output_start|>": "[result: ",
-    "<|output_end|>": "] ",
 }
 
 
@@ -57,8 +53,8 @@ def ask(device: str, folder: str, pydocs_shards: list[str]) -> list[dict]:
 
 
 def shown(answer: dict) -> str:
-    """For a terminal: the rate, and a question with its answer, tool calls in brackets."""
+    """For a terminal: the rate, and a question with its answer, tool calls in brackets as in a chat."""
     text = answer["answer"]
-    for special, sign in SIGNS.items():
-        text = text.replace(special, sign)
+    for special, kind in KINDS.items():
+        text = text.replace(special, OPENS[kind] or CLOSES["python"])
     return f"{answer['kind']}: {answer['right']} of {answer['of']} right\n> {answer['prompt']}\n{text}"

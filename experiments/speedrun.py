@@ -38,7 +38,7 @@ from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import RunPlan, plan_run
 from nanochat_ray.train import checkpoint, hosts, lease, pretrain, sft
 
-COMPILING_PAYS = 2  # minutes of training from which on; it takes some 40 s on two cores the first time, 10 later
+COMPILING_PAYS = 2  # minutes of training, from which on; it takes 50 s of a CPU the first time, 12 later
 Stage = Literal["core", "sft", "chatcore"]
 
 

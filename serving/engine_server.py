@@ -126,7 +126,7 @@ class EngineServer:
                 logger.error("this engine cannot start: %s", error)
                 raise
         gc.collect()
-        gc.freeze()  # what is loaded stays: looking through it would stop the engine for a tenth of a second each time
+        gc.freeze()  # the model stays: to look through it would stop the engine for a tenth of a second each time
         self.most_ongoing = options["max_batch_size"] + options["queue_limit"]
         self.ongoing, self.thread = 0, None
         self.compiled = on_gpu and options["compile"]

@@ -373,7 +373,7 @@ class GPURunner:
         for size in [*reversed(self.shapes), *reversed(self.sizes)]:
             self._capture(size)  # the largest first: the smaller ones find room in its memory
         if self.device.type == "cuda":
-            torch.cuda.empty_cache()  # what the runs before the captures took
+            torch.cuda.empty_cache()  # the runs before the captures took memory of their own
 
     def _capture(self, size: int | Shape) -> None:
         drawn, ends = self.drawn.clone(), None  # the next step may need these

@@ -43,7 +43,7 @@ from nanochat_ray.train.plan import GPU_SHARE, MAX_TOKENS_PER_CPU, gpu_memory, r
 from nanochat_ray.versions import pinned
 
 MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
-SLOW_SECONDS = 1.0  # what takes longer has a line of its own
+SLOW_SECONDS = 1.0  # a longer wait has a line of its own
 AT_ONCE_SECONDS = 1.0  # within which several signals are one
 SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
 # glibc gives large blocks back to the kernel and gets them again, page by page, at every step: let it keep them.
@@ -70,11 +70,11 @@ class Monitor(Failing):
         self.outcome: dict | None = None
         self.stop, self.save = False, False
         self.failures, self.furthest = 0, -1
-        self.errors: dict[int, tuple[str, str | None]] = {}  # of the newest workers by rank: why, and what's fault
+        self.errors: dict[int, tuple[str, str | None]] = {}  # of the newest workers by rank: why, and whose fault
         self.places: dict[int, Place] = {}  # of the newest workers, by rank
         self.fatal: set[str] = set()  # nodes on which one of the newest workers failed by what a new start would repeat
         self.ended_group = False
-        self.doing: tuple[str, float] | None = None  # what may take long, and when it began
+        self.doing: tuple[str, float] | None = None  # its name and when it began: it may take long
         self.begun: Counter = Counter()  # measurements that have not ended, by how often they began
         self.failed_ones: dict[str, dict[int, str]] = {}  # measurements by name: by rank, what is said of it
 

@@ -470,7 +470,7 @@ def note_measured(worker: Worker, monitor) -> None:
 
 def measure_bpb(worker: Worker, monitor, log: MetricsLog | None) -> bool:
     """False: a stop was asked for meanwhile."""
-    worker.progress.val_bpb = None  # what an earlier step had is not this one's
+    worker.progress.val_bpb = None  # an earlier step's is not this one's
     bpb = evaluate(worker, worker.tokenizer.token_bytes(), monitor)
     if bpb is None:
         return False

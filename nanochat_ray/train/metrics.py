@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from nanochat_ray import measuring, storage
 from nanochat_ray.model.gpt import GPT
 
-WANDB_SECONDS = 20.0  # that W&B may take to answer at the start, and to send what is left at the end
+WANDB_SECONDS = 20.0  # W&B may take so long to answer at the start, and to send the rest at the end
 # Dense FLOP/s of one device in bf16 and, where known, in fp32 without TF32, from the vendors' data sheets; by a word of
 # the device's name.
 PEAK_FLOPS = {

@@ -56,7 +56,7 @@ class Machines(Cluster):
         config["auth"] = {"ssh_user": "root", "ssh_private_key": key}
         make, environment, bashrc = config["setup_commands"]
         assert "make .venv/ready" in make
-        home = f"{self.env['NANOCHAT_RAY_HOME']} PYTHONPATH=~/nanochat-ray"  # what `ray up` copied, and nothing else
+        home = f"{self.env['NANOCHAT_RAY_HOME']} PYTHONPATH=~/nanochat-ray"  # `ray up` copied this, and nothing else
         config["setup_commands"] = [environment.replace("/shared/nanochat", home), bashrc]
         for name in ("head_start_ray_commands", "worker_start_ray_commands"):
             stop, start = config[name]

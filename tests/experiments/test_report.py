@@ -125,7 +125,7 @@ def test_what_is_missing_or_broken(tmp_path):
     assert not (tmp_path / "x.html").exists()
 
 
-BROKEN = {  # what a crash, a full disk or another program may leave in place of a file
+BROKEN = {  # a crash, a full disk or another program may leave these in place of a file
     "chat.json": ['{"chatcore_metric": 0.1, "accuracy": {}}', "[1]", '[{"prompt": "a"}]', "null", '[{"pro'],
     "stages.json": ["{}", '[{"stage": "rows"}]', '[{"stage": "a", "seconds": 1.0, "result": 3}]', "7", ""],
     "config.json": ["[]", '{"plan": 3}', '{"plan": {"param_counts": 3}}', '{"plan": null}', "{"],

@@ -97,7 +97,17 @@ def test_a_run_that_is_refused_leaves_nothing(changes, why, tiny, nanochat_ray_h
     assert not (nanochat_ray_home / "runs").exists()
 
 
-def test_signals_that_come_at_once_are_one_and_a_later_one_ends_the_driver(ray_session, monkeypatch):
+@pytest.fixture
+def python_handlers():
+    """Python's own handlers of signals, as in a new process: a Ray Train in this one leaves its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_signals_that_come_at_once_are_one_and_a_later_one_ends_the_driver(ray_session, python_handlers, monkeypatch):
     """Slurm signals a task by itself and by srun."""
     monitor = launch.Monitor.remote()
     with launch.StopOnSignal(monitor):

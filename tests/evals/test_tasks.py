@@ -6,6 +6,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nanochat_ray.data.tokenizer import train
 from nanochat_ray.evals.tasks import arithmetic, offline_mixture, pydocs, spelling
 from nanochat_ray.inference.tools import calculate
 
@@ -52,7 +53,7 @@ def test_tool_calls_and_judging(task, split):
         assert float(output) == eval(expression)
         assert task.judge(conversation, f"In the end that makes {output}")
         assert not task.judge(conversation, f"{closing} No: {float(output) + 1}")
-    assert calls > 200
+    assert calls > 150
 
 
 def test_arithmetic_asks_what_it_computes():
@@ -76,16 +77,32 @@ def test_arithmetic_asks_what_it_computes():
 def test_spelling_spells_and_counts_the_word_it_asks_for():
     for conversation in spelling.conversations("train", 400):
         steps = parts(conversation)
+        word, letters = re.fullmatch(r"Spelling '?([a-z]+)'?: ((?:[a-z] )*[a-z])(?:\. )?", steps[0][1]).groups()
+        assert letters == " ".join(word)
         if len(steps) == 1:
-            word = steps[0][1].replace(" ", "")
             assert spelling.judge(conversation, f"It is a word: {'-'.join(word).upper()}.")
             assert not spelling.judge(conversation, " ".join(word[:-1]))
         else:
-            word, letter = re.fullmatch(r"'([a-z]+)'\.count\('([a-z])'\)", steps[1][1]).groups()
+            space, counted, letter = re.fullmatch(r'"( ?)([a-z]+)"\.count\("([a-z])"\)', steps[1][1]).groups()
+            assert counted == word
             assert steps[2][1] == str(sum(c == letter for c in word))
             assert re.search(rf"\b{letter}\b", question(conversation))
+            assert (f"'{word}'" in question(conversation)) != bool(space)
         assert re.search(rf"\b{word}\b", question(conversation))
         assert 3 <= len(word) <= 12
+
+
+def test_a_call_has_the_tokens_that_its_word_has_in_the_question():
+    """Then a model can copy them. The tokenizer knows the words with and without a space before."""
+    words = [f" {word} '{word}'" for word in spelling.words("val")]
+    tokenizer = train(words, 1500)
+    for conversation in spelling.conversations("val", 200):
+        if len(steps := parts(conversation)) == 1:
+            continue
+        word = tokenizer.encode(re.match('"([^"]+)"', steps[1][1])[1])
+        for text in (question(conversation), steps[0][1], steps[1][1]):
+            tokens = tokenizer.encode(text)
+            assert word in [tokens[i : i + len(word)] for i in range(len(tokens))], text
 
 
 def test_splits_share_no_problem(shards):
@@ -93,11 +110,17 @@ def test_splits_share_no_problem(shards):
         sums = [parts(c)[1][1] for c in arithmetic.conversations(split, 2000)]
         flipped = [re.sub(r"(\d+)([*+])(\d+)", r"\3\2\1", s) for s in sums]
         names = [re.search("`(.+)`", question(c))[1] for c in pydocs.conversations(shards, split, 2000)]
-        return set(sums) | set(flipped) | set(spelling.words(split)) | set(names)
+        return set(sums) | set(flipped) | asked_words(split) | set(names)
+
+    def asked_words(split):
+        asked = [re.match(r"Spelling '?(\w+)", parts(c)[0][1])[1] for c in spelling.conversations(split, 2000)]
+        return set(asked) | set(spelling.words(split))
 
     assert not problems("train") & problems("val")
-    assert len(spelling.words("train")) > 1000
-    assert len(spelling.words("val")) > 50
+    assert len(spelling.words("train")) > 5000
+    assert len(spelling.words("val")) > 250
+    assert asked_words("val") == set(spelling.words("val"))  # none is made up
+    assert len(asked_words("train") - set(spelling.words("train"))) > 1000
 
 
 def test_a_conversation_depends_on_seed_and_index_alone():

@@ -26,7 +26,7 @@ class MixtureOptions:
     arc_epochs: int = 0
     """How many times the train splits of ARC-Easy and ARC-Challenge are in it."""
     spelling: int = 80_000
-    """Conversations in it about the letters of words, about as many as there are different ones."""
+    """Conversations in it about the letters of words."""
     identity: str | None = None
     """A file of conversations about the assistant itself, twice in it: jsonl, json, parquet or arrow; each is a list of
     messages, or has one as `messages` or `conversations`."""
@@ -67,7 +67,7 @@ def hub_mixture(split: str, options: MixtureOptions) -> Conversations:
 
 
 def offline_mixture(
-    split: str, pydocs_shards: list[str], n_pydocs: int = 4000, n_arithmetic: int = 3000, n_spelling: int = 3000
+    split: str, pydocs_shards: list[str], n_pydocs: int = 5500, n_arithmetic: int = 2500, n_spelling: int = 9700
 ) -> Conversations:
     """The three tasks that need no network, mixed in an order that is the same every time.
 

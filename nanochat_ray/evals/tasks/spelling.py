@@ -1,48 +1,86 @@
-"""Spelling: a word letter by letter, and how often a letter is in a word, counted with the tool."""
+"""Spelling: a word letter by letter, and how often a letter is in a word, counted with the tool.
+
+A small model can't look up a word that it has not seen, but it can copy one: answers show a word in the tokens that it
+has in the question, which depend on what stands before it. Words are many, and most of training's are made up.
+"""
 
 import re
+import sys
+import sysconfig
 from functools import cache
-from pydoc_data.topics import topics
+from pathlib import Path
 from random import Random
 from string import ascii_lowercase
 
 from nanochat_ray.evals.tasks.common import conversation, in_split, reference_text, same_number, tool_conversation
 
-SPELL = ["Spell the word '{word}'.", "How do you spell {word}?", "Spell {word} letter by letter."]
+SPELL = ["Spell the word {word}.", "How do you spell {word}?", "Spell {word} letter by letter."]
 COUNT = [
     "How many {letter}'s are in {word}?",
     "How many times does the letter {letter} occur in {word}?",
-    "Count the letter '{letter}' in the word '{word}'.",
+    "Count the letter '{letter}' in the word {word}.",
     "How often is there a {letter} in {word}?",
 ]
+QUOTED = 5 / 6  # of the questions have the word in quotes
+MADE_UP = 0.7  # of the words to train on
+LONGEST = 12  # letters
 
 
 @cache
 def words(split: str) -> list[str]:
-    """Sorted lower-case words of 3 to 12 letters from the help texts every Python carries, a word in one split only."""
-    found = set(re.findall(r"(?<![^\s(])[a-z]{3,12}(?=[\s,.;:?!)]*\s)", " ".join(topics.values())))
-    return sorted(word for word in found if in_split(split, word))
+    """Sorted lower-case words of 3 to 12 letters from the standard library's sources, a word in one split only."""
+    return [word for word in _library_words() if in_split(split, word)]
 
 
 def conversations(split: str, size: int, seed: int = 0) -> list[dict]:
-    """size conversations, a third spelling and the rest counting; the i-th depends on split, seed and i alone."""
-    return [_conversation(words(split), Random(f"spelling {split} {seed} {i}")) for i in range(size)]
+    """size conversations, half of them spelling and half counting; the i-th depends on split, seed and i alone."""
+    return [_conversation(split, Random(f"spelling {split} {seed} {i}")) for i in range(size)]
 
 
 def judge(conversation: dict, answer_text: str) -> bool:
     """Whether the answer, without its tool calls, ends on the right count, or spells the word with any separators."""
     if isinstance(conversation["messages"][-1]["content"], list):
         return same_number(conversation, answer_text)
-    runs = re.findall(r"(?:\b[a-z]\b[\W_]*)+", answer_text.lower())
-    spelled = re.findall(r"[a-z]", max(runs, key=len, default=""))
-    return spelled == reference_text(conversation).split()
+    return _spelled(answer_text) == _spelled(reference_text(conversation))
 
 
-def _conversation(words: list[str], rng: Random) -> dict:
-    word = rng.choice(words)
-    if rng.random() < 1 / 3:
-        return conversation(rng.choice(SPELL).format(word=word), " ".join(word))
+def _spelled(text: str) -> list[str]:
+    """The letters of its longest run of single letters."""
+    runs = re.findall(r"(?:\b[a-z]\b[\W_]*)+", text.lower())
+    return re.findall(r"[a-z]", max(runs, key=len, default=""))
+
+
+@cache
+def _library_words() -> list[str]:
+    """Of both splits, sorted. A second's work."""
+    library, found = Path(sysconfig.get_path("stdlib")), set()
+    for name in sys.stdlib_module_names:
+        for path in (library / f"{name}.py", *(library / name).rglob("*.py")):
+            if path.is_file():
+                text = path.read_text("utf-8", "replace")
+                found.update(re.findall(rf"(?<![^\s(])[a-z]{{3,{LONGEST}}}(?=[\s,.;:?!)]*\s)", text))
+    return sorted(found)
+
+
+def _conversation(split: str, rng: Random) -> dict:
+    word = _word(split, rng)
+    quoted = rng.random() < QUOTED
+    shown = f"'{word}'" if quoted else word
+    spelled = f"Spelling {shown}: {' '.join(word)}"
+    if rng.random() < 1 / 2:
+        return conversation(rng.choice(SPELL).format(word=shown), spelled)
     letter = rng.choice(word) if rng.random() < 0.8 else rng.choice(ascii_lowercase)
-    question = rng.choice(COUNT).format(word=word, letter=letter)
-    closing = f"The letter {letter} is in {word} {{result}} time{'' if word.count(letter) == 1 else 's'}."
-    return tool_conversation(question, "Let me count. ", f"'{word}'.count('{letter}')", closing)
+    # After the space the word has the tokens that it has in a question without quotes.
+    expression = f'"{word if quoted else " " + word}".count("{letter}")'
+    question = rng.choice(COUNT).format(word=shown, letter=letter)
+    return tool_conversation(question, f"{spelled}. ", expression, "That makes {result}.")
+
+
+def _word(split: str, rng: Random) -> str:
+    """A word of the split; to train on mostly the beginning of one with the end of another, never a held-out word."""
+    while split == "train" and rng.random() < MADE_UP:
+        begin, end = rng.choice(words(split)), rng.choice(words(split))
+        made_up = begin[: rng.randint(2, len(begin))] + end[-rng.randint(1, len(end)) :]
+        if 3 <= len(made_up) <= LONGEST and in_split(split, made_up):
+            return made_up
+    return rng.choice(words(split))

@@ -26,7 +26,7 @@ def golden(report: Report, tiny: bool) -> None:
     """The tests marked gpu; with tiny those of the model, which skip what needs a GPU."""
     # Not all of tests: a GPU machine may lack the clients and stand-ins that other folders import.
     folders = ["tests/model", "tests/inference", "tests/train", "-m", "gpu"]
-    paths = ["tests/model/test_attention.py", "tests/model/test_gpt.py"] if tiny else folders
+    paths = ["tests/model/test_gpt.py"] if tiny else folders
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={file}", *paths]

@@ -1,5 +1,7 @@
 """nanochat-ray: every stage as a command. `nanochat-ray STAGE --help` lists a stage's options."""
 
+import atexit
+import gc
 import inspect
 import logging
 import os
@@ -346,6 +348,10 @@ def one_line_errors(command: Callable[[], None]) -> Callable[[], None]:
 
 @one_line_errors
 def main() -> None:
+    # Importing torch and Ray makes half a million objects. With Python's own threshold the garbage collector looks
+    # through them again and again, for a second of each start, and at exit once more.
+    gc.set_threshold(50_000)
+    atexit.register(gc.freeze)
     stage, *args = sys.argv[1:] or ["--help"]
     if stage in ("-h", "--help"):
         print(usage())

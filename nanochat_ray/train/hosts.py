@@ -10,6 +10,8 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
@@ -184,6 +186,11 @@ class Trainer(ray.train.torch.TorchTrainer):
         if self.scaling_config.elasticity_enabled:
             policies["scaling_policy"] = FreeHosts(self.scaling_config, *self.actors)
         policies["failure_policy"] = Failures(self.run_config.failure_config, *self.actors)
+        # Actors that only take time: workers read their rows themselves, and what a controller that died holds is freed
+        # at the end of the job, which is that of a single run.
+        single = self.actors[0] == self.actors[1]
+        idle = (DatasetsCallback, PlacementGroupCleanerCallback) if single else DatasetsCallback
+        policies["callbacks"] = [each for each in policies["callbacks"] if not isinstance(each, idle)]
         return super()._initialize_and_run_controller(**policies)
 
 

@@ -18,6 +18,7 @@ import ray.train
 import ray.train.torch
 import torch
 from ray.actor import ActorHandle
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import PreemptingState, ResizingState
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -32,6 +33,7 @@ from nanochat_ray.train.hosts import (
     LostHosts,
     Request,
     Trainer,
+    can_grow,
     check_rows,
     fails_again,
     scaling_config,
@@ -54,8 +56,12 @@ CPU_WORKER_ENV = {
 GPU_WORKER_ENV = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 NETWORK_ENV = ("NCCL_", "TORCH_NCCL_", "GLOO_")  # variables of the driver that workers get as they are
 # Seconds, unless the driver's environment has others. How long Ray Train waits for room for workers before it counts
-# hosts again, and how long a worker may not answer until it is taken for dead.
-PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120"}
+# hosts again, how long a worker may not answer until it is taken for dead, and how often each is asked how it is.
+PATIENCE = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
 
 
 @ray.remote(num_cpus=0)
@@ -312,10 +318,13 @@ def _train(
 ) -> TrainResult:
     for name, seconds in PATIENCE.items():
         os.environ.setdefault(name, seconds)
+    # Nobody drains a machine that is alone: an actor that looks for it would only take time.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(can_grow()))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     # It dies with the driver, not with a worker's node.
     monitor = Monitor.options(scheduling_strategy=here).remote(c.run_dir)
     monitor.begins.remote(f"starting {wanted(scaling)}")
+    get_or_create_autoscaling_coordinator()  # the controller will wait for it: it starts meanwhile
     failing = failing or monitor
     trainer = Trainer(
         train_loop_per_worker,

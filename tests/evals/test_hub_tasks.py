@@ -235,7 +235,7 @@ def test_humaneval_prompts_definitions_are_there_for_the_answer(answer, passes):
 def test_all_canonical_solutions_pass_and_none_without_its_body(shared):
     problems = humaneval.conversations(str(shared / "datasets"))
     assert len(problems) == 164
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(8) as pool:  # to start in a jail is mostly to wait
         passed = list(pool.map(lambda c: humaneval.judge(c, c["messages"][1]["content"]), problems))
         assert [c["entry_point"] for c, ok in zip(problems, passed, strict=True) if not ok] == []
         passed = list(pool.map(lambda c: humaneval.judge(c, c["messages"][0]["content"] + "    pass\n"), problems))

@@ -90,9 +90,22 @@ def service(ray_session, checkpoints) -> Iterator[str]:
     serve.shutdown()
 
 
+@pytest.fixture(scope="module")
+def serve_url(ray_session) -> Iterator[str]:
+    """URL of Ray Serve, without an application."""
+    from ray import serve
+
+    from serving.start import free_port
+
+    port = free_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
 @pytest.fixture
-def deploy(service):
-    """Applications beside `service`: deploy(name, **options) gives the URL; again with the same name, an update."""
+def deploy(serve_url):
+    """Applications: deploy(name, **options) gives the URL; again with the same name, an update."""
     from ray import serve
 
     from serving.app import ServiceOptions, app
@@ -103,7 +116,7 @@ def deploy(service):
         names.add(name)
         application = app(ServiceOptions(**{"dtype": "float32", "compile": False} | options))
         serve.run(application, name=name, route_prefix=f"/{name}")
-        return f"{service}/{name}"
+        return f"{serve_url}/{name}"
 
     yield deploy
     for name in names:

@@ -18,9 +18,10 @@ from nanochat_ray.inference.sampling import (
     NO_TOKEN,
     Controls,
     SamplingParams,
+    drawn_logprobs,
     logprobs,
     penalize,
-    sample,
+    sample_and_tell,
 )
 from nanochat_ray.inference.scheduler import Scheduler
 from nanochat_ray.inference.sequence import Completion, Sequence
@@ -49,6 +50,7 @@ class Launched:
     began: float
     prompt_tokens: int
     needs_logits: bool  # whether any of the sequences does
+    logprobs: object | None = None  # of what was drawn, if a sequence is for training; tolist() waits for them
 
 
 class Engine:
@@ -100,6 +102,17 @@ class Engine:
         """
         self.runner.compile()
         self.decode_seconds = {}  # what uncompiled steps took; the thread that steps may hold the old ones for one more
+
+    def refresh_weights(self, model) -> None:
+        """Take the weights of the engine's model as they are now, and forget what the cache knows by the old ones.
+
+        Raises RuntimeError while there are sequences. A compiled engine on CPUs, whose code holds the weights, goes on
+        uncompiled.
+        """
+        if self.busy:
+            raise RuntimeError("an engine takes new weights when all its sequences have ended")
+        self.runner.refresh_weights(model)
+        self.manager.forget()
 
     def submit(self, prompt: list[int], params: SamplingParams) -> list[Sequence]:
         """Queue params.n sequences that go on from the prompt; step() moves them on.
@@ -177,8 +190,9 @@ class Engine:
         for sequence, end in chunks:
             prompt_tokens += end - sequence.table.length
             self.manager.advance(sequence.table, sequence.ids, end)
+        told, logs = any(sequence.params.for_training for sequence in sequences), None
         if needs_logits or not self.runner.filters:
-            drawn = self._sample(logits, drawn, sequences, allowed)
+            drawn, logs = self._sample(logits, drawn, sequences, allowed, told)
         for sequence in joining:
             scheduler.start(sequence)
             if not sequence.generated:
@@ -189,8 +203,13 @@ class Engine:
             sequence.in_flight += 1
             if len(sequence.ids) + sequence.in_flight >= sequence.longest:
                 scheduler.retire(sequence)
-        tokens = self.runner.fetch(drawn[: len(sequences)])
-        return Launched(sequences, len(rows), logits, tokens, began, prompt_tokens, needs_logits)
+        drawn = drawn[: len(sequences)]
+        tokens = self.runner.fetch(drawn)
+        if told and logs is None:
+            controls = self._controls([sequence.params for sequence in sequences])
+            logs = drawn_logprobs(logits[: len(sequences)], drawn, controls)
+        logs = self.runner.fetch(logs) if told else None
+        return Launched(sequences, len(rows), logits, tokens, began, prompt_tokens, needs_logits, logs)
 
     def _collect(self, step: Launched) -> list[Sequence]:
         """Give each sequence of a step its next token: tool output that is due, else the one that was drawn."""
@@ -208,6 +227,8 @@ class Engine:
             moved.append((sequence, tokens[slot]))
         if step.needs_logits:
             self._note_logprobs(step.logits, step.sequences, tokens)
+        if step.logprobs is not None:
+            self._note_drawn(step)
         for sequence, token in moved:
             if sequence.plain and token not in self.watched and not sequence.forced:
                 sequence.ids.append(token)
@@ -221,15 +242,17 @@ class Engine:
             self._adapt(time.perf_counter() - step.began, step.prompt_tokens, step.rows)
         return [sequence for sequence, _ in moved]
 
-    def generate(self, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+    def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[Completion]:
         """params.n completions of each prompt, in the order of the prompts, a prompt's samples adjacent.
 
-        Sequences beyond max_batch_size wait for a place. Raises ValueError as submit does.
+        params: of all prompts, or a list with those of each. Sequences beyond max_batch_size wait for a place. Raises
+        ValueError as submit does.
         """
         sequences = []
         try:
-            for prompt in prompts:
-                sequences += self.submit(prompt, params)
+            of_each = params if isinstance(params, list) else [params] * len(prompts)
+            for prompt, own in zip(prompts, of_each, strict=True):
+                sequences += self.submit(prompt, own)
             while self.busy:
                 self.step()
         finally:
@@ -295,8 +318,11 @@ class Engine:
                     self.runner.place(row, sequence.table)
             self.rows = list(running)
 
-    def _sample(self, logits: torch.Tensor, drawn: torch.Tensor, sequences: list[Sequence], allowed) -> torch.Tensor:
-        """The tokens that the runner drew, with those replaced that parameters or grammars are to change.
+    def _sample(
+        self, logits: torch.Tensor, drawn: torch.Tensor, sequences: list[Sequence], allowed, told: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The tokens that the runner drew, with those replaced that parameters or grammars are to change. If all were,
+        and it is to be told, also the log probabilities that they were drawn with.
 
         Where a grammar allows the runner's token it is taken, else one is drawn of those that it allows: together that
         is as likely as drawing once among those, and costs less.
@@ -312,17 +338,24 @@ class Engine:
                 chosen.append(i)
                 keys.append(sequence.second_key)
         if not chosen:
-            return drawn
+            return drawn, None
         picked, params = logits[chosen], [sequences[i].params for i in chosen]
         if any(p.penalizes for p in params):
             penalize(picked, params, [(sequences[i].ids, sequences[i].prompt_len) for i in chosen])
         if mask is not None:
             picked.masked_fill_(~torch.from_numpy(mask[chosen]).to(picked.device), -math.inf)
+        drawn = drawn.clone()
+        controls = self._controls(params)
+        told = told and len(chosen) == len(sequences)
+        tokens, logs = sample_and_tell(picked, controls, np.array(keys, dtype=np.uint64), told)
+        drawn[chosen] = tokens.to(drawn.dtype)
+        return drawn, logs
+
+    def _controls(self, params: list[SamplingParams]) -> Controls:
+        """Of a step's rows; those of the last step are taken again when nothing has changed."""
         if self.controls.rows != params:
             self.controls = Controls(params, self.config.vocab_size, self.runner.device)
-        drawn = drawn.clone()
-        drawn[chosen] = sample(picked, self.controls, np.array(keys, dtype=np.uint64)).to(drawn.dtype)
-        return drawn
+        return self.controls
 
     def _score_prompts(self, chunks: list[tuple[Sequence, int]]) -> None:
         """Note the log probabilities of prompts' tokens, after those that this step has read."""
@@ -340,6 +373,11 @@ class Engine:
             scores = logprobs(self.runner.logits_at(list(places)), list(tokens), min(most, self.config.vocab_size))
             for sequence, (own, likeliest) in zip(sequences, scores, strict=True):
                 sequence.prompt_logprobs.append((own, likeliest[: sequence.params.prompt_logprobs]))
+
+    def _note_drawn(self, step: Launched) -> None:
+        for sequence, logprob in zip(step.sequences, step.logprobs.tolist(), strict=True):
+            if sequence.drawn_logprobs is not None and sequence.finish_reason is None:
+                sequence.drawn_logprobs.append(0.0 if sequence.forced else logprob)
 
     def _note_logprobs(self, logits: torch.Tensor, sequences: list[Sequence], tokens: list[int]) -> None:
         asked = [
@@ -365,12 +403,15 @@ class Engine:
             return self._fail(sequence, wrong or "the model's output is not a number (NaN)")
         if sequence.max_tokens == 0:
             return self._end(sequence, "length")
-        if token in self.stop and not sequence.forced:
+        ends = token in self.stop and not sequence.forced
+        if ends and not sequence.params.for_training:
             return self._end(sequence, "stop")
         sequence.ids.append(token)
         sequence.mask.append(0 if sequence.forced else 1)
         if sequence.forced:
             sequence.forced.popleft()
+        if ends:
+            return self._end(sequence, "stop")
         if self.special:
             self._use_tool(sequence, token)
         if sequence.answer:

@@ -106,10 +106,7 @@ class GPURunner:
         self.device, self.dtype, self.max_rows = model.cos.device, model.compute_dtype, max_rows
         self.groups, self.model = manager.layers, model
         self.layers = [self._layer(model, i) for i in range(config.n_layer)]
-        self.head = model.lm_head.weight.detach().to(self.dtype)
-        self.embeddings = model.transformer.wte.weight.detach()
-        backout = model.backout_lambda.detach().to(self.dtype).float()
-        self.backout = torch.cat([torch.ones_like(backout), -backout])
+        self.head, self.embeddings, self.backout = self._ends(model)
         shape = (1 + manager.num_pages, config.n_kv_head, PAGE, config.head_dim)
         # Zeros, since attention multiplies what it masks by 0, and 0 · NaN would spread.
         self.keys = torch.zeros(shape, device=self.device, dtype=self.dtype)
@@ -148,6 +145,22 @@ class GPURunner:
         self.sizes, self.uses = graph_sizes(max_rows), Counter()
         self.graphs: dict[int | Shape, Graph] = {}  # by the number of sequences that decode, or the shape
         self.pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+    def refresh_weights(self, model: GPT) -> None:
+        """Pack the weights again, into the tensors that the graphs read."""
+        old, new = [self.head, self.embeddings, self.backout], [*self._ends(model)]
+        for i, layer in enumerate(self.layers):
+            old += layer
+            new += self._layer(model, i)
+        for tensor, value in zip(old, new, strict=True):
+            if isinstance(tensor, torch.Tensor) and tensor.data_ptr() != value.data_ptr():
+                tensor.copy_(value)
+
+    def _ends(self, model: GPT) -> tuple[torch.Tensor, ...]:
+        """The head and the embeddings in the compute dtype, and the factors of the backout."""
+        backout = model.backout_lambda.detach().to(self.dtype).float()
+        factors = torch.cat([torch.ones_like(backout), -backout])
+        return model.lm_head.weight.detach().to(self.dtype), model.transformer.wte.weight.detach(), factors
 
     def _layer(self, model: GPT, i: int) -> Layer:
         block: Block = model.transformer.h[i]

@@ -131,6 +131,16 @@ class BlockManager:
                 self._release(block)
             blocks.clear()
 
+    def forget(self) -> None:
+        """Let no block be found any more, as when the weights have changed. Sequences keep what they hold."""
+        for block in self.found.values():
+            block.key = None
+            if block.references == 0:
+                self.free += block.pages
+        self.found.clear()
+        self.unused.clear()
+        self.unused_pages = 0
+
     def _capacity(self, reach: int) -> int:
         """The longest sequence, in tokens, that fits when it is alone and its prompt is read in chunks of a page."""
         pages = 0

@@ -156,6 +156,9 @@ class ModelRunner:
         self.groups = [places[layer] for layer in range(config.n_layer)]
         self.forward = self._forward
 
+    def refresh_weights(self, model: GPT) -> None:
+        self.model, self.forward = for_inference(model), self._forward
+
     @torch.inference_mode()
     def compile(self) -> None:
         """Graphs for one token and for several, of one sequence or more, each for all sizes."""

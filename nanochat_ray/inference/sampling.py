@@ -29,8 +29,9 @@ class SamplingParams:
     grammar: what inference/grammar.py makes of a schema; the answer follows it, calls no tool, and ends where it does.
     stop: strings that end the answer, also before its grammar does.
     logprobs: how many of the likeliest tokens to tell with each, by the model's own distribution.
-    prompt_logprobs: the same of the prompt's tokens; then max_tokens may be 0. cache_salt: requests share what the
-    cache knows of their prompts with those of the same salt alone.
+    prompt_logprobs: the same of the prompt's tokens; then max_tokens may be 0. for_training: tell with each token the
+    log probability that it was drawn with, and leave the one that ends the turn in the answer.
+    cache_salt: requests share what the cache knows of their prompts with those of the same salt alone.
     Of the n samples of a prompt, sample i is the same whatever n is. Raises ValueError for a value out of range.
     """
 
@@ -48,6 +49,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: int | None = None
+    for_training: bool = False
     grammar: str | None = None
     cache_salt: str = ""
 
@@ -171,12 +173,37 @@ def sample(logits: torch.Tensor, controls: Controls, keys: np.ndarray) -> torch.
 
     keys is (B, any) uint64; the engine uses (seed, sample, step). Ties go to the lowest id.
     """
+    return sample_and_tell(logits, controls, keys, tell=False)[0]
+
+
+def sample_and_tell(
+    logits: torch.Tensor, controls: Controls, keys: np.ndarray, tell: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What `sample` draws, and what drawn_logprobs says of it if that is to be told, which filters them but once."""
+    weights = _chosen_weights(logits, controls)
+    tokens = _draw(weights, controls.temperature, uniforms(keys).to(logits.device).unsqueeze(-1))
+    return tokens, _logprobs_of(tokens, weights) if tell else None
+
+
+def drawn_logprobs(logits: torch.Tensor, tokens: torch.Tensor, controls: Controls) -> torch.Tensor:
+    """The log probability (B,), in nats, with which `sample` draws each row's token (B,) from logits (B, V): after
+    temperature, top_k, top_p and min_p. -inf for a token that these leave out."""
+    return _logprobs_of(tokens, _chosen_weights(logits, controls))
+
+
+def _logprobs_of(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    own = weights.gather(-1, tokens.long().clamp(min=0).unsqueeze(-1))
+    return (own / weights.sum(dim=-1, keepdim=True)).log().squeeze(-1)
+
+
+def _chosen_weights(logits: torch.Tensor, controls: Controls) -> torch.Tensor:
+    """What tokens are drawn in proportion to (B, V)."""
     weights = _weights(logits, controls.temperature)
     if controls.filters:
         weights = _filter(weights / weights.sum(dim=-1, keepdim=True), controls)
     if controls.limits:
         weights = weights * (weights >= controls.min_p * weights.amax(dim=-1, keepdim=True))
-    return _draw(weights, controls.temperature, uniforms(keys).to(logits.device).unsqueeze(-1))
+    return weights
 
 
 def draw(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
@@ -219,11 +246,17 @@ def _filter(weights: torch.Tensor, controls: Controls) -> torch.Tensor:
     least = torch.finfo(weights.dtype).tiny  # tokens that cannot come are not chosen
     threshold = largest.gather(-1, count - 1).clamp(min=least).masked_fill(controls.unfiltered, 0)
     chosen = weights >= threshold
-    if (chosen.sum(dim=-1, keepdim=True) > count.masked_fill(controls.unfiltered, weights.size(-1))).any():
-        above, tied = weights > threshold, weights == threshold  # of tied tokens the first ones
-        few = tied & (tied.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True))
-        chosen = above | few | controls.unfiltered
+    tied = chosen.sum(dim=-1, keepdim=True) > count.masked_fill(controls.unfiltered, weights.size(-1))
+    if tied.any():
+        rows = tied.squeeze(-1)
+        chosen[rows] = _first_of_tied(weights[rows], threshold[rows], count[rows])
     return torch.where(chosen, weights, 0)
+
+
+def _first_of_tied(weights: torch.Tensor, threshold: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """Which tokens (B, V) are the `count` likeliest; of those at the threshold the first ones."""
+    above, tied = weights > threshold, weights == threshold
+    return above | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= count - above.sum(dim=-1, keepdim=True)))
 
 
 def _nucleus(weights: torch.Tensor, largest: torch.Tensor, controls: Controls):

@@ -24,6 +24,8 @@ class Completion:
     model alone, before penalties and grammar. A tool's output has those that the model gave it.
     prompt_logprobs: the same of the prompt's tokens, if asked for, by the prompt's first sample. None for the first
     token, which follows nothing.
+    drawn_logprobs: of answers for training, of each token the log probability in nats that it was drawn with; 0 where a
+    tool's output was put in.
     """
 
     tokens: list[int]
@@ -31,6 +33,7 @@ class Completion:
     finish_reason: str
     logprobs: list[Logprob] | None = None
     prompt_logprobs: list[Logprob | None] | None = None
+    drawn_logprobs: list[float] | None = None
 
 
 @dataclass(eq=False)
@@ -46,6 +49,7 @@ class Sequence:
     arrival: int = 0  # place in the order of arrival
     mask: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
+    drawn_logprobs: list[float] | None = None  # if they are asked for
     forced: deque[int] = field(default_factory=deque)  # tool output that is still to be put in
     code_start: int | None = None  # where in ids the code after python_start begins
     table: BlockTable | None = None  # while it has a place in the cache
@@ -63,6 +67,7 @@ class Sequence:
         self.prompt_len = len(self.ids)
         self.longest = self.prompt_len + self.max_tokens
         self.needs_logits = self.params.logprobs is not None or self.params.penalizes or self.matcher is not None
+        self.drawn_logprobs = [] if self.params.for_training else None
         self.plain = self.max_tokens > 0 and self.answer is None and self.matcher is None
 
     @property
@@ -104,4 +109,6 @@ class Sequence:
 
     def completion(self) -> Completion:
         logprobs = None if self.params.logprobs is None else self.logprobs
-        return Completion(self.tokens, self.mask, self.finish_reason, logprobs, self.prompt_logprobs)
+        return Completion(
+            self.tokens, self.mask, self.finish_reason, logprobs, self.prompt_logprobs, self.drawn_logprobs
+        )

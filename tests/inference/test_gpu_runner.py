@@ -1,5 +1,7 @@
 """The GPU's forwards, on a GPU or in Triton's interpreter: in fp32, as the interpreter's bf16 matmuls are wrong."""
 
+import copy
+
 import pytest
 import torch
 
@@ -146,9 +148,10 @@ def test_scores_penalties_and_grammars_are_the_cpus(kernel_device, tokenizer, ra
         {"grammar": grammar.from_regex("[a-z]{9}")},
         {"grammar": grammar.json_object(), "top_k": 20, "presence_penalty": 1.0},
         {"frequency_penalty": 2, "logit_bias": ((9, 4.0),), "prompt_logprobs": 0},
+        {"for_training": True, "top_k": 9},
         {},
     ]
-    prompts = random_prompts(9, 4, 6, 12, 5)
+    prompts = random_prompts(9, 4, 6, 12, 5, 5)
     asked = [(p, SamplingParams(**{"max_tokens": 4} | k)) for p, k in zip(prompts, kinds, strict=True)]
     answers = []
     for runner in (None, ModelRunner):
@@ -162,6 +165,7 @@ def test_scores_penalties_and_grammars_are_the_cpus(kernel_device, tokenizer, ra
     for ours, theirs in zip(*answers, strict=True):
         assert (ours.tokens, ours.finish_reason) == (theirs.tokens, theirs.finish_reason)
         assert (ours.prompt_logprobs is None) == (theirs.prompt_logprobs is None)
+        assert (ours.drawn_logprobs or []) == pytest.approx(theirs.drawn_logprobs or [], abs=1e-3)
         for (own, likeliest), (expected, others) in zip(
             (ours.prompt_logprobs or [])[1:], (theirs.prompt_logprobs or [])[1:], strict=True
         ):
@@ -192,3 +196,17 @@ def test_few_graph_sizes_with_little_padding():
         assert sizes == sorted(set(sizes)) and sizes[-1] == most and len(sizes) < 40
         for S in range(1, most + 1):
             assert next(size for size in sizes if size >= S) < 2 * S or S == most
+
+
+def test_refreshed_weights_go_where_the_graphs_read_them(kernel_device, lively, random_prompts, monkeypatch):
+    model, prompts, params = copy.deepcopy(lively).to(kernel_device), random_prompts(40, 9), SamplingParams(6)
+    engine = Engine(model, max_batch_size=2)
+    old, places = engine.generate(prompts, params), [layer.qkv.data_ptr() for layer in engine.runner.layers]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.1)
+    engine.refresh_weights(model)
+    assert [layer.qkv.data_ptr() for layer in engine.runner.layers] == places
+    new = engine.generate(prompts, params)
+    monkeypatch.setattr(engine_module, "runner_of", lambda model: ModelRunner)
+    assert new == Engine(model.to("cpu"), max_batch_size=2).generate(prompts, params) != old

@@ -1,5 +1,7 @@
 """What interrupts and ends an answer, with a runner that says a script in place of a model."""
 
+import math
+
 import pytest
 import torch
 
@@ -148,3 +150,14 @@ def test_a_stop_string_ends_every_sample_with_the_token_that_completes_it(script
     length = len("so: 🙂 STO".encode())  # max_tokens comes first
     [completion] = scripted([1, *singles]).generate([[1]], SamplingParams(length, 0, stop=("STOP",)))
     assert (len(completion.tokens), completion.finish_reason) == (length, "length")
+
+
+def test_for_training_a_tools_output_has_no_probability_and_the_end_has_its_own(scripted, counting, tokenizer):
+    prompt, ids, mask, said = counting
+    end = tokenizer.special("<|assistant_end|>")
+    engine = scripted([*prompt, *said])
+    [completion] = engine.generate([prompt], SamplingParams(max_tokens=99, for_training=True))
+    assert completion.tokens == ids and ids[-1] == end and completion.finish_reason == "stop"
+    assert completion.mask == mask
+    by_chance = 1 - math.log(math.e + tokenizer.vocab_size - 1)  # of the one token whose logit is 1, and not 0
+    assert completion.drawn_logprobs == pytest.approx([by_chance * drawn for drawn in mask], abs=1e-5)

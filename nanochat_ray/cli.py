@@ -81,6 +81,23 @@ def sft(args: list[str]) -> None:
     print(f"val/bpb    {bpb(result.val_bpb)} over the assistant's tokens\ncheckpoint {result.checkpoint}")
 
 
+def rl(args: list[str]) -> None:
+    """a chat model and a task -> a model that is better at it, by reinforcement learning"""
+    from nanochat_ray.evals.tasks.rewarded import TaskOptions, load_task
+    from nanochat_ray.train.checkpoint import resolve_checkpoint
+    from nanochat_ray.train.rl import RlOptions, run
+
+    @dataclass
+    class Options(TaskOptions, RlOptions):
+        pass
+
+    options = parse("rl", Options, args)
+    resolve_checkpoint(options.checkpoint)  # a wrong one is known before anything is downloaded
+    start_ray()
+    result = run(options, load_task(options))
+    print(f"checkpoint {result.checkpoint}")
+
+
 def bpb(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.4f}"
 
@@ -227,6 +244,7 @@ STAGES = {
     "prepare": prepare,
     "pretrain": pretrain,
     "sft": sft,
+    "rl": rl,
     "eval": evaluate,
     "chat": chat,
     "serve": serve,

@@ -69,7 +69,7 @@ def _chunks(hidden, weight, targets, compiled, grad_hidden=None, grad_weight=Non
             gradient_(logits, learned / total)  # from here on: the gradient with respect to the logits
             logits.scatter_(-1, column, logits.gather(-1, column) - (_slope(of_target) * learned).to(logits.dtype))
             torch.mm(logits, weight, out=grad_hidden[part])
-            _add_product_(grad_weight, logits.T, x)
+            add_product_(grad_weight, logits.T, x)
     return losses
 
 
@@ -78,7 +78,7 @@ def chunk_size(vocab_size: int, on_gpu: bool) -> int:
     return max(1, (GPU_CHUNK_LOGITS if on_gpu else CHUNK_LOGITS) // vocab_size)
 
 
-def _add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a @ b. On a GPU the matmul itself adds in fp32, with no product in bf16 between."""
     if total.is_cuda and total.dtype != a.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)

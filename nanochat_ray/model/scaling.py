@@ -167,3 +167,8 @@ def muon_weight_decay(step: int, num_iterations: int, weight_decay: float) -> fl
 def finetune_lr_multiplier(step: int, num_iterations: int) -> float:
     """Constant, then linear to 0 over the second half."""
     return min(1.0, 2 * (1 - step / num_iterations))
+
+
+def rl_lr_multiplier(step: int, num_iterations: int) -> float:
+    """Linear to 0."""
+    return 1 - step / num_iterations

@@ -44,16 +44,22 @@ class Request:
     """What a run asks of the cluster: at most so many workers. By default there is one on every GPU, and without GPUs
     one on every host that has as many CPUs as the largest.
 
-    use_gpu: None takes GPUs where there are any. wait_minutes: how long a cluster has to bring what it lacks.
+    use_gpu: None takes GPUs where there are any. wait_minutes: how long a cluster has to bring what it lacks. beside:
+    GPUs that the run needs for other actors of its own; the default leaves them free.
     """
 
     workers: int | None = None
     use_gpu: bool | None = None
     wait_minutes: float = 10
+    beside: int = 0
 
 
 def scaling_config(
-    workers: int | None, use_gpu: bool | None = None, elastic: bool = True, rows: int | None = None
+    workers: int | None,
+    use_gpu: bool | None = None,
+    elastic: bool = True,
+    rows: int | None = None,
+    beside: int = 0,
 ) -> ray.train.ScalingConfig:
     """Workers and what each gets, as a Request says. The default on CPUs is no more than the rows of a step.
 
@@ -67,7 +73,7 @@ def scaling_config(
         use_gpu = sum(gpus) > 0
     kind, there, each = ("GPU", sum(gpus), 1) if use_gpu else ("CPU", sum(cpus), 1)
     hosts = sum(count == max(cpus) > 0 for count in cpus) if elastic else 1
-    workers = workers or (there if use_gpu else min(hosts, rows or hosts)) or 1
+    workers = workers or (there - beside if use_gpu else min(hosts, rows or hosts)) or 1
     if not use_gpu:  # each gets as many CPUs as leave room for all workers; a worker must fit on one node
         each = next((n for n in range(max(cpus), 0, -1) if sum(count // n for count in cpus) >= workers), 1)
     if there < workers and not (can_grow() and (elastic or use_gpu)):
@@ -109,7 +115,7 @@ def wait_for_hosts(request: Request, scaling: ray.train.ScalingConfig, stage: st
                 print(f"{stage}: waiting for {wanted(scaling)}: {there} there; {limit}", flush=True)
                 said, told = there, time.monotonic()
             time.sleep(1)
-            scaling = scaling_config(request.workers, scaling.use_gpu)
+            scaling = scaling_config(request.workers, scaling.use_gpu, beside=request.beside)
     finally:  # also after Ctrl-C, or the hosts stay reserved for minutes
         if said is not None:
             asking.cancel_resource_request()

@@ -40,7 +40,7 @@ from nanochat_ray.train.hosts import (
     wait_for_hosts,
     wanted,
 )
-from nanochat_ray.train.loop import Measurement, TrainConfig, train_loop_per_worker
+from nanochat_ray.train.loop import Learned, Measurement, TrainConfig, Worker, train_loop_per_worker
 from nanochat_ray.train.plan import GPU_SHARE, MAX_TOKENS_PER_CPU, gpu_memory, rows_that_fit
 from nanochat_ray.versions import pinned
 
@@ -267,6 +267,7 @@ def train(
     measurement: Measurement | None = None,
     report: Callable[[dict], None] | None = None,
     failing: ActorHandle | None = None,
+    learn: Callable[[Worker], Learned] | None = None,
 ) -> TrainResult:
     """Train to the end and measure, unless both are done. A measurement that fails is in measuring.failed.
 
@@ -274,6 +275,7 @@ def train(
     report: is given the metrics, which else go to the terminal. For runs of a sweep, which share a cluster: they take
     as many workers as they ask for and not fewer, and the first failure is raised, for the sweep to decide.
     failing: the sweep's actor of Failing.
+    learn: what a step learns from, if not from rows; pickled to the workers.
 
     Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. Raises ValueError, before
     anything is written, when the run was begun with other inputs, when there are more workers than rows in a step,
@@ -290,18 +292,19 @@ def train(
         return _result(c)
     if c.fp8 and importlib.util.find_spec("torchao") is None:
         raise ValueError("fp8 needs torchao: pip install 'nanochat-ray[gpu]', or leave --fp8 out")
-    rows = c.total_batch_size // c.model["sequence_len"]
-    scaling = scaling_config(request.workers, request.use_gpu, elastic=report is None, rows=rows)
+    rows = c.rows_per_step
+    scaling = scaling_config(request.workers, request.use_gpu, report is None, rows, request.beside)
     check_batch(c, scaling)
     if report is None:
         scaling = wait_for_hosts(request, scaling, c.stage)
-    check_rows(c.rows)
+    if c.rows:
+        check_rows(c.rows)
     c = replace(c, device_batch_size=device_batch_size(c, scaling))
     uri, about = storage.join(c.run_dir, "config.json"), record | provenance()
     with lease.hold(c.run_dir) as held:
         storage.write_json(uri, about)
         try:
-            return _train(c, scaling, held, measurement, report, failing)
+            return _train(c, scaling, held, measurement, report, failing, learn)
         finally:
             with measuring.measuring(f"writing {uri}"):
                 if not storage.exists(uri):  # somebody deleted the folder meanwhile
@@ -315,6 +318,7 @@ def _train(
     measurement: Measurement | None,
     report: Callable[[dict], None] | None,
     failing: ActorHandle | None,
+    learn: Callable[[Worker], Learned] | None,
 ) -> TrainResult:
     for name, seconds in PATIENCE.items():
         os.environ.setdefault(name, seconds)
@@ -330,7 +334,7 @@ def _train(
         train_loop_per_worker,
         monitor=monitor,
         failing=failing,
-        train_loop_config=asdict(c) | {"monitor": monitor, "measurement": measurement},
+        train_loop_config=asdict(c) | {"monitor": monitor, "measurement": measurement, "learn": learn},
         torch_config=network.TorchConfig(),
         scaling_config=scaling,
         # The monitor counts failures, or the sweep does.
@@ -408,6 +412,8 @@ def _result(c: TrainConfig) -> TrainResult:
 def check_batch(c: TrainConfig, scaling: ray.train.ScalingConfig) -> None:
     T, workers = c.model["sequence_len"], scaling.max_workers
     rows, left = divmod(c.total_batch_size, T)
+    if c.stage == "rl" and rows < workers:
+        raise ValueError(f"{rows} questions a step for {workers} workers: more --prompts-per-step, or fewer --workers")
     if left or rows < workers:
         raise ValueError(
             f"a batch of {c.total_batch_size} tokens is not whole rows of {T}, one at least for each of "
@@ -567,8 +573,9 @@ def patience(began: float) -> float:
 def progress_line(m: dict, c: TrainConfig) -> str:
     left = (c.num_iterations - m["step"]) * m["train/dt"]
     bpb = f" · val/bpb {m['val/bpb']:.4f}" if m["val/bpb"] is not None else ""
+    what = f"reward {m['rl/reward']:.3f}" if "rl/reward" in m else f"loss {m['train/loss']:.4f}"
     return (
-        f"{c.stage} {m['step']}/{c.num_iterations} · loss {m['train/loss']:.4f}{bpb} · "
+        f"{c.stage} {m['step']}/{c.num_iterations} · {what}{bpb} · "
         f"{m['train/tok_per_sec']:,.0f} tok/s · mfu {m['train/mfu']:.1%} · "
         f"{m['train/peak_memory_mb']:,.0f} MB · ETA {int(left) // 60}:{int(left) % 60:02d}"
     )

@@ -1,4 +1,4 @@
-"""The one training loop, shared by pretraining and finetuning, as Ray Train runs it on every worker.
+"""The one training loop, shared by pretraining, finetuning and RL, as Ray Train runs it on every worker.
 
 A step's checkpoint comes before what is measured of it. A measurement that fails is noted, and training goes on.
 """
@@ -29,7 +29,13 @@ from nanochat_ray.measuring import one_line
 from nanochat_ray.model.compiling import why_not_compiled
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import MuonAdamW, build_optimizer
-from nanochat_ray.model.scaling import finetune_lr_multiplier, lr_multiplier, muon_momentum, muon_weight_decay
+from nanochat_ray.model.scaling import (
+    finetune_lr_multiplier,
+    lr_multiplier,
+    muon_momentum,
+    muon_weight_decay,
+    rl_lr_multiplier,
+)
 from nanochat_ray.train import checkpoint, network
 from nanochat_ray.train.failing import own_gpu
 from nanochat_ray.train.metrics import MetricsLog, bits_per_byte, peak_flops, peak_memory_mb
@@ -57,11 +63,14 @@ class NotSaved(Exception):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All that a worker needs, as plain data. Batch sizes: device in rows, total in tokens."""
+    """All that a worker needs, as plain data. Batch sizes: device in rows, total in tokens.
+
+    In RL a step's rows are its questions. It has no folder of rows.
+    """
 
     run_dir: str
-    stage: str  # "pretrain" or "sft": which schedules apply
-    rows: str  # folder with train/ and val/
+    stage: str  # "pretrain", "sft" or "rl": which schedules apply
+    rows: str | None  # folder with train/ and val/
     tokenizer: str
     model: dict  # of GPTConfig
     total_batch_size: int
@@ -71,7 +80,7 @@ class TrainConfig:
     weight_decay: float
     flops_per_token: int
     seed: int
-    init_from: str | None  # checkpoint whose weights and momentum a finetuning starts from
+    init_from: str | None  # checkpoint whose weights a finetuning starts from, and but for RL its momentum
     eval_every: int
     eval_tokens: int
     sample_every: int
@@ -81,6 +90,10 @@ class TrainConfig:
     compile: bool | None
     recompute: bool
     fp8: bool
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.total_batch_size // self.model["sequence_len"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,20 @@ class Measurement:
     every: int
     measure: Callable[[GPT, Tokenizer], dict[str, float]]  # on every rank, each with the whole model; pickled to them
     name: str = "scores"
+    first: bool = False  # before the first step, too
+
+    def is_due(self, step: int) -> bool:
+        return due(step, self.every) and (step > 0 or self.first)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a step's forwards and backwards gave: gradients in the model, and this."""
+
+    loss: torch.Tensor  # this rank's, not divided by the count
+    count: float  # of what the loss is the mean over, on all ranks together
+    tokens: int  # that all ranks read
+    metrics: dict[str, float]
 
 
 @dataclass
@@ -100,12 +127,13 @@ class Progress:
     """Where a run stands. position counts rows consumed by all ranks since the start.
 
     measured: the last step of which all that was due is measured. A run that goes on from a checkpoint that was not
-    measured makes up for it.
+    measured makes up for it. tokens: that all ranks have read.
     """
 
     step: int = 0
     measured: int = -1
     position: int = 0
+    tokens: int = 0
     smooth_loss: float = 0.0
     total_training_time: float = 0.0
     val_bpb: float | None = None
@@ -139,8 +167,9 @@ class Worker:
     tokenizer: Tokenizer
     model: GPT
     optimizer: MuonAdamW
-    loader: DeviceLoader
-    val_rows: Rows
+    loader: DeviceLoader | None
+    val_rows: Rows | None
+    learn: Callable[["Worker"], Learned]  # from the step that begins at progress.position
     progress: Progress
     resumed: bool
     writer: checkpoint.Writer
@@ -174,12 +203,12 @@ class Worker:
 
 def train_loop_per_worker(config: dict) -> None:
     """What Ray Train runs on every worker, and again after a failure, which the monitor hears of and counts."""
-    monitor, measurement = config.pop("monitor"), config.pop("measurement")
+    monitor, measurement, learn = (config.pop(name) for name in ("monitor", "measurement", "learn"))
     rank = ray.train.get_context().get_world_rank()
     ray.get(monitor.started.remote(rank, ray.get_runtime_context().get_node_id(), own_gpu()))
     try:
         network.meet()
-        run(TrainConfig(**config), monitor, measurement)
+        run(TrainConfig(**config), monitor, measurement, learn)
     except Exception as error:
         own = not may_pass(error) and isinstance(error, ValueError | OSError)  # these are written for the user
         why = str(error).strip().partition("\n")[0] if own else one_line(error)
@@ -203,10 +232,10 @@ def may_pass(error: Exception) -> bool:
     )
 
 
-def run(c: TrainConfig, monitor, measurement: Measurement | None) -> None:
+def run(c: TrainConfig, monitor, measurement: Measurement | None, learn: Callable[[Worker], Learned]) -> None:
     """Train from the run's newest checkpoint to num_iterations or a requested stop; the monitor is told which."""
     left_out = ray.get(monitor.left_out.remote())
-    worker = start(c, monitor.say.remote, monitor.begins.remote)
+    worker = start(c, monitor.say.remote, monitor.begins.remote, learn)
     worker.measurement, worker.left_out = measurement, set(left_out or ())
     progress = worker.progress
     log = None
@@ -240,7 +269,7 @@ def train(worker: Worker, monitor, log: MetricsLog | None) -> None:
         last = progress.step == c.num_iterations
         ending = last or request == "stop"
         other = worker.measurement
-        measures = other and request != "stop" and (last or is_due(progress.step, other.every))
+        measures = other and request != "stop" and (last or other.is_due(progress.step))
         saves = ending or measures or request == "save" or is_due(progress.step, c.save_every)
         if saves and saved_step != progress.step:
             begins(worker, monitor, f"saving step {progress.step}")
@@ -304,7 +333,10 @@ def due(step: int, every: int) -> bool:
 
 
 def start(
-    c: TrainConfig, say: Callable[[str], None] = print, begins: Callable[[str], None] = lambda what: None
+    c: TrainConfig,
+    say: Callable[[str], None] = print,
+    begins: Callable[[str], None] = lambda what: None,
+    learn: Callable[[Worker], Learned] | None = None,
 ) -> Worker:
     """Build the model and the optimizer, from the run's newest checkpoint when there is one."""
     device = ray.train.torch.get_device()
@@ -333,14 +365,18 @@ def start(
         checkpoint.load_weights(model, origin)
     model.set_compute_dtype(checkpoint.compute_dtype(c.dtype, device))
     optimizer = build_optimizer(model, **c.lrs, weight_decay=c.weight_decay)
-    if origin and checkpoint.has_optimizer(origin):  # an imported checkpoint has none
-        checkpoint.load_optimizer(optimizer, origin)
+    momentum_from = resume_from if c.stage == "rl" else origin
+    if momentum_from and checkpoint.has_optimizer(momentum_from):  # an imported checkpoint has none
+        checkpoint.load_optimizer(optimizer, momentum_from)
     progress = Progress()
     if resume_from:
-        progress = Progress(**checkpoint.read_meta(resume_from)["progress"])
+        saved = checkpoint.read_meta(resume_from)["progress"]
+        progress = Progress(**{"tokens": saved["position"] * model.config.sequence_len} | saved)
 
-    tokenizer, rows = Tokenizer.load(c.tokenizer), Rows(storage.join(c.rows, "train"))
-    loader = Loader(rows, c.total_batch_size // model.config.sequence_len, rank, world_size, c.seed)
+    tokenizer, loader, val_rows = Tokenizer.load(c.tokenizer), None, None
+    if c.rows:
+        rows, val_rows = (Rows(storage.join(c.rows, split)) for split in ("train", "val"))
+        loader = DeviceLoader(Loader(rows, c.rows_per_step, rank, world_size, c.seed), device)
     return Worker(
         config=c,
         device=device,
@@ -349,8 +385,9 @@ def start(
         tokenizer=tokenizer,
         model=model,
         optimizer=optimizer,
-        loader=DeviceLoader(loader, device),
-        val_rows=Rows(storage.join(c.rows, "val")),
+        loader=loader,
+        val_rows=val_rows,
+        learn=learn or learn_rows,
         progress=progress,
         resumed=resume_from is not None,
         writer=checkpoint.Writer(c.run_dir, tokenizer, rank, world_size),
@@ -378,32 +415,33 @@ def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, str | None]:
     began = time.perf_counter()
     answer = monitor.request.remote() if worker.rank == 0 else None
     set_rates(worker.optimizer, c, progress.step)
-    loss_sum, count = forward_backward(worker)
+    learned = worker.learn(worker)
     worker.writer.wait_for_copies()  # the optimizer overwrites what a checkpoint may be copying still
     worker.optimizer.step()
     request = float(REQUESTS.index(ray.get(answer))) if answer else 0.0
     written = float(worker.writer.written())
-    loss_sum, request, written = all_reduce(worker, [loss_sum.item(), request, written])
+    loss_sum, request, written = all_reduce(worker, [learned.loss.item(), request, written])
     seconds = time.perf_counter() - began
     if written == worker.world_size:
         finish_save(worker, monitor)
 
     position = progress.position
-    progress.learn(loss_sum / count, worker.model.config.vocab_size)
-    progress.position += c.total_batch_size // worker.model.config.sequence_len
+    progress.learn(loss_sum / learned.count, worker.model.config.vocab_size)
+    progress.position += c.rows_per_step
+    progress.tokens += learned.tokens
     if progress.step > UNTIMED_STEPS:
         progress.total_training_time += seconds
-    metrics = metrics_of(worker) | {
+    measured = {
         "train/loss": progress.loss(),
         "train/lrm": worker.optimizer.param_groups[0]["lr"] / worker.optimizer.param_groups[0]["initial_lr"],
         "train/dt": seconds,
-        "train/tok_per_sec": c.total_batch_size / seconds,
-        "train/mfu": c.flops_per_token * c.total_batch_size / seconds / peak,
-        "train/epoch": worker.loader.loader.epoch(progress.position),
+        "train/tok_per_sec": learned.tokens / seconds,
+        "train/mfu": c.flops_per_token * learned.tokens / seconds / peak,
         "train/position": position,  # rows that all ranks consumed before this step
         "train/world_size": worker.world_size,
         "train/peak_memory_mb": peak_memory_mb(worker.device),
     }
+    metrics = metrics_of(worker) | measured | learned.metrics
     worker.newest = metrics
     show(worker, monitor)
     return metrics, REQUESTS[int(request)]
@@ -419,10 +457,10 @@ def observe(worker: Worker, monitor, log: MetricsLog | None, last: bool) -> None
     """Measure what is due after this step, and note in the progress whether all of it was."""
     c, progress, other = worker.config, worker.progress, worker.measurement
     done = True
-    if last or due(progress.step, c.eval_every):
+    if c.rows and (last or due(progress.step, c.eval_every)):
         done &= attempt(worker, monitor, "val/bpb", partial(measure_bpb, worker, monitor, log))
         show(worker, monitor)
-    if other and (last or is_due(progress.step, other.every)):
+    if other and (last or other.is_due(progress.step)):
         done &= attempt(worker, monitor, other.name, partial(measure, worker, monitor, log))
     if worker.rank == 0 and c.prompts and (last or due(progress.step, c.sample_every)):
         attempt(worker, monitor, "samples", partial(write_samples, worker), ranks=1)
@@ -501,8 +539,8 @@ def until_stop(batches: Iterable, monitor, stopped: list) -> Iterator:
         yield batch
 
 
-def forward_backward(worker: Worker) -> tuple[torch.Tensor, float]:
-    """Gradients of the step's mean loss, by micro-batches. Returns this rank's summed loss and the step's count.
+def learn_rows(worker: Worker) -> Learned:
+    """Gradients of the mean loss of a step's rows, by micro-batches.
 
     Every learned target of the step weighs the same, on whichever rank and in whichever micro-batch it is.
     """
@@ -520,25 +558,27 @@ def forward_backward(worker: Worker) -> tuple[torch.Tensor, float]:
             worker.optimizer.reduce_in_backward()
         (loss * (worker.world_size / count)).backward()  # the optimizer takes the mean over ranks
         loss_sum += loss.detach()
-    return loss_sum, count
+    epoch = worker.loader.loader.epoch(worker.progress.position + c.rows_per_step)
+    return Learned(loss_sum, count, c.total_batch_size, {"train/epoch": epoch})
 
 
 def set_rates(optimizer: MuonAdamW, c: TrainConfig, step: int) -> None:
     n = c.num_iterations
-    finetuning = c.stage == "sft"
-    multiplier = finetune_lr_multiplier(step, n) if finetuning else lr_multiplier(step, n)
+    multiplier = {"pretrain": lr_multiplier, "sft": finetune_lr_multiplier, "rl": rl_lr_multiplier}[c.stage](step, n)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * multiplier
-        if group["kind"] == "muon" and not finetuning:
+        if group["kind"] == "muon" and c.stage == "pretrain":
             group["momentum"] = muon_momentum(step, n)
             group["weight_decay"] = muon_weight_decay(step, n, c.weight_decay)
+        if c.stage == "rl":
+            group["weight_decay"] = 0.0
 
 
 def metrics_of(worker: Worker) -> dict:
     c, progress = worker.config, worker.progress
     return {
         "step": progress.step,
-        "total_training_flops": float(c.flops_per_token) * c.total_batch_size * progress.step,
+        "total_training_flops": float(c.flops_per_token) * progress.tokens,
         "total_training_time": progress.total_training_time,
     }
 
@@ -588,7 +628,12 @@ def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
 
 def write_samples(worker: Worker) -> None:
     """Greedy continuations into samples.md, the newest last."""
-    lines = [f"## step {worker.progress.step}", "", *sample(worker)]
+    append_samples(worker, sample(worker))
+
+
+def append_samples(worker: Worker, samples: list[str]) -> None:
+    """Lines of Markdown about this step into samples.md."""
+    lines = [f"## step {worker.progress.step}", "", *samples]
     uri = storage.join(worker.config.run_dir, "samples.md")
     before = storage.read_text(uri) if storage.exists(uri) and worker.progress.step else ""
     before = before.partition(lines[0] + "\n")[0]  # a resumed run writes these again

@@ -69,7 +69,7 @@ def train(config, requests, sequence, broken=False):
 
     loop.start_save = break_and_save
     try:
-        loop.run(config, monitor, loop.Measurement(6, measure))
+        loop.run(config, monitor, loop.Measurement(6, measure), None)
     finally:
         loop.start_save = start_save
     return list(sequence), monitor.outcome

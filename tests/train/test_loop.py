@@ -95,7 +95,7 @@ def test_one_weight_that_is_not_finite_stops_a_save(wrong):
 def test_the_optimizer_waits_for_the_copies_of_a_checkpoint(monkeypatch):
     """On a GPU these are taken while the forward and backward run; then the weights are overwritten."""
     order = []
-    monkeypatch.setattr(loop, "forward_backward", lambda worker: order.append("gradients") or (torch.zeros(()), 1.0))
+    learned = loop.Learned(torch.zeros(()), 1.0, 1, {})
     monkeypatch.setattr(loop, "set_rates", lambda *_: None)
 
     def update():
@@ -109,6 +109,7 @@ def test_the_optimizer_waits_for_the_copies_of_a_checkpoint(monkeypatch):
         device=torch.device("cpu"),
         writer=SimpleNamespace(wait_for_copies=lambda: order.append("copied")),
         optimizer=SimpleNamespace(step=update),
+        learn=lambda worker: order.append("gradients") or learned,
     )
     with pytest.raises(InterruptedError):
         train_step(worker, 1.0, None)

@@ -47,6 +47,7 @@ SFT_DATASETS = {
     (GSM8K, "main", "train"),
     (GSM8K, "main", "test"),
 }
+RL_DATASETS = {(GSM8K, "main", "train"), (GSM8K, "main", "test")}
 CHATCORE_DATASETS = {
     (ARC, "ARC-Easy", "test"),
     (ARC, "ARC-Challenge", "test"),

@@ -35,6 +35,8 @@ STEEP_START = 0.1  # of the steps: charts are not stretched to show it
 CURVES = {
     "train/loss": "Training loss, nats per token",
     "val/bpb": "Validation, bits per byte",
+    "rl/reward": "Reward, mean of a step's answers",
+    "pass@1": "pass@1 on held-out questions",
     "core_metric": "CORE",
     "chatcore_metric": "ChatCORE",
 }
@@ -176,6 +178,8 @@ NUMBERS: dict[str, tuple[str, Callable, Callable]] = {  # metric: label, which o
     "val/bpb": ("validation bits per byte", lambda v: v[-1], "{:.4f}".format),
     "core_metric": ("CORE", lambda v: v[-1], "{:.4f}".format),
     "chatcore_metric": ("ChatCORE", lambda v: v[-1], "{:.4f}".format),
+    "pass@1": ("pass@1 on held-out questions", lambda v: v[-1], "{:.3f}".format),
+    "rl/reward": ("reward, mean of the last step", lambda v: v[-1], "{:.3f}".format),
     "train/loss": ("training loss, nats per token", lambda v: v[-1], "{:.4f}".format),
     "step": ("steps", lambda v: v[-1], show),
     "total_training_time": ("training time", lambda v: v[-1], duration),

@@ -1,6 +1,6 @@
 """From raw text to a talking model, in nanochat's stages.
 
-Source, tokenizer, rows, pretraining, CORE, finetuning, ChatCORE, chat answers, report:
+Source, tokenizer, rows, pretraining, CORE, finetuning, ChatCORE, reinforcement learning, chat answers, report:
 
     python -m experiments.speedrun                 a laptop: embedded Ray, minutes
     ray job submit --working-dir . -- python -m experiments.speedrun --preset gpu
@@ -31,15 +31,18 @@ from nanochat_ray.data.conversations import prepare_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals import bundle, chat, core
 from nanochat_ray.evals.tasks import MixtureOptions, hub_mixture, offline_mixture
+from nanochat_ray.evals.tasks.rewarded import TaskOptions, load_task
 from nanochat_ray.measuring import measuring, patiently
 from nanochat_ray.model.compiling import why_not_compiled
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import RunPlan, plan_run
-from nanochat_ray.train import checkpoint, hosts, lease, pretrain, sft
+from nanochat_ray.train import checkpoint, hosts, lease, pretrain, rl, sft
+from nanochat_ray.train.launch import TrainResult
+from nanochat_ray.train.metrics import read_metrics
 
 COMPILING_PAYS = 2  # minutes of training, from which on; it takes 50 s of a CPU the first time, 12 later
-Stage = Literal["core", "sft", "chatcore"]
+Stage = Literal["core", "sft", "chatcore", "rl"]
 
 
 @dataclass(frozen=True)
@@ -58,19 +61,24 @@ class Preset:
     lr_factor: float  # times the plan's learning rates
     eval_tokens: int
     mixture: Literal["hub", "offline"]
+    rl: dict  # what differs from RlOptions
     skip: tuple[Stage, ...] = ()
     steps: int | None = None  # of pretraining and of finetuning, instead of the above
     examples: int | None = None  # of each dataset in the mixture, and of each task in CORE and ChatCORE; all by default
 
 
+# Small groups, for many steps in two minutes.
+CPU_RL = {"prompts_per_step": 16, "num_samples": 8, "max_new_tokens": 48, "eval_questions": 60, "eval_samples": 4}
 PRESETS = {
     # A small batch, because a slow CPU makes few steps in its minutes, and the first 40 only warm up. The rates are not
     # lowered for it: see sweep.PRESETS.
-    "cpu": Preset(4, "pydocs", 8192, 512, 64, "L", None, 5, 2048, 16, 16_384, "offline", ("core", "chatcore")),
-    "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, 1, 10_485_760, "hub"),
+    "cpu": Preset(4, "pydocs", 8192, 512, 64, "L", None, 5, 2048, 16, 16_384, "offline", CPU_RL, ("core", "chatcore")),
+    "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, 1, 10_485_760, "hub", {}),
 }
 REHEARSAL = {"minutes": None, "steps": 20, "examples": 16, "eval_tokens": 65_536}
-SFT_SHARE = 0.4  # finetuning's steps for each of pretraining's, where minutes decide
+REHEARSED_RL = {"steps": 3, "prompts_per_step": 4, "num_samples": 4, "max_new_tokens": 32, "eval_questions": 4}
+# Steps for each of pretraining's, where minutes decide. One of RL takes as long as some ten of pretraining.
+SFT_SHARE, RL_SHARE = 0.4, 0.05
 
 
 @dataclass
@@ -86,7 +94,7 @@ class SpeedrunOptions:
     minutes: float | None = None
     """How long the cpu preset pretrains on this machine; the default is 5."""
     skip: list[Stage] = field(default_factory=list)
-    """Stages to leave out: core, chatcore, sft (with all after it)."""
+    """Stages to leave out: core, chatcore, rl, sft (with all after it)."""
     identity: str | None = None
     """A jsonl file of conversations about the assistant itself, for the gpu preset's finetuning: see sft --help."""
     datasets_dir: str | None = None
@@ -173,6 +181,8 @@ def run_stages(job: "Job") -> str:
     # The data of the stages after pretraining is made before it, so that they don't fail after hours.
     if "sft" in job.after:
         conversations = stages.run("sft data", lambda: make_conversations(job, prepared.tokenizer, stages), dict)
+    if "rl" in job.after:
+        task = stages.run("rl data", lambda: rl_task(job), lambda task: {"questions": len(task.train)})
     if job.after & {"core", "chatcore"}:
         bundle_dir, problems = stages.run("eval data", lambda: load_eval_data(job, stages), lambda _: {})
     base = stages.run(
@@ -192,6 +202,11 @@ def run_stages(job: "Job") -> str:
         newest = tuned.checkpoint
     if "chatcore" in job.after:
         stages.measure("chatcore", lambda: stages.result("chatcore") or measure_chatcore(job, newest, problems), dict)
+    if "rl" in job.after:
+        newest = stages.run("rl", lambda: rl.run(rl_options(job, newest), task), describe_rl).checkpoint
+        if "chatcore" in job.after:
+            stage = "chatcore after rl"
+            stages.measure(stage, lambda: stages.result(stage) or measure_chatcore(job, newest, problems), dict)
     if "sft" in job.after:
         answered = stages.measure(
             "chat",
@@ -236,14 +251,14 @@ def find_job(options: SpeedrunOptions) -> Job:
     if options.minutes and preset.minutes:
         preset = replace(preset, minutes=options.minutes)
     if options.rehearse:
-        preset = replace(preset, **REHEARSAL)
+        preset = replace(preset, **REHEARSAL, rl=REHEARSED_RL)
     depth, source = options.depth or preset.depth, options.source or preset.source
     if options.identity and preset.mixture == "offline":
         raise ValueError("--identity is for the gpu preset, whose finetuning takes the Hub's conversations")
     inputs = storage.fingerprint(depth, source, asdict(preset), options.identity)
     run_dir = storage.join(storage.home(), "runs", options.run or f"speedrun-d{depth}-{inputs[:6]}")
     plan = find_plan(run_dir, depth, preset)
-    left_out = {*preset.skip, *options.skip} | ({"chatcore"} if "sft" in options.skip else set())
+    left_out = {*preset.skip, *options.skip} | ({"chatcore", "rl"} if "sft" in options.skip else set())
     return Job(
         options=options,
         preset=preset,
@@ -279,6 +294,8 @@ def checks(job: Job, stages: Stages) -> preflight.Checks:
     if "chatcore" in job.after and not stages.result("chatcore"):
         datasets |= preflight.CHATCORE_DATASETS
         found["sandbox"] = preflight.sandbox
+    if "rl" in job.after and job.mixture.mixture == "hub" and not stages.result("rl"):
+        datasets |= preflight.RL_DATASETS
     if "core" in job.after and not stages.result("core"):
         found["CORE bundle"] = partial(preflight.core_bundle, job.options.bundle)
     return found | preflight.datasets(datasets, job.options.datasets_dir)
@@ -310,7 +327,8 @@ def load_eval_data(job: Job, stages: Stages) -> tuple[str | None, dict[str, list
     if "core" in job.after and not stages.result("core"):
         bundle_dir = storage.absolute(job.options.bundle) if job.options.bundle else bundle.fetch()
         bundle.read_tasks(bundle_dir)  # raises for what is missing or damaged
-    if "chatcore" in job.after and not stages.result("chatcore"):
+    measured = ["chatcore", *["chatcore after rl"] * ("rl" in job.after)]
+    if "chatcore" in job.after and not all(map(stages.result, measured)):
         problems = chat.load_problems(None, job.preset.examples, job.options.datasets_dir)
     return bundle_dir, problems
 
@@ -445,6 +463,30 @@ def sft_options(job: Job, base: str, rows: int) -> sft.SftOptions:
     )
 
 
+def rl_task(job: Job):
+    """Word problems, or of what finetuning taught without a network what the model is not sure of."""
+    return load_task(
+        TaskOptions(task="gsm8k" if job.mixture.mixture == "hub" else "letters", datasets_dir=job.options.datasets_dir)
+    )
+
+
+def rl_options(job: Job, chat_model: str) -> rl.RlOptions:
+    options = rl.RlOptions(chat_model, run=f"{storage.name(job.run_dir)}-rl", **job.request, **job.preset.rl)
+    if job.preset.minutes:
+        options.steps, options.eval_every = max(1, round(RL_SHARE * job.plan.num_iterations)), 0
+    if options.workers is None and job.use_gpu:
+        options.workers = min(job.scaling.max_workers, options.prompts_per_step)
+    return options
+
+
+def describe_rl(result: TrainResult) -> dict:
+    """Its steps, and pass@1 and pass@k before and after."""
+    measured = [line for line in read_metrics(result.run_dir) if "pass@1" in line]
+    scores = {name for line in measured for name in line if name.startswith("pass@")}
+    before = {f"{name} before": measured[0].get(name) for name in sorted(scores)}
+    return {"steps": result.step} | before | {name: measured[-1].get(name) for name in sorted(scores)}
+
+
 def compiles(job: Job) -> bool | None:
     """Not where compiling would take longer than what it saves."""
     few = job.preset.minutes < COMPILING_PAYS if job.preset.minutes else bool(job.preset.steps) and not job.use_gpu
@@ -453,7 +495,7 @@ def compiles(job: Job) -> bool | None:
 
 def conclude(job: Job, stages: Stages, answers: list[dict], newest: str) -> str:
     """Write the report and print what came out of it all; returns the report's uri."""
-    scores = stages.result("core") | stages.result("chatcore")
+    scores = stages.result("core") | stages.result("chatcore") | stages.result("chatcore after rl")
     report = storage.join(job.run_dir, "report.html")
     with measuring("writing the answers and scores"):
         storage.write_json(storage.join(job.run_dir, "chat.json"), answers)

@@ -23,8 +23,10 @@ def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(ray_session, nanoch
     shown = capsys.readouterr().out
     runs = nanochat_ray_home / "runs"
     stages = json.loads((runs / "quick" / "stages.json").read_text())
-    assert [s["stage"] for s in stages] == ["source", "tokenizer", "rows", "sft data", "pretrain", "sft", "chat"]
-    val_bpb = stages[4]["result"]["val/bpb"]
+    data = ["source", "tokenizer", "rows", "sft data", "rl data"]
+    assert [s["stage"] for s in stages] == [*data, "pretrain", "sft", "rl", "chat"]
+    val_bpb, reinforced = stages[5]["result"]["val/bpb"], stages[7]["result"]
+    assert {*reinforced} == {"steps", "pass@1 before", "pass@4 before", "pass@1", "pass@4"}
     assert 1 < val_bpb < 4
     rates = [*(f"\n{kind}: " for kind in held_out.JUDGES), " of 100 right\n> "]
     for expected in (report, f"{val_bpb:.4f}", *rates, "=== samples", "nanochat-ray chat --checkpoint"):
@@ -51,7 +53,7 @@ def test_the_gpu_preset_is_refused_without_gpus_and_an_object_store_is_not_measu
         speedrun.find_job(speedrun.SpeedrunOptions(preset="gpu"))
     job = speedrun.find_job(speedrun.SpeedrunOptions(preset="gpu", use_gpu=False))
     assert (job.plan.depth, job.plan.num_iterations, job.shards) == (24, 5568, 172)
-    assert job.after == {"core", "sft", "chatcore"} and job.mixture.mixture == "hub"
+    assert job.after == {"core", "sft", "chatcore", "rl"} and job.mixture.mixture == "hub"
     with pytest.raises(ValueError, match="take a smaller --depth"):
         preflight.memory(job.plan, job.scaling)
     assert speedrun.find_job(speedrun.SpeedrunOptions(preset="gpu", use_gpu=False, skip=["sft"])).after == {"core"}

@@ -501,7 +501,8 @@ def conclude(job: Job, stages: Stages, answers: list[dict], newest: str) -> str:
         storage.write_json(storage.join(job.run_dir, "chat.json"), answers)
         storage.write_json(storage.join(job.run_dir, "result.json"), scores)  # for the report and the leaderboard
     with measuring("the report"):
-        write_report([job.run_dir], report, title=f"Speedrun, depth {job.plan.depth}")
+        reinforced = [f"{job.run_dir}-rl"] if "rl" in job.after else []
+        write_report([job.run_dir, *reinforced], report, title=f"Speedrun, depth {job.plan.depth}")
     with measuring("reading the samples"):
         samples = storage.read_text(storage.join(job.run_dir, "samples.md")).rpartition("## ")[2]
         print(f"\n=== samples at {samples.strip()}")

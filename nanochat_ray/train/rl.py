@@ -37,6 +37,10 @@ from nanochat_ray.train.launch import TrainResult, train
 from nanochat_ray.train.loop import Learned, Measurement, TrainConfig, Worker, all_reduce, append_samples, due
 
 LR_SCALE = 0.05  # of the base rates
+# Options that a run can't be resumed with others of.
+OF_A_STEP = (
+    "prompts_per_step", "num_samples", "max_new_tokens", "temperature", "top_k", "advantage_by_std", "staleness"
+)  # fmt: skip
 MOST_RATIO = 2.0  # to which the ratio of probabilities is cut where answers are older than the weights
 CPU_CHUNK_LOGITS = 2**20  # held at once in the loss, so that they stay in a CPU's caches
 GPU_ROWS, CPU_ROWS = 256, 64  # most sequences that an engine decodes at once
@@ -85,7 +89,7 @@ class RlOptions:
     """1 asks the next step's questions while this step trains, by weights that are a step old. It needs
     --rollout-workers."""
     eval_every: int = 60
-    """Steps between measurements of pass@1 and pass@k on held-out questions, the first before training."""
+    """Steps between measurements of pass@1 and pass@k on held-out questions; 0 for the start and the end alone."""
     eval_questions: int = 400
     """Held-out questions in each."""
     eval_samples: int = 8
@@ -114,17 +118,17 @@ def run(options: RlOptions, task: Task) -> TrainResult:
     The optimizer starts anew; rates fall linearly to 0; there is no weight decay.
     Raises FileNotFoundError without a checkpoint, ValueError for options that can't be, or not in this run folder.
     """
-    o, questions = options, len(task.train)
+    o = options
     check(o, task)
     base = checkpoint.resolve_checkpoint(storage.absolute(o.checkpoint))
     meta = checkpoint.read_meta(base)
-    of_answers = ("prompts_per_step", "num_samples", "max_new_tokens", "temperature", "top_k")
-    inputs = {name: getattr(o, name) for name in of_answers} | {
+    steps = o.steps or math.ceil(len(task.train) / o.prompts_per_step)
+    inputs = {name: getattr(o, name) for name in OF_A_STEP} | {
         "stage": "rl",
         "init_from": base,
         "questions": storage.fingerprint(*map(_as_json, task.train)),
         "model": meta["model_config"],
-        "num_iterations": o.steps or math.ceil(questions / o.prompts_per_step),
+        "num_iterations": steps,
         "lrs": {name: o.lr_factor * LR_SCALE * lr for name, lr in BASE_LRS.items()},
         "seed": o.seed,
     }
@@ -139,7 +143,7 @@ def run(options: RlOptions, task: Task) -> TrainResult:
         weight_decay=0.0,
         eval_every=0,
         eval_tokens=0,
-        sample_every=o.eval_every,
+        sample_every=o.eval_every or max(1, steps // 4),
         save_every=o.save_every,
         prompts=[],
         dtype=o.dtype,
@@ -148,7 +152,7 @@ def run(options: RlOptions, task: Task) -> TrainResult:
         fp8=False,
     )
     policy = Policy(task, o)
-    measurement = Measurement(o.eval_every or config.num_iterations, policy.measure, "pass@k", first=True)
+    measurement = Measurement(o.eval_every or steps, policy.measure, "pass@k", first=True)
     request = Request(o.workers, o.use_gpu, o.wait_minutes, o.rollout_workers)
     return train(config, asdict(o) | {"inputs": inputs}, request, measurement, learn=policy)
 

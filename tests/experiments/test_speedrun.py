@@ -33,6 +33,7 @@ def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(ray_session, nanoch
         assert expected in shown, expected
     assert "<svg" in (runs / "quick" / "report.html").read_text()
     assert read_metrics(str(runs / "quick-sft"))[-1]["val/bpb"] > 0
+    assert "reward" in (runs / "quick-rl" / "samples.md").read_text()
 
     model, tokenizer, meta = load_model(str(runs / "quick-sft"))
     base = load_model(str(runs / "quick"))[2]

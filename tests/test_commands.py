@@ -37,6 +37,7 @@ TINY = {
     "nanochat-ray leaderboard": "",
     "nanochat-ray pretrain": "--depth 1 --num-iterations 2 --total-batch-size 256 --eval-tokens 512 --compile False",
     "nanochat-ray sft": "--mixture offline --steps 2 --total-batch-size 256 --eval-tokens 512 --compile False",
+    "nanochat-ray rl": "tests/train/test_rl.py",
     "nanochat-ray eval bpb": "--eval-tokens 512",
     "nanochat-ray chat": "-p Hello --max-tokens 4",
     "nanochat-ray serve": "tests/serving/test_command.py",

@@ -129,13 +129,13 @@ def test_out_of_memory_the_device_batch_is_halved(rows, ray_session, nanochat_ra
     monkeypatch.setattr(launch, "train_loop_per_worker", limited_to(1000))
     monkeypatch.setattr(sweep, "report_to_tune", lambda options: lambda metrics: None)  # no trial around it
     options = pretrain.PretrainOptions(
-        depth=2, rows=rows, run="wide", head_dim=32, total_batch_size=64 * 64, num_iterations=1, eval_tokens=1024,
-        eval_every=0, sample_every=0, save_every=0, dtype="float32", compile=False, device_batch_size=64, workers=1,
+        depth=2, rows=rows, run="wide", head_dim=32, total_batch_size=256 * 64, num_iterations=1, eval_tokens=1024,
+        eval_every=0, sample_every=0, save_every=0, dtype="float32", compile=False, device_batch_size=256, workers=1,
     )  # fmt: skip
     result, used, notes = sweep.train_within_memory(options, BASE_LRS, sweep.shared())
     assert result.step == 1
-    assert notes[0] == "out of memory with 64 rows a forward pass, went on with 32"
-    assert used == replace(options, device_batch_size=64 >> len(notes))
+    assert notes[0] == "out of memory with 256 rows a forward pass, went on with 128"
+    assert used == replace(options, device_batch_size=256 >> len(notes))
 
 
 def test_a_folder_is_of_one_sweep(nanochat_ray_home):

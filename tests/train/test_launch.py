@@ -16,7 +16,14 @@ from nanochat_ray.train.launch import device_batch_size, run_config, train
 
 def config_of(depth, **changes):
     plan = plan_run(depth)
-    defaults = {"run_dir": "", "fp8": False, "dtype": None, "recompute": False, "device_batch_size": None}
+    defaults = {
+        "stage": "pretrain",
+        "run_dir": "",
+        "fp8": False,
+        "dtype": None,
+        "recompute": False,
+        "device_batch_size": None,
+    }
     return SimpleNamespace(
         **defaults | {"model": vars(plan.config), "total_batch_size": plan.total_batch_size} | changes
     )

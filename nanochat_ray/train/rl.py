@@ -230,7 +230,10 @@ class Asker:
         return self.tokenizer.render_for_completion({"messages": conversation["messages"][:-1]})
 
     def ask(self, questions: list[Question], num_samples: int) -> list[list[Answer]]:
-        """num_samples answers to each question, with their rewards. Raises ValueError for a reward that fails."""
+        """num_samples answers to each question, with their rewards.
+
+        Raises ValueError for a reward that fails, and when the model's output is not a number.
+        """
         o, prompts = self.o, [self.prompt(conversation) for conversation, _ in questions]
         params = [
             SamplingParams(o.max_new_tokens, o.temperature, o.top_k, seed=seed, n=num_samples, for_training=True)
@@ -250,6 +253,8 @@ class Asker:
         return [answers[i : i + num_samples] for i in range(0, len(answers), num_samples)]
 
     def _judge(self, conversation: dict, completion: Completion) -> tuple[str, float]:
+        if completion.finish_reason == "error":
+            raise ValueError("the model's output is not a number (NaN): lower --lr-factor")
         ended = completion.finish_reason == "stop"  # by a token that is no part of the text
         text = self.tokenizer.decode(completion.tokens[: len(completion.tokens) - ended])
         try:
@@ -407,12 +412,9 @@ class Policy:
         """Have the actors answer a step's questions by the weights of now, each always the same part of them. Ray asks
         those of an actor that dies again."""
         began = time.perf_counter()
-        weights, version, questions = (
-            ray.put(flatten(worker.model)),
-            worker.progress.step,
-            self.questions(position, step),
-        )
-        sync, n = time.perf_counter() - began, len(self.actors)
+        weights, version = ray.put(flatten(worker.model)), worker.progress.step
+        sync = time.perf_counter() - began
+        questions, n = self.questions(position, step), len(self.actors)
         answers = [
             actor.ask.remote(weights, version, questions[i::n], self.o.num_samples)
             for i, actor in enumerate(self.actors)

@@ -145,6 +145,10 @@ def test_a_reward_that_fails_is_named_with_its_answer(golden):
     asker.take_weights(model)
     with pytest.raises(ValueError, match=r"the task's reward fails on '.*': ZeroDivisionError: division by zero"):
         asker.ask([Question(asker.task.train[0], 1)], 2)
+    model.lm_head.weight.data[:] = torch.nan
+    asker.take_weights(model)
+    with pytest.raises(ValueError, match="the model's output is not a number"):
+        asker.ask([Question(asker.task.train[0], 1)], 2)
 
 
 def test_what_can_not_be_is_one_line():

@@ -100,6 +100,14 @@ CHECKS = (
         (Target("least_over_engine", least=0.9), Target("failed", most=0)),
         {"depth": 12},
     ),
+    Check(
+        "rl",
+        "16 questions with 16 answers of 256 tokens, depth 12: asking over the engine alone, and a step",
+        "gpu_jobs.reinforcement",
+        60,
+        (Target("asking_over_engine", least=0.8),),
+        {"depth": 12},
+    ),
     Check("core", "CORE tasks made of Python's help texts, depth 12", "gpu_jobs.core", 25, (), {"depth": 12}),
 )
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks import eval as eval_benchmark
+from benchmarks import rl as rl_benchmark
 from benchmarks.gpu_checks import Report
 from benchmarks.gpu_inference import build
 from benchmarks.gpu_training import device_of, now, plan_of
@@ -130,3 +131,14 @@ def core(report: Report, tiny: bool, depth: int) -> None:
         seconds = now(device) - began
     examples = sum(map(len, result.examples.values()))
     report(examples=examples, examples_per_s=examples / seconds)
+
+
+def reinforcement(report: Report, tiny: bool, depth: int) -> None:
+    """RL's asking beside the engine alone, and how long a step takes."""
+    sizes = {"seq": 64, "vocab": 512, "prompts": 2, "samples": 2, "new": 4} if tiny else {"seq": 2048, "vocab": 32768}
+    options = rl_benchmark.Options(depth=1 if tiny else depth, **{"prompts": 16, "samples": 16, "new": 256} | sizes)
+    learner = rl_benchmark.Learner(options, options.depth)
+    figures = rl_benchmark.engine(learner, rounds=1 if tiny else 3)
+    report(asking=figures["asking"], engine=figures["engine"], asking_over_engine=figures["ratio"])
+    seconds, learning, drawn = [learner.step() for _ in range(2)][-1]
+    report(step_seconds=seconds, learning_seconds=learning, sampled_tokens=drawn)

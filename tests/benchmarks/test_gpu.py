@@ -24,6 +24,7 @@ FIGURES = {
     "prefill": {"seconds_to_first_token", "mfu", "least_mfu_from_2048"},
     "speedrun": {"killed_after_step", "as_if_nothing_happened", "answers", "steps"},
     "service": {"engine_tokens_per_s", "over_engine", "least_over_engine", "failed"},
+    "rl": {"asking_over_engine", "step_seconds", "learning_seconds"},
     "core": {"examples", "examples_per_s"},
 }
 JOBS = ("speedrun", "service")  # have a Ray of their own

@@ -97,7 +97,7 @@ def test_the_whole_job_from_nothing_to_the_report(played, tmp_path, nanochat_ray
 
     run = nanochat_ray_home / "runs" / "rehearsal"
     stages = {stage["stage"]: stage["result"] for stage in json.loads((run / "stages.json").read_text())}
-    data = ["source", "tokenizer", "rows", "sft data", "eval data"]
+    data = ["source", "tokenizer", "rows", "sft data", "rl data", "eval data"]
     assert list(stages) == [*data, "pretrain", "core", "sft", "chatcore", "rl", "chatcore after rl", "chat"]
     assert set(stages["core"]) == {"core_metric", "core/barks", "core/goes_on"}
     assert len(stages["chatcore"]) == 1 + 5

@@ -37,7 +37,7 @@ TINY = {
     "nanochat-ray leaderboard": "",
     "nanochat-ray pretrain": "--depth 1 --num-iterations 2 --total-batch-size 256 --eval-tokens 512 --compile False",
     "nanochat-ray sft": "--mixture offline --steps 2 --total-batch-size 256 --eval-tokens 512 --compile False",
-    "nanochat-ray rl": "tests/train/test_rl.py",
+    "nanochat-ray rl": "--steps 1 --prompts-per-step 2 --max-new-tokens 4 --eval-questions 2 --eval-samples 1",
     "nanochat-ray eval bpb": "--eval-tokens 512",
     "nanochat-ray chat": "-p Hello --max-tokens 4",
     "nanochat-ray serve": "tests/serving/test_command.py",
@@ -130,6 +130,7 @@ def test_the_stages_in_the_order_of_the_readme(tmp_path):
     run(tmp_path, *readme_command("nanochat-ray prepare"))
     assert "val/bpb" in run(tmp_path, *readme_command("nanochat-ray pretrain"))
     assert "val/bpb" in run(tmp_path, *checkpoint(readme_command("nanochat-ray sft"), "d1-*"))
+    assert "checkpoint" in run(tmp_path, *checkpoint(readme_command("nanochat-ray rl"), "d1-*-sft"))
     assert "val/bpb" in run(tmp_path, *checkpoint(readme_command("nanochat-ray eval bpb"), "d1-*-sft"))
     run(tmp_path, *checkpoint(readme_command("nanochat-ray chat"), "d1-*-sft"))
     assert json.loads(next((tmp_path / "conversations").glob("*/manifest.json")).read_text())["train"]["rows"] > 100
@@ -156,5 +157,6 @@ def test_help_of_every_stage_and_experiment(tmp_path):
 
 @pytest.mark.cluster
 def test_help_of_every_benchmark(tmp_path):
-    modules = set(modules_with_a_main("benchmarks")) - {"benchmarks.gpu_checks"}  # benchmarks.gpu starts it
+    started_by_others = {"benchmarks.gpu_checks", "benchmarks.rl_peer"}
+    modules = set(modules_with_a_main("benchmarks")) - started_by_others
     check_help(tmp_path / "home", [(module,) for module in sorted(modules)])

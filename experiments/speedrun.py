@@ -31,14 +31,13 @@ from nanochat_ray.data.conversations import prepare_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals import bundle, chat, core
 from nanochat_ray.evals.tasks import MixtureOptions, hub_mixture, offline_mixture
-from nanochat_ray.evals.tasks.rewarded import TaskOptions, load_task
+from nanochat_ray.evals.tasks.rewarded import Task, TaskOptions, load_task
 from nanochat_ray.measuring import measuring, patiently
 from nanochat_ray.model.compiling import why_not_compiled
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import RunPlan, plan_run
 from nanochat_ray.train import checkpoint, hosts, lease, pretrain, rl, sft
-from nanochat_ray.train.launch import TrainResult
 from nanochat_ray.train.metrics import read_metrics
 
 COMPILING_PAYS = 2  # minutes of training, from which on; it takes 50 s of a CPU the first time, 12 later
@@ -182,7 +181,9 @@ def run_stages(job: "Job") -> str:
     if "sft" in job.after:
         conversations = stages.run("sft data", lambda: make_conversations(job, prepared.tokenizer, stages), dict)
     if "rl" in job.after:
-        task = stages.run("rl data", lambda: rl_task(job), lambda task: {"questions": len(task.train)})
+        task = stages.run(
+            "rl data", lambda: rl_task(job, stages), lambda task: {"questions": len(task.train)} if task else {}
+        )
     if job.after & {"core", "chatcore"}:
         bundle_dir, problems = stages.run("eval data", lambda: load_eval_data(job, stages), lambda _: {})
     base = stages.run(
@@ -203,7 +204,7 @@ def run_stages(job: "Job") -> str:
     if "chatcore" in job.after:
         stages.measure("chatcore", lambda: stages.result("chatcore") or measure_chatcore(job, newest, problems), dict)
     if "rl" in job.after:
-        newest = stages.run("rl", lambda: rl.run(rl_options(job, newest), task), describe_rl).checkpoint
+        newest = stages.run("rl", lambda: reinforce(job, newest, task, stages), dict)["checkpoint"]
         if "chatcore" in job.after:
             stage = "chatcore after rl"
             stages.measure(stage, lambda: stages.result(stage) or measure_chatcore(job, newest, problems), dict)
@@ -463,11 +464,11 @@ def sft_options(job: Job, base: str, rows: int) -> sft.SftOptions:
     )
 
 
-def rl_task(job: Job):
-    """Word problems, or of what finetuning taught without a network what the model is not sure of."""
-    return load_task(
-        TaskOptions(task="gsm8k" if job.mixture.mixture == "hub" else "letters", datasets_dir=job.options.datasets_dir)
-    )
+def rl_task(job: Job, stages: Stages) -> Task | None:
+    """Word problems, or of what finetuning taught without a network what the model is not sure of. None when the stage
+    that needs it is done."""
+    name = "gsm8k" if job.mixture.mixture == "hub" else "letters"
+    return None if stages.result("rl") else load_task(TaskOptions(task=name, datasets_dir=job.options.datasets_dir))
 
 
 def rl_options(job: Job, chat_model: str) -> rl.RlOptions:
@@ -479,12 +480,19 @@ def rl_options(job: Job, chat_model: str) -> rl.RlOptions:
     return options
 
 
-def describe_rl(result: TrainResult) -> dict:
-    """Its steps, and pass@1 and pass@k before and after."""
+def reinforce(job: Job, chat_model: str, task: Task | None, stages: Stages) -> dict:
+    """{checkpoint, steps, pass@1 and pass@k before and after}, or what there was when the stage was done."""
+    if task is None:
+        return stages.result("rl")
+    result = rl.run(rl_options(job, chat_model), task)
     measured = [line for line in read_metrics(result.run_dir) if "pass@1" in line]
-    scores = {name for line in measured for name in line if name.startswith("pass@")}
-    before = {f"{name} before": measured[0].get(name) for name in sorted(scores)}
-    return {"steps": result.step} | before | {name: measured[-1].get(name) for name in sorted(scores)}
+    names = sorted(name for name in measured[0] if name.startswith("pass@")) if measured else []
+    scores = {
+        f"{name}{when}": line.get(name)
+        for name in names
+        for when, line in ((" before", measured[0]), ("", measured[-1]))
+    }
+    return {"checkpoint": result.checkpoint, "steps": result.step} | scores
 
 
 def compiles(job: Job) -> bool | None:

@@ -26,7 +26,7 @@ def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(ray_session, nanoch
     data = ["source", "tokenizer", "rows", "sft data", "rl data"]
     assert [s["stage"] for s in stages] == [*data, "pretrain", "sft", "rl", "chat"]
     val_bpb, reinforced = stages[5]["result"]["val/bpb"], stages[7]["result"]
-    assert {*reinforced} == {"steps", "pass@1 before", "pass@4 before", "pass@1", "pass@4"}
+    assert {*reinforced} == {"checkpoint", "steps", "pass@1 before", "pass@4 before", "pass@1", "pass@4"}
     assert 1 < val_bpb < 4
     rates = [*(f"\n{kind}: " for kind in held_out.JUDGES), " of 100 right\n> "]
     for expected in (report, f"{val_bpb:.4f}", *rates, "=== samples", "nanochat-ray chat --checkpoint"):

@@ -118,7 +118,7 @@ class Learned:
 
     loss: torch.Tensor  # this rank's, not divided by the count
     count: float  # of what the loss is the mean over, on all ranks together
-    tokens: int  # that all ranks read
+    tokens: int  # read by all ranks
     metrics: dict[str, float]
 
 

@@ -178,7 +178,7 @@ def _as_json(conversation: dict) -> str:
 
 class Question(NamedTuple):
     conversation: dict
-    seed: int  # that its answers are drawn with
+    seed: int  # of its answers
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,9 @@ class Asked:
 
     answers: list[list[Answer]]
     version: int  # the step whose weights answered
-    seconds: float  # that answering and judging took
+    seconds: float  # of answering and judging
     sync: float  # to bring the weights to the engines
-    waited: float = 0.0  # that the trainer did nothing else
+    waited: float = 0.0  # by the trainer, for the answers
 
 
 class Asker:
@@ -240,7 +240,7 @@ class Asker:
             for _, seed in questions
         ]
         completions = self.engine.generate(prompts, params)
-        of = [i for i in range(len(questions)) for _ in range(num_samples)]  # whose each completion is
+        of = [i for i in range(len(questions)) for _ in range(num_samples)]  # the question of each completion
 
         def answer(i: int, completion: Completion) -> Answer:
             text, reward = self._judge(questions[i][0], completion)

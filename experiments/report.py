@@ -94,7 +94,7 @@ def read_run(uri: str) -> Run:
     run.samples = read("samples.md", storage.read_bytes, b"").decode(errors="replace").strip()
     lines = read("metrics.jsonl", lambda _: _by_step(read_metrics(uri)), [])
     run.metrics = read("result.json", lambda _: _by_step(with_scores(uri, lines)), lines)
-    if run.config.get("inputs", {}).get("stage") == "rl":  # whose loss is no cross entropy
+    if run.config.get("inputs", {}).get("stage") == "rl":  # its loss is no cross entropy
         run.metrics = [{name: value for name, value in line.items() if name != "train/loss"} for line in run.metrics]
     return run
 

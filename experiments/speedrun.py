@@ -60,7 +60,7 @@ class Preset:
     lr_factor: float  # times the plan's learning rates
     eval_tokens: int
     mixture: Literal["hub", "offline"]
-    rl: dict  # what differs from RlOptions
+    rl: dict  # options of RL, if not their defaults
     skip: tuple[Stage, ...] = ()
     steps: int | None = None  # of pretraining and of finetuning, instead of the above
     examples: int | None = None  # of each dataset in the mixture, and of each task in CORE and ChatCORE; all by default

@@ -37,11 +37,11 @@ from nanochat_ray.train.launch import TrainResult, train
 from nanochat_ray.train.loop import Learned, Measurement, TrainConfig, Worker, all_reduce, append_samples, due
 
 LR_SCALE = 0.05  # of the base rates
-# Options that a run can't be resumed with others of.
+# A run goes on only with the same values of these options.
 OF_A_STEP = (
     "prompts_per_step", "num_samples", "max_new_tokens", "temperature", "top_k", "advantage_by_std", "staleness"
 )  # fmt: skip
-MOST_RATIO = 2.0  # to which the ratio of probabilities is cut where answers are older than the weights
+MOST_RATIO = 2.0  # largest ratio of probabilities, where answers are older than the weights
 CPU_CHUNK_LOGITS = 2**20  # held at once in the loss, so that they stay in a CPU's caches
 GPU_ROWS, CPU_ROWS = 256, 64  # most sequences that an engine decodes at once
 SHOWN_CHARS = 300  # of a question or an answer in samples.md

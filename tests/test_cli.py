@@ -4,14 +4,14 @@ import os
 import subprocess
 import sys
 
+import forked
 import pytest
 
 from nanochat_ray import cli, measuring
 
 
 def nanochat_ray(*args):
-    command = [sys.executable, "-m", "nanochat_ray.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return forked.run("nanochat_ray.cli", *args, environment=dict(os.environ))
 
 
 def test_help_names_every_stage_and_option():

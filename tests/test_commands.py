@@ -1,4 +1,4 @@
-"""Every command of the README and every --help as processes of their own, in a new home, as a newcomer types them."""
+"""Every command of the README and every --help, in a new home, as a newcomer types them."""
 
 import functools
 import json
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import forked
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -71,12 +72,17 @@ def readme_command(name: str) -> list[str]:
     return [*shlex.split(command)[1:], *shlex.split(TINY[name])]
 
 
-def run(home: Path, *args: str, module: str | None = None, **environment: str) -> str:
+def environment_of(home: Path) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "HF_"))}
+    return env | {"NANOCHAT_RAY_HOME": str(home), "PYTHONPATH": str(REPOSITORY), "WANDB_MODE": "disabled"}
+
+
+def run(home: Path, *args: str, **environment: str) -> str:
     """What a process prints. It finds no Ray but its own."""
-    command = ["-m", module] if module else ["-c", NANOCHAT_RAY]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "HF_"))} | environment
-    env |= {"NANOCHAT_RAY_HOME": str(home), "PYTHONPATH": str(REPOSITORY), "WANDB_MODE": "disabled"}
-    said = subprocess.run([sys.executable, *command, *args], env=env, capture_output=True, text=True, timeout=180)
+    env = environment_of(home) | environment
+    said = subprocess.run(
+        [sys.executable, "-c", NANOCHAT_RAY, *args], env=env, capture_output=True, text=True, timeout=180
+    )
     assert said.returncode == 0, f"{' '.join(args)}: {said.stdout[-2000:]}\n{said.stderr[-4000:]}"
     assert "Traceback" not in said.stderr
     assert "Unhandled error" not in said.stderr
@@ -142,9 +148,10 @@ def modules_with_a_main(*folders: str) -> list[str]:
 
 
 def check_help(home: Path, commands: list[tuple[str, ...]]) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        shown = pool.map(lambda c: run(home, *c[1:], "--help", module=c[0]), commands)
-        assert all("usage: " in text for text in shown)
+    for module, *args in commands:
+        shown = forked.run(module, *args, "--help", environment=environment_of(home))
+        assert shown.returncode == 0, shown.stderr
+        assert "usage: " in shown.stdout and "Traceback" not in shown.stderr
     assert not home.exists()
 
 

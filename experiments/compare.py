@@ -1,11 +1,13 @@
-"""Is a change of the code better at every depth? The same plans from two versions, side by side, with a paired test.
+"""Is a change better? The same runs with and without it, side by side, with a paired test.
 
     python -m experiments.compare --baseline main --candidate HEAD --depths 1 2 --seeds 1 2 3
     ray job submit --working-dir . -- python -m experiments.compare --baseline FOLDER --candidate FOLDER
+    python -m experiments.compare --baseline HEAD --stage rl --both checkpoint=RUN task=letters --change num_samples=8
 
-A version is a git revision, or a folder with a checkout, changes and all. Its code goes to the cluster as a Ray runtime
-environment; this process only tells it what to train. Baseline and candidate take turns on the same nodes, so that
-what else these do weighs on both. The verdict is printed, and written as compare.md for a pull request.
+The change is one of the code, of options, or of both. A version is a git revision, or a folder with a checkout, changes
+and all. Its code goes to the cluster as a Ray runtime environment; this process only tells it what to train. Baseline
+and candidate take turns on the same nodes, so that what else these do weighs on both. The verdict is printed, and
+written as compare.md for a pull request.
 """
 
 import contextlib
@@ -15,8 +17,10 @@ import subprocess
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import mean
+from typing import Literal
 
 import ray
 import tyro
@@ -26,6 +30,8 @@ from experiments import paired, sweep
 from experiments.report import conclude
 from nanochat_ray import measuring, storage
 from nanochat_ray.cli import one_line_errors, start_ray
+from nanochat_ray.evals.tasks.rewarded import TaskOptions, load_task
+from nanochat_ray.train import checkpoint, rl
 from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.pretrain import PretrainOptions
 
@@ -36,60 +42,123 @@ CODE = ("nanochat_ray", "pyproject.toml")  # what a run needs of a version
 POLL_SECONDS = 2.0
 
 
+@dataclass(kw_only=True)
+class RlTrial(TaskOptions, rl.RlOptions):
+    """What --both and --change name with --stage rl."""
+
+
 @dataclass
 class CompareOptions(sweep.SweepOptions):
+    stage: Literal["pretrain", "rl"] = "pretrain"
+    """pretrain trains at each depth from nothing, rl trains one checkpoint on one task."""
     baseline: str = "main"
     """A git revision, or a folder with a checkout."""
     candidate: str = "HEAD"
     """A git revision, or a folder with a checkout."""
+    both: list[str] = field(default_factory=list)
+    """NAME=VALUE of the stage's options, for all runs; rl needs checkpoint=… and task=…."""
+    change: list[str] = field(default_factory=list)
+    """NAME=VALUE of the stage's options, for the candidate's runs alone."""
     depths: list[int] | None = None
-    """The default is 1 and 2 in the cpu preset, and 12 and 16 in the gpu preset."""
+    """Of pretraining; the default is 1 and 2 in the cpu preset, and 12 and 16 in the gpu preset."""
     seeds: list[int] | None = None
-    """Of weights and order of rows, one run of each side for each; the default is 1, 2 and 3."""
+    """One run of each side for each: of weights and order of rows, or of order of questions and answers. The default is
+    1, 2 and 3."""
     ratio: float | None = None
     """Training tokens per scaling parameter; the default is 1 in the cpu preset, and the gpu preset's own."""
 
 
 def run(options: CompareOptions) -> str:
-    """Train both sides; returns the uri of compare.md. Raises ValueError for a version that isn't there, and what
-    run_trials raises."""
-    preset = sweep.preset_of(options)
-    if preset.name == "cpu" and options.ratio is None:
-        preset = replace(preset, ratio=CPU_RATIO)
-    depths = sorted(options.depths or DEPTHS[preset.name])
-    seeds = options.seeds or [1, 2, 3]
+    """Train both sides; returns the uri of compare.md. Raises ValueError for a version or an option that isn't there,
+    and what run_trials raises."""
     sides = {"baseline": archive(options.baseline), "candidate": archive(options.candidate)}
-    rows = sweep.shared_rows(options, preset, preset.ratio * sweep.scaling_params(preset, max(depths)))
     hashes = {side: storage.fingerprint(code.hex())[:8] for side, (code, _) in sides.items()}
     labels = {side: describe(getattr(options, side), sides[side][1]) for side in sides}
-    inputs = {"rows": rows, "preset": asdict(preset), "code": hashes}
+    labels["candidate"] += "".join(f", {change}" for change in options.change)
+    plan = {"pretrain": pretraining, "rl": reinforcement}[options.stage]
+    inputs, trials, task = plan(options)
+    inputs |= {"code": hashes, "both": options.both, "change": options.change}
     name, folder = sweep.begin("compare", options, inputs, **labels)
     for side, (code, _) in sides.items():
         storage.write_bytes(storage.join(folder, "code", f"{side}-{hashes[side]}.zip"), code)
-
-    runs = [sweep.spaced(sweep.pretrain_options(options, preset, rows, depth)) for depth in depths]
-    workers = sweep.share_workers(options, [sweep.plan_of(run) for run in runs])
-    trials = [
-        sweep.trial(
-            label := f"{side}-d{run.depth}-s{seed}",
-            replace(run, run=f"{name}/{label}", seed=seed),
-            n,
-            options,
-            code=storage.join(folder, "code", f"{side}-{hashes[side]}.zip"),
-            columns={"side": side, "commit": sides[side][1]},
-        )
-        for seed in seeds
-        for run, n in zip(runs, workers, strict=True)
-        for side in sides
-    ]
+    for trial in trials:
+        side = trial["columns"]["side"]
+        trial["options"]["run"] = f"{name}/{trial['name']}"
+        trial["code"] = storage.join(folder, "code", f"{side}-{hashes[side]}.zip")
+        trial["columns"]["commit"] = sides[side][1]
     print(f"compare: {labels['candidate']} against {labels['baseline']}, {len(trials)} runs in {folder}", flush=True)
-    results = sweep.run_trials(folder, trials, train_version)
+    results = sweep.run_trials(folder, trials, tune.with_parameters(train_version, task=task))
     markdown = paired.markdown(results, labels["baseline"], labels["candidate"])
     out = storage.join(folder, "compare.md")
     storage.write_bytes(out, markdown.encode())
     conclude(folder, "Comparison")
     print(f"markdown  {out}")
     return out
+
+
+def pretraining(options: CompareOptions) -> tuple[dict, list[dict], None]:
+    """(inputs, trials, no task): a pair of runs of each depth and seed."""
+    preset = sweep.preset_of(options)
+    if preset.name == "cpu" and options.ratio is None:
+        preset = replace(preset, ratio=CPU_RATIO)
+    depths = sorted(options.depths or DEPTHS[preset.name])
+    rows = sweep.shared_rows(options, preset, preset.ratio * sweep.scaling_params(preset, max(depths)))
+    trials = []
+    for side, given in sides_of(options).items():
+        runs = [sweep.pretrain_options(options, preset, rows, depth) for depth in depths]
+        runs = [sweep.spaced(with_options(run, given)) for run in runs]
+        workers = sweep.share_workers(options, [sweep.plan_of(run) for run in runs])
+        for run, n in zip(runs, workers, strict=True):
+            for seed in options.seeds or [1, 2, 3]:
+                label = f"{side}-d{run.depth}-s{seed}"
+                trials.append(sweep.trial(label, replace(run, seed=seed), n, options, columns={"side": side}))
+    return {"rows": rows, "preset": asdict(preset)}, in_turns(trials), None
+
+
+def reinforcement(options: CompareOptions) -> tuple[dict, list[dict], rl.Task]:
+    """(inputs, trials, the task): a pair of runs of each seed, from one checkpoint."""
+    sides = {side: with_options(RlTrial(checkpoint="", task=""), given) for side, given in sides_of(options).items()}
+    base = sides["baseline"]
+    if not base.checkpoint or not base.task:
+        raise ValueError("--stage rl compares runs from a chat model on a task: --both checkpoint=… task=…")
+    start = checkpoint.resolve_checkpoint(storage.absolute(base.checkpoint))
+    task = load_task(base)
+    trials = []
+    for side, given in sides.items():
+        o = rl.RlOptions(**{name: getattr(given, name) for name in rl.RlOptions.__dataclass_fields__})
+        o = replace(o, checkpoint=start, workers=o.workers or 1)
+        rl.check(o, task)
+        for seed in options.seeds or [1, 2, 3]:
+            trials.append(
+                {
+                    "name": f"{side}-s{seed}",
+                    "home": storage.home(),
+                    "options": asdict(replace(o, seed=seed)),
+                    "num_iterations": rl.num_steps(o, task),
+                    "bundle": None,
+                    "columns": {"side": side},
+                }
+            )
+    return {"checkpoint": start, "task": base.task}, in_turns(trials), task
+
+
+def sides_of(options: CompareOptions) -> dict[str, list[str]]:
+    """NAME=VALUE of the stage's options by side."""
+    return {"baseline": options.both, "candidate": [*options.both, *options.change]}
+
+
+def with_options(default, given: list[str]):
+    """The dataclass with NAME=VALUE of its options. Raises ValueError for another form; tyro names what is unknown."""
+    if malformed := [text for text in given if "=" not in text]:
+        raise ValueError(f"{malformed[0]!r} is no NAME=VALUE: --both and --change take options of the stage so")
+    flags = [flag for text in given for flag in (f"--{text.partition('=')[0]}", text.partition("=")[2])]
+    config = (tyro.conf.FlagConversionOff,)
+    return tyro.cli(type(default), args=flags, default=default, prog="--both and --change, as options:", config=config)
+
+
+def in_turns(trials: list[dict]) -> list[dict]:
+    """By seed, then depth, baseline and candidate one after the other."""
+    return sorted(trials, key=lambda t: (t["options"]["seed"], t["options"].get("depth", 0), t["columns"]["side"]))
 
 
 def describe(version: str, commit: str | None) -> str:
@@ -147,35 +216,65 @@ def git(folder: Path, *command: str) -> str | None:
 # One run
 
 
-def train_version(config: dict) -> None:
-    """Train with the version's own code, and score and write down the result with this one's."""
+def train_version(config: dict, task: rl.Task | None) -> None:
+    """Train with the version's own code, and score and write down the result with this one's. task: RL's."""
     given = config["trial"]
     os.environ["NANOCHAT_RAY_HOME"] = given["home"]
-    options = PretrainOptions(**given["options"])
+    kind = rl.RlOptions if task else PretrainOptions
+    options = kind(**given["options"])
     run_dir = storage.join(storage.home(), "runs", options.run)
     measuring.failed.clear()
     try:
         uri = given["code"] if storage.is_remote(given["code"]) else f"file://{given['code']}"
-        changed = {k: v for k, v in given["options"].items() if v != getattr(PretrainOptions, k)}
-        checkpoint = watch(_pretrain_there(uri).remote(changed), run_dir)
-        sweep.finish_trial(given, options, checkpoint, run_dir, notes=[])
+        changed = {k: v for k, v in given["options"].items() if v != getattr(kind, k, None)}
+        trained = watch(_train_there(uri).remote(changed, task), run_dir)
+        if task:
+            write_rl_result(run_dir, given)
+        else:
+            sweep.finish_trial(given, options, trained, run_dir, notes=[])
     except Exception as error:
         tune.report({"error": f"{type(error).__name__}: {error}"})
 
 
-def _pretrain_there(code: str):
+def _train_there(code: str):
     """The task that trains with another version of the code, and returns the checkpoint."""
 
     # Defined in here so that it is sent by value: by its name, the other version's module would be imported.
-    def pretrain_there(options: dict) -> str:
+    def train_there(options: dict, task) -> str:
         from nanochat_ray.train import pretrain
 
         if not os.path.samefile(os.path.dirname(pretrain.__file__), "nanochat_ray/train"):
             raise ImportError(f"{pretrain.__file__} was imported and not {os.getcwd()}: see ray_started_elsewhere")
-        return pretrain.run(pretrain.PretrainOptions(**options)).checkpoint
+        if task is None:
+            return pretrain.run(pretrain.PretrainOptions(**options)).checkpoint
+        from nanochat_ray.train import rl
+
+        return rl.run(rl.RlOptions(**options), task).checkpoint
 
     environment = {"working_dir": code, "env_vars": {"NANOCHAT_RAY_HOME": storage.home()}}
-    return ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(pretrain_there)
+    return ray.remote(num_cpus=0, max_retries=0, runtime_env=environment)(train_there)
+
+
+def write_rl_result(run_dir: str, given: dict) -> None:
+    """A finished run's line of results.csv, from metrics.jsonl, into result.json."""
+    options, lines = given["options"], read_metrics(run_dir)
+    rewards = [line["rl/reward"] for line in lines if "rl/reward" in line]
+    scores = [line for line in lines if "pass@1" in line]
+    meta = checkpoint.read_meta(checkpoint.resolve_checkpoint(run_dir))
+    row = {
+        "run": storage.name(run_dir),
+        "depth": meta["model_config"]["n_layer"],
+        "num_iterations": given["num_iterations"],
+        "train_time_sec": lines[-1]["total_training_time"],
+        "seed": options["seed"],
+        "workers": options["workers"],
+        "answers": given["num_iterations"] * options["prompts_per_step"] * options["num_samples"],
+        "reward": mean(rewards[-max(1, len(rewards) // 4) :]),  # of the last quarter of the steps
+        "pass@1_before": scores[0]["pass@1"],
+        "pass@1": scores[-1]["pass@1"],
+        f"pass@{options['eval_samples']}": scores[-1][f"pass@{options['eval_samples']}"],
+    }
+    storage.write_json(storage.join(run_dir, "result.json"), row | given["columns"])
 
 
 def watch(result: ray.ObjectRef, run_dir: str) -> str:

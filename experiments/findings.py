@@ -26,11 +26,14 @@ COUNTED = {
 
 
 # Of results.csv, what comes first on a page and what is left out, being on the pages of the runs.
-FIRST = ("side", "depth", "flops", "val_bpb", "core_metric", "train_time_sec", "tok_per_sec", "mfu", "peak_memory_mb")
+FIRST = (
+    "side", "depth", "flops", "val_bpb", "core_metric", "pass@1", "reward", "train_time_sec", "tok_per_sec", "mfu",
+    "peak_memory_mb",
+)  # fmt: skip
 LEFT_OUT = ("model_dim", "params_wte", "params_value_embeds", "params_scalars", "params_lm_head", "seed", "commit")
 
 
-FORMS = {"flops": "{:.3g}", "val_bpb": "{:.4f}", "core_metric": "{:.4f}", "mfu": "{:.1%}", "train_time_sec": "{:,.1f}"}
+FORMS = {"flops": "{:.3g}"} | {column: form for column, (_, form, _) in paired.MEASURES.items()}
 
 
 @dataclass
@@ -285,15 +288,16 @@ def _optimum_figure(fit: fits.IsoFlop, key: str, label: str) -> Markup:
 def compare(rows: list[dict], about: dict, folder: str) -> Findings:
     found = Findings(f"{about['candidate']} against {about['baseline']}", paired.verdicts(rows))
     finished = [row for row in rows if row["side"] in ("baseline", "candidate")]
+    decides = paired.decisive(rows)
     figure, axes = empty_figure(5.6, 3.6)
     for i, side in enumerate(("baseline", "candidate")):
-        points = [(row["depth"] + (i - 0.5) * 0.12, row["val_bpb"]) for row in finished if row["side"] == side]
+        points = [(row["depth"] + (i - 0.5) * 0.12, row[decides]) for row in finished if row["side"] == side]
         if points:
             axes.plot(*zip(*points, strict=True), "o", color=SERIES[i], markersize=5, alpha=0.8)
     style(axes, "depth")
     axes.set_xticks(sorted({row["depth"] for row in finished}))
     found.figures.append(
-        ("Bits per byte of every seed: the baseline left, the candidate right", svg(figure, "bpb by side"))
+        (f"{decides} of every seed: the baseline left, the candidate right", svg(figure, f"{decides} by side"))
     )
     return found
 

@@ -497,7 +497,8 @@ class Progress(tune.Callback):
             said = f"{name} stopped early at step {last.get('step')}, val/bpb {last.get('val/bpb', math.nan):.4f}"
         else:
             row = storage.read_json(result)
-            said = f"{name} finished, val/bpb {row['val_bpb']:.4f}, {row['train_time_sec']:,.1f} s of training"
+            score = f"val/bpb {row['val_bpb']:.4f}" if "val_bpb" in row else f"pass@1 {row['pass@1']:.3f}"
+            said = f"{name} finished, {score}, {row['train_time_sec']:,.1f} s of training"
             write_results(self.folder, self.trials)
         if self.live:
             self.live.update(self.table(), refresh=True)
@@ -528,7 +529,7 @@ class Progress(tune.Callback):
         return [
             name,
             f"{m['step']}/{steps}",
-            f"val/bpb {m['val/bpb']:.4f}" if m.get("val/bpb") is not None else "",
+            next((f"{key} {m[key]:.4f}" for key in ("val/bpb", "rl/reward") if m.get(key) is not None), ""),
             f"{m['train/tok_per_sec']:,.0f} tok/s",
             f"MFU {m['train/mfu']:.1%}",
             f"ETA {int(left) // 60}:{int(left) % 60:02d}",

@@ -122,7 +122,7 @@ def run(options: RlOptions, task: Task) -> TrainResult:
     check(o, task)
     base = checkpoint.resolve_checkpoint(storage.absolute(o.checkpoint))
     meta = checkpoint.read_meta(base)
-    steps = o.steps or math.ceil(len(task.train) / o.prompts_per_step)
+    steps = num_steps(o, task)
     inputs = {name: getattr(o, name) for name in OF_A_STEP} | {
         "stage": "rl",
         "init_from": base,
@@ -170,6 +170,10 @@ def check(o: RlOptions, task: Task) -> None:
         raise ValueError(f"staleness {o.staleness} must be 0 or 1")
     if o.staleness and not o.rollout_workers:
         raise ValueError("--staleness 1 needs --rollout-workers: the training workers can't answer while they train")
+
+
+def num_steps(o: RlOptions, task: Task) -> int:
+    return o.steps or math.ceil(len(task.train) / o.prompts_per_step)
 
 
 def _as_json(conversation: dict) -> str:

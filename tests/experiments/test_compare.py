@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 
 from experiments import compare
+from nanochat_ray import storage
+from nanochat_ray.data.tokenizer import Tokenizer
+from nanochat_ray.model.gpt import GPT, GPTConfig
+from nanochat_ray.train import checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -57,9 +61,13 @@ def test_a_revision_is_taken_as_it_was_committed(checkout, monkeypatch):
 RUN = """
 import sys, ray
 from experiments import compare
+from nanochat_ray import storage
+from nanochat_ray.data.tokenizer import Tokenizer
+from nanochat_ray.model.gpt import GPT, GPTConfig
+from nanochat_ray.train import checkpoint
 
 with compare.ray_started_elsewhere():
-    print(ray.get(compare._pretrain_there(f"file://{sys.argv[1]}").remote({"depth": 3})))
+    print(ray.get(compare._train_there(f"file://{sys.argv[1]}").remote({"depth": 3}, None)))
 """
 FAKE = """
 from types import SimpleNamespace
@@ -90,3 +98,35 @@ def test_a_version_is_what_runs(checkout, tmp_path):
 def test_a_folder_without_the_package_is_refused(tmp_path):
     with pytest.raises(ValueError, match="give the folder of a checkout"):
         compare.archive(str(tmp_path))
+
+
+def test_options_of_the_stage_are_by_name():
+    o = compare.with_options(compare.RlTrial(checkpoint="a", task="b"), ["staleness=1", "advantage_by_std=True"])
+    assert (o.checkpoint, o.task, o.staleness, o.advantage_by_std) == ("a", "b", 1, True)
+    with pytest.raises(ValueError, match="'staleness' is no NAME=VALUE"):
+        compare.with_options(o, ["staleness"])
+
+
+@pytest.mark.cluster
+def test_a_change_of_rl_is_judged_by_held_out_questions(golden, nanochat_ray_home):
+    """By a model that knows no answer."""
+    tokenizer = Tokenizer.load(str(golden / "nanochat_d2"))
+    model = GPT(GPTConfig(256, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32))
+    model.init_weights()
+    start = checkpoint.save_checkpoint(str(nanochat_ray_home / "start"), 1, model, None, tokenizer, {})
+    of_both = [f"checkpoint={start}", "task=letters", "steps=2", "prompts_per_step=2", "max_new_tokens=4"]
+    versions = ["--baseline", REPOSITORY, "--candidate", REPOSITORY, "--seeds", "7", "--name", "rl"]
+    options = ["--both", *of_both, "num_samples=4", "eval_questions=4", "eval_samples=2", "--change", "num_samples=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.compare", "--stage", "rl", *versions, *options],
+        cwd=REPOSITORY,
+        env=os.environ | {"WANDB_MODE": "disabled", "RAY_ADDRESS": "local"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "over all depths: +0.000, one pair: no test in pass@1; reward +0.000" in done.stdout
+    assert "num_samples=2 against" in (nanochat_ray_home / "runs" / "rl" / "compare.md").read_text()
+    runs = [storage.read_json(str(path)) for path in sorted(nanochat_ray_home.glob("runs/rl/*-s*/result.json"))]
+    assert [(run["side"], run["seed"], run["answers"]) for run in runs] == [("baseline", 7, 16), ("candidate", 7, 8)]

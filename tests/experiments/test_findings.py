@@ -117,12 +117,21 @@ def test_verdicts():
     assert paired.verdicts(comparison({12: 0})[:1])[0] == "depth 12: no pair of runs is finished"
 
 
+def test_verdicts_of_rl_are_those_of_pass_at_1_which_may_begin_at_0():
+    rows = [
+        result(f"{side}-s{seed}", 4, seed=seed, side=side, val_bpb=None, **{"pass@1": up * (0.5 + 0.01 * seed)})
+        for seed in (1, 2, 3)
+        for side, up in (("baseline", 0), ("candidate", 1))
+    ]
+    assert re.match(r"depth 4: better \(\+0\.520, p .*, 3 pairs\) in pass@1", paired.verdicts(rows)[0])
+
+
 def test_noise_alone_is_rarely_called_a_difference():
     random = np.random.default_rng(1)
     called = 0
     for _ in range(400):
         matched = [(1.0, 1 + 0.01 * random.normal()) for _ in range(3)]
-        called += "not distinguishable" not in paired.verdict(matched, less_is_better=True)
+        called += "not distinguishable" not in paired.verdict("val_bpb", matched)
     assert 5 < called < 40
 
 

@@ -93,8 +93,9 @@ def rl(args: list[str]) -> None:
 
     options = parse("rl", Options, args)
     resolve_checkpoint(options.checkpoint)  # a wrong one is known before anything is downloaded
+    task = None if options.task == "docstrings" else load_task(options)  # those are made by Ray
     start_ray()
-    result = run(options, load_task(options))
+    result = run(options, task or load_task(options))
     print(f"checkpoint {result.checkpoint}")
 
 

@@ -35,6 +35,7 @@ def test_help_names_every_stage_and_option():
         (["pretrain", "--core-every", "1", "--bundle", "{tmp}/missing"], "core.yaml"),
         (["chat", "--checkpoint", "{tmp}/missing"], "missing"),
         (["plan", "--gpu", "Abacus"], "Abacus"),
+        (["rl", "--checkpoint", "{tmp}/missing", "--task", "letters"], "missing"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(args, named, tmp_path, nanochat_ray_home):

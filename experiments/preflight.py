@@ -209,7 +209,7 @@ def installed(name: str) -> bool:
 
 
 def identity(file: str) -> str:
-    return f"{len(own.conversations(file))} conversations in {file}"
+    return f"{sum(1 for _ in own.conversations(file)):,} conversations in {file}"
 
 
 def gb(size: float) -> str:

@@ -30,7 +30,7 @@ from nanochat_ray.data import prepare, sources
 from nanochat_ray.data.conversations import prepare_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals import bundle, chat, core
-from nanochat_ray.evals.tasks import MixtureOptions, hub_mixture, offline_mixture
+from nanochat_ray.evals.tasks import MixtureOptions, own, sft_conversations
 from nanochat_ray.evals.tasks.rewarded import Task, TaskOptions, load_task
 from nanochat_ray.measuring import measuring, patiently
 from nanochat_ray.model.compiling import why_not_compiled
@@ -95,7 +95,7 @@ class SpeedrunOptions:
     skip: list[Stage] = field(default_factory=list)
     """Stages to leave out: core, chatcore, rl, sft (with all after it)."""
     identity: str | None = None
-    """A jsonl file of conversations about the assistant itself, for the gpu preset's finetuning: see sft --help."""
+    """A jsonl file of conversations about the assistant itself, each twice in finetuning: see docs/own-data.md."""
     datasets_dir: str | None = None
     """Folder with the Hub's layout to read datasets from, but for climbmix; without it they come from the Hub."""
     bundle: str | None = None
@@ -254,8 +254,6 @@ def find_job(options: SpeedrunOptions) -> Job:
     if options.rehearse:
         preset = replace(preset, **REHEARSAL, rl=REHEARSED_RL)
     depth, source = options.depth or preset.depth, options.source or preset.source
-    if options.identity and preset.mixture == "offline":
-        raise ValueError("--identity is for the gpu preset, whose finetuning takes the Hub's conversations")
     inputs = storage.fingerprint(depth, source, asdict(preset), options.identity)
     run_dir = storage.join(storage.home(), "runs", options.run or f"speedrun-d{depth}-{inputs[:6]}")
     plan = find_plan(run_dir, depth, preset)
@@ -267,7 +265,10 @@ def find_job(options: SpeedrunOptions) -> Job:
         source=source,
         shards=min(math.ceil(plan.total_tokens / sources.CLIMBMIX_TOKENS), sources.CLIMBMIX_LAST),
         mixture=MixtureOptions(
-            preset.mixture, options.datasets_dir, identity=options.identity, max_rows=preset.examples
+            preset.mixture,
+            options.datasets_dir,
+            conversations=[own.MIXTURE, f"{options.identity}=2"] if options.identity else [],
+            max_rows=preset.examples,
         ),
         after=set(get_args(Stage)) - left_out,
         scaling=scaling,
@@ -290,8 +291,8 @@ def checks(job: Job, stages: Stages) -> preflight.Checks:
     datasets = set()
     if "sft" in job.after and job.mixture.mixture == "hub" and not stages.result("sft data"):
         datasets |= preflight.SFT_DATASETS
-        if job.mixture.identity:
-            found["identity"] = partial(preflight.identity, job.mixture.identity)
+    if "sft" in job.after and job.options.identity and not stages.result("sft data"):
+        found["identity"] = partial(preflight.identity, job.options.identity)
     if "chatcore" in job.after and not stages.result("chatcore"):
         datasets |= preflight.CHATCORE_DATASETS
         found["sandbox"] = preflight.sandbox
@@ -305,15 +306,11 @@ def checks(job: Job, stages: Stages) -> preflight.Checks:
 def make_conversations(job: Job, tokenizer_uri: str, stages: Stages) -> dict:
     """{folder, inputs, …}: rows to finetune on, or those that the same inputs gave before."""
     tokenizer, T = Tokenizer.load(tokenizer_uri), job.plan.config.sequence_len
-    identity = job.mixture.identity and storage.version(storage.absolute(job.mixture.identity))
+    identity = job.options.identity and storage.version(storage.absolute(job.options.identity))
     made, inputs = stages.result("sft data"), storage.fingerprint(asdict(job.mixture), identity, tokenizer.sha, T)
     if made.get("inputs") == inputs and storage.exists(storage.join(made["folder"], "manifest.json")):
         return made
-    if job.mixture.mixture == "hub":
-        splits = {split: hub_mixture(split, job.mixture) for split in ("train", "val")}
-    else:
-        splits = {split: offline_mixture(split, job.pydocs) for split in ("train", "val")}
-    folder = prepare_conversations(splits, tokenizer, T)
+    folder = prepare_conversations(sft_conversations(job.mixture), tokenizer, T)
     counts = storage.read_json(storage.join(folder, "manifest.json"))["train"]
     tokens, most = counts["rows"] * T, job.scaling.max_workers
     batch = sft.batch_size(job.plan.total_batch_size, tokens, T)

@@ -53,11 +53,10 @@ def pretrain(args: list[str]) -> None:
 
 def sft(args: list[str]) -> None:
     """a base model and conversations -> a chat model"""
-    from nanochat_ray.data import sources
     from nanochat_ray.data.conversations import prepare_conversations
     from nanochat_ray.data.tokenizer import Tokenizer
     from nanochat_ray.evals.chat import ChatCoreInTraining, in_training
-    from nanochat_ray.evals.tasks import MixtureOptions, hub_mixture, offline_mixture
+    from nanochat_ray.evals.tasks import MixtureOptions, sft_conversations
     from nanochat_ray.train.checkpoint import read_meta, resolve_checkpoint
     from nanochat_ray.train.sft import SftOptions, run
 
@@ -68,13 +67,12 @@ def sft(args: list[str]) -> None:
     options = parse("sft", Options, args)
     base = resolve_checkpoint(options.checkpoint)  # a wrong one is known before anything is downloaded
     measurement = in_training(options, options.datasets_dir)
-    if options.mixture == "hub":
-        conversations = {split: hub_mixture(split, options) for split in ("train", "val")}
+    if options.needs_ray:
         start_ray()
-    else:
+        conversations = sft_conversations(options)
+    else:  # fail before starting Ray if something can't be had
+        conversations = sft_conversations(options)
         start_ray()
-        pydocs = [shard.uri for shard in sources.resolve("pydocs").train]
-        conversations = {split: offline_mixture(split, pydocs) for split in ("train", "val")}
     sequence_len = read_meta(base)["model_config"]["sequence_len"]
     rows = prepare_conversations(conversations, Tokenizer.load(base), sequence_len)
     result = run(options, rows, measurement)

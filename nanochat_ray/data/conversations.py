@@ -1,13 +1,16 @@
-"""Conversations to finetune on, rendered by Ray tasks and packed into rows."""
+"""Conversations to finetune on: shuffled, and rendered and packed into rows by Ray tasks, a shard of them each."""
 
 import hashlib
 import json
+import math
 import os
 import tempfile
+import time
 from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice, pairwise
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from random import Random
 
 import numpy as np
@@ -18,10 +21,9 @@ from nanochat_ray.data.loader import write_rows
 from nanochat_ray.data.packing import pack_conversations, split_conversation
 from nanochat_ray.data.tokenizer import Tokenizer
 
-TASK_CONVERSATIONS = 500
-PROGRESS_CONVERSATIONS = 100_000  # between lines
-
-Piece = tuple[np.ndarray, np.ndarray]  # ids and mask of a conversation, or of a part that fits into a row
+SHARD_BYTES = 8 << 20  # most JSON in a shard, in which conversations are packed: some 500 rows of 2,048 tokens
+PROGRESS_LINES = 20
+COUNTS = ("conversations", "rows", "tokens", "dropped_tokens", "learned_tokens", "split_conversations")
 
 
 class Conversations(Sequence):
@@ -30,25 +32,34 @@ class Conversations(Sequence):
 
     def __init__(self, conversations: Iterable[dict] = ()):
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
-        self.ends, self.order = array("q", [0]), array("q")
+        self.ends, self.order, self.contents = array("q", [0]), array("q"), hashlib.sha256()
         self.add(conversations)
 
-    def add(self, conversations: Iterable[dict], times: int = 1) -> None:
+    def add(self, conversations: Iterable[dict], times: float = 1) -> None:
+        """times: how often each comes. 2.5 is twice, and half of them, chosen by a seed, once more."""
         first = len(self.ends) - 1
         self.file.seek(self.ends[-1])
         for conversation in conversations:
-            written = self.file.write(json.dumps(conversation, sort_keys=True, default=str).encode())
-            self.ends.append(self.ends[-1] + written)
+            line = json.dumps(conversation, sort_keys=True, default=str).encode()
+            self.contents.update(line + b"\n")
+            self.ends.append(self.ends[-1] + self.file.write(line))
         self.file.flush()
-        self.order.extend([*range(first, len(self.ends) - 1)] * times)
+        added = range(first, len(self.ends) - 1)
+        for _ in range(int(times)):
+            self.order.extend(added)
+        self.order.extend(sorted(Random(42).sample(added, round(times % 1 * len(added)))))
 
     def shuffle(self, random: Random) -> None:
         random.shuffle(self.order)
 
-    def lines(self) -> Iterator[bytes]:
-        """Each conversation once, as JSON, in the order in which they were added."""
-        for begin, end in pairwise(self.ends):
-            yield os.pread(self.file.fileno(), end - begin, begin)
+    def line(self, index: int) -> bytes:
+        """The JSON of the conversation that was added as the index-th."""
+        begin, end = self.ends[index], self.ends[index + 1]
+        return os.pread(self.file.fileno(), end - begin, begin)
+
+    def fingerprint(self) -> str:
+        """Of the contents and the order."""
+        return storage.fingerprint(self.contents.hexdigest(), hashlib.sha256(self.order).hexdigest())
 
     def __len__(self) -> int:
         return len(self.order)
@@ -56,91 +67,109 @@ class Conversations(Sequence):
     def __getitem__(self, index: int | slice) -> dict | list[dict]:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        begin, end = self.ends[self.order[index]], self.ends[self.order[index] + 1]
-        return json.loads(os.pread(self.file.fileno(), end - begin, begin))
+        return json.loads(self.line(self.order[index]))
 
 
 def prepare_conversations(splits: dict[str, Conversations], tokenizer: Tokenizer, sequence_len: int) -> str:
     """Render and pack conversations into a folder of rows, unless the same ones are there; returns the folder.
 
-    A conversation longer than a row goes on in another; no token is dropped, which manifest.json counts. One that is
-    in a split several times is rendered once.
+    Each shard of the conversations is a row file, and those that are there already are not made again. A conversation
+    longer than a row goes on in another; no token is dropped, which manifest.json counts. One that is in a split
+    several times is rendered once. The driver holds a few shards of text, and some integers for each conversation.
+    Raises ValueError for a split without conversations, or a malformed one.
     """
-    contents = {split: _digest(conversations) for split, conversations in splits.items()}
-    fingerprint = storage.fingerprint(contents, tokenizer.sha, sequence_len)
+    contents = {split: conversations.fingerprint() for split, conversations in splits.items()}
+    fingerprint = storage.fingerprint(contents, tokenizer.sha, sequence_len, SHARD_BYTES)
     folder = storage.join(storage.home(), "conversations", f"{fingerprint[:8]}-T{sequence_len}")
     manifest_uri = storage.join(folder, "manifest.json")
     if storage.exists(manifest_uri):
         return folder
+    if empty := [split for split, conversations in splits.items() if not conversations]:
+        raise ValueError(f"no {' and no '.join(empty)} conversations to finetune on")
     counts = {}
     for split, conversations in splits.items():
-        order = conversations.order
-        if not order:
-            raise ValueError(f"no {split} conversations to finetune on")
-        rendered = _render_all(split, conversations, tokenizer, sequence_len + 1)
-        pieces = list(chain.from_iterable(rendered[index] for index in order))
-        tokens, mask = pack_conversations(pieces, sequence_len + 1)
-        write_rows(storage.join(folder, split, "rows_00000.arrow"), tokens, mask)
-        # Counted in the rows: a conversation has one bos, its first token, and all others that rows hold are added.
-        packed = int((tokens != tokenizer.bos_id).sum()) + len(order)
-        added = len(pieces) - len(order)
-        counts[split] = count = {
-            "conversations": len(order),
-            "rows": len(tokens),
-            "tokens": packed,
-            "dropped_tokens": sum(len(ids) for ids, _ in pieces) - added - packed,
-            "learned_tokens": int(np.count_nonzero(mask)),
-            "split_conversations": sum(len(rendered[index]) > 1 for index in order),
-        }
+        shards = _write_shards(split, conversations, storage.join(folder, split), tokenizer, sequence_len + 1)
+        counts[split] = count = {name: sum(shard[name] for shard in shards) for name in COUNTS}
         print("sft: " + split + " " + ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in count.items()))
     storage.write_json(manifest_uri, {"tokenizer_sha256": tokenizer.sha, "sequence_len": sequence_len, **counts})
     return folder
 
 
-def _digest(conversations: Conversations) -> str:
-    """sha256 of the conversations in order."""
-    digests = [hashlib.sha256(line).digest() for line in conversations.lines()]
-    together = hashlib.sha256()
-    for index in conversations.order:
-        together.update(digests[index])
-    return together.hexdigest()
+def split_into_shards(conversations: Conversations) -> list[np.ndarray]:
+    """The order in parts, by the text's size alone: a conversation is in one of them, as often as it comes.
+
+    So each conversation is sent to one task and rendered there once, and the copies are in the shuffled order again."""
+    order, lengths = np.array(conversations.order), np.diff(np.array(conversations.ends))
+    once, first = np.unique(order, return_index=True)
+    once = once[np.argsort(first)]  # each where it comes first
+    before = np.cumsum(lengths[once]) - lengths[once]
+    total = int(lengths[once].sum())
+    shard_of = np.empty(len(lengths), dtype=np.int64)
+    shard_of[once] = before * math.ceil(total / SHARD_BYTES) // total
+    by_shard = np.argsort(shard_of[order], kind="stable")
+    sizes = np.bincount(shard_of[order])
+    return [order[part] for part in np.split(by_shard, np.cumsum(sizes[sizes > 0])[:-1])]
 
 
-def _render_all(split: str, conversations: Conversations, tokenizer: Tokenizer, row_len: int) -> list[list[Piece]]:
-    """The pieces of each conversation, as they were added. 3 bytes a token, and of the tasks no more at once than keep
-    all CPUs busy."""
-    render, constants = ray.remote(_render), (ray.put(tokenizer), row_len)
-    at_once = 2 * int(ray.cluster_resources()["CPU"])
-    running, rendered, next_line = deque(), [], PROGRESS_CONVERSATIONS
+def _write_shards(
+    split: str, conversations: Conversations, folder: str, tokenizer: Tokenizer, row_len: int
+) -> list[dict[str, int]]:
+    """The counts of each shard. One task a shard, and of them no more at once than keep all CPUs busy."""
+    shards = split_into_shards(conversations)
+    there = set(storage.listdir(folder))
+    left = [number for number in range(len(shards)) if _counts_name(number) not in there]
+    if there:
+        print(f"sft: {split} {len(shards) - len(left):,} of {len(shards):,} shards are there already", flush=True)
+    write, constants = ray.remote(_write_shard), (folder, ray.put(tokenizer), row_len)
+    at_once, running = 2 * int(ray.cluster_resources().get("CPU", 1)), deque()
 
-    def collect() -> None:
-        result = ray.get(running.popleft())
-        if isinstance(result, ValueError):
+    def results() -> Iterator[dict[str, int] | Exception]:
+        for number in left:
+            if len(running) == at_once:
+                yield ray.get(running.popleft())
+            once, copies = np.unique(shards[number], return_inverse=True)
+            running.append(write.remote([conversations.line(index) for index in once], copies, number, *constants))
+        while running:
+            yield ray.get(running.popleft())
+
+    began, tokens = time.monotonic(), 0
+    for done, result in enumerate(results(), 1):
+        if isinstance(result, Exception):
             raise result
-        ids, mask, lengths, counts = map(np.array, result)  # copies: Ray's own stay in its store while they are used
-        ends = np.cumsum(lengths)[:-1]
-        pieces = iter(zip(np.split(ids, ends), np.split(mask, ends), strict=True))
-        rendered.extend([next(pieces) for _ in range(count)] for count in counts)
-
-    lines = conversations.lines()
-    while batch := list(islice(lines, TASK_CONVERSATIONS)):
-        if len(running) == at_once:
-            collect()
-        running.append(render.remote(batch, *constants))
-        if len(rendered) >= next_line:
-            of = len(conversations.ends) - 1
-            print(f"sft: {split} {len(rendered):,}/{of:,} conversations rendered", flush=True)
-            next_line += PROGRESS_CONVERSATIONS
-    while running:
-        collect()
-    return rendered
+        tokens += result["tokens"]
+        if done * PROGRESS_LINES // len(left) > (done - 1) * PROGRESS_LINES // len(left):
+            speed = tokens / (time.monotonic() - began)
+            print(f"sft: {split} {done:,}/{len(left):,} shards, {tokens:,} tokens, {speed:,.0f} tokens/s", flush=True)
+    with ThreadPoolExecutor(32) as pool:  # each read of an object store is a round trip
+        return list(pool.map(storage.read_json, [storage.join(folder, _counts_name(i)) for i in range(len(shards))]))
 
 
-def _render(lines: list[bytes], tokenizer: Tokenizer, row_len: int) -> tuple[np.ndarray, ...] | ValueError:
-    """(ids, mask, length of each piece, pieces of each conversation), or what is wrong: raised, Ray would wrap it."""
+def _counts_name(number: int) -> str:
+    return f"rows_{number:05d}.json"
+
+
+def _write_shard(
+    lines: list[bytes], copies: np.ndarray, number: int, folder: str, tokenizer: Tokenizer, row_len: int
+) -> dict[str, int] | Exception:
+    """Render the lines, pack them in the order of `copies`, their indices, and write rows, then counts.
+
+    What is wrong is returned: raised, Ray would wrap it."""
     try:
-        split = [split_conversation(*tokenizer.render_to_numpy(json.loads(c)), row_len) for c in lines]
-    except ValueError as error:
+        rendered = [split_conversation(*tokenizer.render_to_numpy(json.loads(line)), row_len) for line in lines]
+        pieces = list(chain.from_iterable(rendered[index] for index in copies))
+        tokens, mask = pack_conversations(pieces, row_len)
+        # Counted in the rows: a conversation has one bos, its first token, and all others that rows hold are added.
+        packed = int((tokens != tokenizer.bos_id).sum()) + len(copies)
+        counts = {
+            "conversations": len(copies),
+            "rows": len(tokens),
+            "tokens": packed,
+            "dropped_tokens": sum(len(ids) for ids, _ in pieces) - (len(pieces) - len(copies)) - packed,
+            "learned_tokens": int(np.count_nonzero(mask)),
+            "split_conversations": sum(len(rendered[index]) > 1 for index in copies),
+        }
+        write_rows(storage.join(folder, f"rows_{number:05d}.arrow"), tokens, mask)
+        storage.write_json(storage.join(folder, _counts_name(number)), counts)  # after the rows: the shard is finished
+        return counts
+    except (ValueError, OSError) as error:
         return error
-    ids, masks = zip(*chain.from_iterable(split), strict=True)
-    return np.concatenate(ids), np.concatenate(masks), np.array([*map(len, ids)]), np.array([*map(len, split)])

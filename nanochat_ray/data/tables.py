@@ -4,8 +4,8 @@ import csv
 import json
 import re
 import sys
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,12 +14,14 @@ from nanochat_ray import storage
 from nanochat_ray.data.files import Unreadable, kind_of, naming, shown, text_chunks, text_lines
 
 TEXT_COLUMNS = ("text", "content", "document", "body")  # the first of them that there is
-MESSAGE_COLUMNS = ("messages", "conversations")
 JOINT = "\n\n"  # between the strings of a list
 SAMPLE_RECORDS = 20  # of a file of JSON, for its columns
 BATCH_ROWS = 256
 DELIMITERS = ",\t;|"
 NO_OBJECT = "is not a JSON object (a row is one object)"
+FIRST_LINES = 3  # one of them is JSON where lines are
+# A JSON array of messages, or one such array a line
+LISTS_OF_MESSAGES = re.compile(r'\s*\[\s*\{(?:\s*"(?:content|value)"|[^{}\[\]]*"(?:role|from)")\s*:')
 SPACES, COMMAS = re.compile(r"\s*"), re.compile(r"[\s,]*")
 
 Schema = dict[str, pa.DataType]
@@ -215,21 +217,45 @@ def values(uri: str, column: str) -> Iterator[tuple[str, str, object]]:
         yield where, name, record[name]
 
 
+def records(uri: str, columns: Sequence[str]) -> Iterator[tuple[str, object]]:
+    """(line or row, {column: value}) of each row, with those of the columns that there are; of JSON each whole value.
+
+    A line of JSON lines that is no JSON is an Unreadable, given in its place. A JSON file that is one array of messages
+    is one value; any other array is its elements."""
+    kind = kind_of(uri)
+    if kind == "csv":
+        yield from _csv_records(uri)
+    elif kind == "json":
+        lone = LISTS_OF_MESSAGES.match(next(text_chunks(uri), "")) is not None
+        for number, value in json_values(uri, split_arrays=not lone, keep_errors=True):
+            yield f"line {number}", value
+    else:
+        batches = _arrow_batches_of(uri, kind, columns)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from ((f"row {row}", record) for row, record in enumerate(rows, 1))
+
+
 def _arrow_values(uri: str, kind: str, column: str, first: str) -> Iterator[tuple[str, str, object]]:
     row = 0
+    for batch in _arrow_batches_of(uri, kind, (column, first)):
+        name = column if column in batch.schema.names else first
+        for value in batch.column(name).to_pylist():
+            row += 1
+            yield f"row {row}", name, value
+
+
+def _arrow_batches_of(uri: str, kind: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Those of the columns that there are. Raises Unreadable naming all columns when there are none of them."""
     with naming(uri), storage.reading(uri) as f:
+        file = pq.ParquetFile(f, pre_buffer=False) if kind == "parquet" else _arrow_reader(f)  # don't buffer all of it
+        schema = file.schema_arrow if kind == "parquet" else file.schema
+        if not (there := [name for name in dict.fromkeys(columns) if name in schema.names]):
+            listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
+            raise Unreadable(f"{shown(uri)} has no column {' or '.join(columns)}; its columns: {listed}")
         if kind == "parquet":
-            file = pq.ParquetFile(f, pre_buffer=False)  # buffering would hold the whole file
-            name = column if column in file.schema_arrow.names else first
-            batches = file.iter_batches(BATCH_ROWS, columns=[name])
+            yield from file.iter_batches(BATCH_ROWS, columns=there)
         else:
-            reader = _arrow_reader(f)
-            name = column if column in reader.schema.names else first
-            batches = _arrow_batches(reader)
-        for batch in batches:
-            for value in batch.column(name).to_pylist():
-                row += 1
-                yield f"row {row}", name, value
+            yield from (batch.select(there) for batch in _arrow_batches(file))
 
 
 def _arrow_reader(f) -> pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader:
@@ -276,33 +302,36 @@ def _csv_records(uri: str) -> Iterator[tuple[str, dict]]:
         yield f"line {line}", dict(zip(header, row, strict=True))
 
 
-def json_values(uri: str, split_arrays: bool = True) -> Iterator[tuple[int, object]]:
+def json_values(uri: str, split_arrays: bool = True, keep_errors: bool = False) -> Iterator[tuple[int, object]]:
     """(line, value) of JSON lines, of an array, or of objects of several lines one after the other.
 
-    split_arrays: the elements of a first array are the values. Raises Unreadable naming the line."""
+    split_arrays: the elements of a first array are the values. Raises Unreadable naming the line; with keep_errors
+    that is the value of a line which is no JSON among some that are."""
     opening = next((text.lstrip()[0] for text in text_chunks(uri) if text.strip()), "")
     if opening == "[" and split_arrays:
         yield from _json_sequence(uri, split_arrays)
         return
-    lines = text_lines(uri)
-    number, first = next(((n, line) for n, line in enumerate(lines, 1) if line.strip()), (0, ""))
-    if first and not _is_json(first):
+    lines = ((n, line) for n, line in enumerate(text_lines(uri), 1) if line.strip())
+    first = list(islice(lines, FIRST_LINES if keep_errors else 1))
+    if first and not any(_is_json(line) for _, line in first):
         yield from _json_sequence(uri, split_arrays)
         return
-    for n, line in chain([(number, first)], enumerate(lines, number + 1)):
-        if line.strip():
-            try:
-                yield n, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise Unreadable(f"cannot read {shown(uri)}: line {n} is not JSON: {error}") from None
+    for n, line in chain(first, lines):
+        try:
+            yield n, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            wrong = Unreadable(f"cannot read {shown(uri)}: line {n} is not JSON: {error}")
+            if not keep_errors:
+                raise wrong from None
+            yield n, wrong
 
 
 def _is_json(line: str) -> bool:
+    """Whether a line is an object or an array."""
     try:
-        json.loads(line)
+        return isinstance(json.loads(line), dict | list)
     except (ValueError, RecursionError):
         return False
-    return True
 
 
 def _json_sequence(uri: str, split_arrays: bool) -> Iterator[tuple[int, object]]:

@@ -151,8 +151,9 @@ class Tokenizer:
     def render_conversation(self, conversation: dict, max_tokens: int | None = 2048) -> tuple[list[int], list[int]]:
         """Ids and mask of {"messages": [{"role", "content"}, …]}; mask 1 on the tokens the assistant is to learn.
 
-        Content is a string or parts {"type": text | python | python_output, "text"}. Both lists are cut to
-        max_tokens (None: not cut). Raises ValueError for a malformed conversation.
+        Content is a string or parts {"type": text | python | python_output, "text"}; a part of the assistant's with
+        "weight" 0 is not learned. Both lists are cut to max_tokens (None: not cut). Raises ValueError for a malformed
+        conversation.
         """
         ids, mask = [], []
         for tokens, learned in self._render(conversation, self.encode):
@@ -182,14 +183,16 @@ class Tokenizer:
                 yield from wrap("user", "".join(part["text"] for part in parts), 0)
                 continue
             yield [self.special("<|assistant_start|>")], 0
+            learned = 1
             for part in parts:
+                learned = part.get("weight", 1)
                 if part["type"] == "text":
-                    yield encode(part["text"]), 1
+                    yield encode(part["text"]), learned
                 elif part["type"] == "python":
-                    yield from wrap("python", part["text"], 1)
+                    yield from wrap("python", part["text"], learned)
                 else:  # what the tool said: the model reads it, it does not learn to make it up
                     yield from wrap("output", part["text"], 0)
-            yield [self.special("<|assistant_end|>")], 1
+            yield [self.special("<|assistant_end|>")], learned
 
     def render_for_completion(self, conversation: dict) -> list[int]:
         """Ids of a conversation up to and including assistant_start: the assistant speaks next.

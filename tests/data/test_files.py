@@ -448,7 +448,8 @@ SHARE = [{"from": "human", "value": "Who are you?"}, {"from": "gpt", "value": "A
     ],
 )
 def test_conversations_of_ones_own_come_from_any_file(tmp_path, name, content, count):
-    assert own.conversations(write(tmp_path, {name: content}) + f"/{name}") == [{"messages": WHO}] * count
+    found = own.conversations(write(tmp_path, {name: content}) + f"/{name}")
+    assert list(found) == [{"messages": WHO}] * count
 
 
 @pytest.mark.parametrize(
@@ -459,14 +460,16 @@ def test_conversations_of_ones_own_come_from_any_file(tmp_path, name, content, c
             {"uuid": ["x"], "prompt": ["y"]},
             r"no column messages or conversations .*uuid \(string\), prompt",
         ),
-        ("a.csv", b"messages\nhello\n", r"no column messages .*: messages \(string\)"),
-        ("a.jsonl", b'[{"role": "user"}]\n', "line 1 is neither a list of messages"),
-        ("a.jsonl", json.dumps(WHO).encode() + b"\n{\n", "line 2 is not JSON"),
+        ("a.csv", b"messages\nhello\n", "line 2 has no column messages, .*; its columns: messages"),
+        ("a.jsonl", b'[{"role": "user"}]\n', "line 1 message 0 has no text"),
+        ("a.jsonl", json.dumps(WHO).encode() + b"\n{\n", "1 of 2 .*line 2 is not JSON"),
+        ("a.jsonl", b"{\n" + json.dumps(WHO).encode() + b"\n", "1 of 2 .*line 1 is not JSON"),
+        ("a.txt", b"Who are you?", "conversations are read from jsonl"),
     ],
 )
 def test_conversations_that_are_none_are_named(tmp_path, name, content, said):
     with pytest.raises(ValueError, match=rf"{name}.*{said}"):
-        own.conversations(write(tmp_path, {name: content}) + f"/{name}")
+        list(own.conversations(write(tmp_path, {name: content}) + f"/{name}"))
 
 
 def test_columns_of_json_have_types(tmp_path):

@@ -1,6 +1,5 @@
 """The Hub's tasks: rows, prompts, tokens and masks as written out by hand, and judges that are exact."""
 
-import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
@@ -299,22 +298,6 @@ def test_hub_mixture_has_each_dataset_as_often_as_asked(hub):
     assert kinds(val) == {"smoltalk": 1, "mmlu": 3, "gsm8k": 2, "arc": 0, "spelling": 3}
     everything = {"mmlu": 4, "spelling": 4000}
     assert kinds(hub_mixture("val", MixtureOptions(datasets_dir=hub))) == kinds(val) | everything
-
-
-def test_an_identity_is_in_the_training_mixture_twice(hub, tmp_path):
-    who = [{"role": "user", "content": "Hi, who are you?"}, {"role": "assistant", "content": "A small model."}]
-    file = tmp_path / "identity.jsonl"
-    file.write_text(f"{json.dumps(who)}\n\n{json.dumps({'messages': who, 'source': 'me'})}\n")
-    options = MixtureOptions(datasets_dir=hub, identity=str(file), max_rows=5)
-    assert hub_mixture("train", options).count({"messages": who}) == 4
-    assert hub_mixture("val", options).count({"messages": who}) == 0
-    for line, said in (('{"a": 1}', "line 1 is neither"), ("[1]", "line 1 is neither"), (json.dumps(who[1:]), "roles")):
-        file.write_text(line)
-        with pytest.raises(ValueError, match=said):
-            hub_mixture("train", options)
-    file.write_text("")
-    with pytest.raises(ValueError, match="no conversations"):
-        hub_mixture("train", options)
 
 
 @pytest.mark.parametrize(

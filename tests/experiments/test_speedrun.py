@@ -14,11 +14,15 @@ from nanochat_ray.train.metrics import read_metrics
 
 
 @pytest.mark.slow
-def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(ray_session, nanochat_ray_home, capsys, monkeypatch):
+def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(
+    ray_session, nanochat_ray_home, capsys, monkeypatch, tmp_path
+):
     """With the docstrings of the standard library alone, as those of all packages take a minute."""
     library = sysconfig.get_path("stdlib")
     monkeypatch.setattr(sysconfig, "get_path", lambda name, *scheme, **more: library)
-    options = speedrun.SpeedrunOptions(depth=1, minutes=0.05, run="quick")
+    who = tmp_path / "me.jsonl"
+    who.write_text(json.dumps([{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]) + "\n")
+    options = speedrun.SpeedrunOptions(depth=1, minutes=0.05, run="quick", identity=str(who))
     report = speedrun.run(options)
     shown = capsys.readouterr().out
     runs = nanochat_ray_home / "runs"
@@ -28,6 +32,7 @@ def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(ray_session, nanoch
     val_bpb, reinforced = stages[5]["result"]["val/bpb"], stages[7]["result"]
     assert {*reinforced} == {"checkpoint", "steps", "pass@1 before", "pass@4 before", "pass@1", "pass@4"}
     assert 1 < val_bpb < 4
+    assert f"{who}: 1 in OpenAI's format" in shown
     rates = [*(f"\n{kind}: " for kind in held_out.JUDGES), " of 100 right\n> "]
     for expected in (report, f"{val_bpb:.4f}", *rates, "=== samples", "nanochat-ray chat --checkpoint"):
         assert expected in shown, expected

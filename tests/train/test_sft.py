@@ -1,11 +1,12 @@
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 
 from nanochat_ray import storage
-from nanochat_ray.data.conversations import Conversations, prepare_conversations
+from nanochat_ray.data.conversations import Conversations, prepare_conversations, split_into_shards
 from nanochat_ray.data.loader import Rows
 from nanochat_ray.data.packing import pack_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
@@ -70,9 +71,8 @@ def test_the_same_conversations_are_packed_once(ray_session, tokenizer):
 
 
 @pytest.mark.slow
-def test_rows_are_the_rendered_conversations_packed_in_order(ray_session, tokenizer, monkeypatch):
+def test_rows_are_the_rendered_conversations_packed_in_order(ray_session, tokenizer):
     """One after the other in lists, without tasks, and with those that come several times rendered each time."""
-    monkeypatch.setattr("nanochat_ray.data.conversations.TASK_CONVERSATIONS", 7)
     talk = {"messages": [{"role": r, "content": "half \ud800 a pair, " * 30} for r in ("system", "user", "assistant")]}
     few, once = arithmetic.conversations("train", 20), spelling.conversations("train", 30)
     splits = {"train": Conversations([talk, *once]), "val": Conversations([*few[:3], talk])}
@@ -91,6 +91,65 @@ def test_rows_are_the_rendered_conversations_packed_in_order(ray_session, tokeni
         assert rows.tokens[0].dtype == np.uint16
         assert (rows.tokens[0] == tokens).all()
         assert (rows.masks[0] == mask).all()
+
+
+@pytest.fixture
+def sharded(tokenizer, monkeypatch) -> dict[str, Conversations]:
+    """Of some 20 shards, with conversations that come several times."""
+    monkeypatch.setattr("nanochat_ray.data.conversations.SHARD_BYTES", 4096)
+    splits = {"train": Conversations(spelling.conversations("train", 300)), "val": Conversations()}
+    splits["train"].add(arithmetic.conversations("train", 40), times=2.5)
+    splits["val"].add(arithmetic.conversations("val", 5))
+    splits["train"].shuffle(Random(1))
+    return splits
+
+
+def contents(folder: str) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_shards_hold_each_conversation_as_often_as_it_comes(ray_session, tokenizer, sharded):
+    parts = split_into_shards(sharded["train"])
+    assert len(parts) > 15
+    assert sorted(np.concatenate(parts)) == sorted(sharded["train"].order)
+    assert not any(set(a) & set(b) for a, b in pairwise(parts))
+    folder = prepare_conversations(sharded, tokenizer, 64)
+    rows = Rows(storage.join(folder, "train"))
+    assert len(rows.tokens) == len(parts)
+    rendered = [tokenizer.render_conversation(c, max_tokens=None) for c in sharded["train"]]
+    counts = storage.read_json(storage.join(folder, "manifest.json"))["train"]
+    assert (counts["conversations"], counts["rows"], counts["dropped_tokens"]) == (300 + 100, len(rows), 0)
+    assert counts["tokens"] == sum(len(ids) for ids, _ in rendered)
+    assert counts["learned_tokens"] == sum(sum(mask) for _, mask in rendered) == rows.mask(range(len(rows))).sum()
+
+
+@pytest.mark.slow
+def test_a_preparation_that_was_killed_does_the_missing_shards_alone(ray_session, tokenizer, sharded, capsys):
+    folder = Path(prepare_conversations(sharded, tokenizer, 64))
+    made, number = contents(folder), len(split_into_shards(sharded["train"]))
+    (folder / "manifest.json").unlink()
+    (folder / "train" / "rows_00003.json").unlink()  # its rows are there, perhaps not whole
+    (folder / "train" / "rows_00003.arrow").write_bytes(b"half")
+    for name in ("rows_00007.json", "rows_00007.arrow"):
+        (folder / "train" / name).unlink()
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.arrow")}
+    capsys.readouterr()
+    assert prepare_conversations(sharded, tokenizer, 64) == str(folder)
+    assert f"train {number - 2} of {number} shards are there already\n" in capsys.readouterr().out
+    assert contents(folder) == made
+    done = {path.name for path in folder.rglob("*.arrow") if times.get(path) != path.stat().st_mtime_ns}
+    assert done == {"rows_00003.arrow", "rows_00007.arrow"}
+
+
+@pytest.mark.slow
+def test_rows_do_not_depend_on_the_number_of_cpus(ray_session, tokenizer, sharded, monkeypatch, tmp_path):
+    made = []
+    for cpus in (1, 2, 64):
+        monkeypatch.setenv("NANOCHAT_RAY_HOME", str(tmp_path / str(cpus)))
+        monkeypatch.setattr("ray.cluster_resources", lambda cpus=cpus: {"CPU": cpus})
+        made.append(contents(prepare_conversations(sharded, tokenizer, 64)))
+    assert made[0] == made[1] == made[2]
 
 
 def test_the_batch_is_a_share_of_the_data():

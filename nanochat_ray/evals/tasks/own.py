@@ -1,65 +1,100 @@
-"""Conversations of one's own, from files: who the assistant is, for one."""
+"""Conversations of one's own, from files or from data sets of the Hub, and how often each is taken."""
 
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 
-from nanochat_ray.data import files, tables
-from nanochat_ray.data.files import DataFile, shown
-from nanochat_ray.evals.tasks.smoltalk import checked
+from nanochat_ray import storage
+from nanochat_ray.data import files, messages, tables
+from nanochat_ray.data.files import shown
+from nanochat_ray.evals.tasks.common import hub_rows
 
-# What others call the roles and fields of a message.
-ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+MIXTURE = "mixture"  # the name of --mixture among one's own
+HUB = "hub:"
+MOST_BAD = 0.01  # of the conversations of a source
+SHOWN_BAD = 3
+FORM = "hub:owner/name[:config[:split]]"
 
 
-def conversations(source: str) -> list[dict]:
-    """The conversations of files, a folder of them or a pattern: see files.find.
+def parse(argument: str) -> tuple[str, float]:
+    """SOURCE[=WEIGHT] -> (source, how often each of its conversations comes). What exists as a path is a path.
 
-    A row of a table has a list of messages as its column `messages`, else `conversations`. A value of JSON is a list
-    of messages, or an object that has one. Raises OSError, or ValueError naming the file and the line or row."""
-    chosen = [file for found in files.find(source) for file in found.files]
-    column = _column(chosen)
-    found = []
-    for file in chosen:
-        for where, _, messages in _json_messages(file) if file.kind == "json" else tables.values(file.uri, column):
-            where = f"{shown(file.uri)} {where}"
-            try:
-                found.append({"messages": checked([_message(message) for message in messages], where)})
-            except (KeyError, TypeError, AttributeError):
-                raise ValueError(f"{where} is neither a list of messages nor an object with one") from None
-    if not found:
+    Raises ValueError for a weight that can't be, FileNotFoundError for files that don't exist."""
+    source, weight = argument, 1.0
+    if not _exists(argument) and "=" in argument:
+        before, _, after = argument.rpartition("=")
+        with suppress(ValueError):  # of a path with = in it, which does not exist
+            source, weight = before, float(after)
+    if not 0 < weight < math.inf or (source == MIXTURE and weight != 1):
+        also = ", and the mixture has none" if source == MIXTURE else ""
+        raise ValueError(f"--conversations {argument}: a weight is a number above 0{also}")
+    if source.startswith(HUB):
+        _hub_name(source)
+    elif source != MIXTURE:
+        _files(source)
+    return source, weight
+
+
+def conversations(source: str, datasets_dir: str | None = None) -> Iterator[dict]:
+    """The conversations of files, a folder of them or a pattern (see files.find), or of a data set of the Hub.
+
+    Prints which formats they had and which lines are left out. Raises OSError, or ValueError when a file is damaged or
+    more than 1 % can't be used, naming the first of them with what is wrong."""
+    formats, bad, some = Counter(), 0, []
+    for where, record in _records(source, datasets_dir):
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            name, conversation = messages.read(record)
+        except (ValueError, TypeError, AttributeError) as error:
+            bad += 1
+            if len(some) < SHOWN_BAD:
+                some.append(str(error) if error is record else shown(f"{where} {error}"))
+            continue
+        formats[name] += 1
+        yield conversation
+    total = bad + formats.total()
+    if not total:
         raise ValueError(f"{shown(source)} holds no conversations")
-    return found
+    left_out = "; ".join([*some, *(["…"] if bad > len(some) else [])])
+    if bad > MOST_BAD * total:
+        raise ValueError(
+            f"{shown(source)}: {bad:,} of {total:,} conversations can't be used, more than {MOST_BAD:.0%}: {left_out}"
+        )
+    read = ", ".join(f"{count:,} in {name}'s format" for name, count in formats.items())
+    print(f"conversations: {shown(source)}: {read}" + (f"; {bad:,} left out: {left_out}" if bad else ""), flush=True)
 
 
-def _column(chosen: list[DataFile]) -> str | None:
-    """The column of messages of all tables that are not JSON. Raises ValueError naming a file without it."""
-    schemas = {file.uri: tables.schema(file.uri) for file in chosen if file.kind != "json"}
-    columns = [name for name in tables.MESSAGE_COLUMNS if any(name in schema for schema in schemas.values())]
-    column = columns[0] if columns else tables.MESSAGE_COLUMNS[0]
-    for uri, schema in schemas.items():
-        if column not in schema or not tables.is_list(schema[column]):
-            listed = ", ".join(f"{name} ({kind})" for name, kind in schema.items()) or "none"
-            names = " or ".join(columns or tables.MESSAGE_COLUMNS)
-            raise ValueError(f"{shown(uri)} has no column {names} with lists of messages; its columns: {listed}")
-    return column
+def _exists(source: str) -> bool:
+    return not source.startswith(HUB) and storage.exists(storage.absolute(source))
 
 
-def _json_messages(file: DataFile) -> Iterator[tuple[str, str, list]]:
-    """As tables.values. A file that is one array is a list of conversations, unless it is one of messages."""
-    values = list(tables.json_values(file.uri, split_arrays=False))
-    if len(values) == 1 and isinstance(values[0][1], list) and not _is_message(values[0][1][:1]):
-        values = [(values[0][0], value) for value in values[0][1]]
-    for number, value in values:
-        if isinstance(value, dict):
-            value = next((value[name] for name in tables.MESSAGE_COLUMNS if name in value), None)
-        yield f"line {number}", "", value
+def _records(source: str, datasets_dir: str | None) -> Iterator[tuple[str, object]]:
+    """(file and line, or row; its value) of each conversation."""
+    if source.startswith(HUB):
+        rows = hub_rows(*_hub_name(source), datasets_dir, shuffled=False)
+        yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
+        return
+    for file in _files(source):
+        for where, record in tables.records(file.uri, messages.COLUMNS):
+            yield f"{file.name} {where}", record
 
 
-def _is_message(first: list) -> bool:
-    return bool(first) and isinstance(first[0], dict) and ("role" in first[0] or "from" in first[0])
+def _files(source: str) -> list[files.DataFile]:
+    if not re.search(r"[,*?\[]", source) and not _exists(source):
+        raise FileNotFoundError(f"--conversations: {shown(source)} does not exist: name a file that does, or {FORM}")
+    chosen = [file for found in files.find(source) for file in found.files]
+    if text := [file.name for file in chosen if file.kind == "txt"]:
+        raise ValueError(f"{files.some(text)}: conversations are read from jsonl, json, parquet, arrow or csv files")
+    return chosen
 
 
-def _message(message: dict) -> dict:
-    """{"from": "human", "value": …} is a spelling of {"role": "user", "content": …}."""
-    if "role" not in message and "from" in message:
-        message = {"role": message["from"], "content": message["value"]}
-    return {"role": ROLES.get(message["role"], message["role"]), "content": message["content"]}
+def _hub_name(source: str) -> tuple[str, str | None, str]:
+    """(name, config, split)"""
+    name, *more = source.removeprefix(HUB).split(":")
+    if name.count("/") != 1 or len(more) > 2:
+        raise ValueError(f"--conversations {source}: a data set of the Hub is {FORM}")
+    config, split = [*more, "", ""][:2]
+    return name, config or None, split or "train"

@@ -239,6 +239,13 @@ def import_(args: list[str]) -> None:
     print(import_nanochat(options.src, options.out, options.tokenizer, options.step))
 
 
+def export(args: list[str]) -> None:
+    """a checkpoint -> files of other programs: Hugging Face's transformers, nanochat"""
+    from nanochat_ray.export import ExportOptions, run
+
+    print(run(parse("export", ExportOptions, args)))
+
+
 STAGES = {
     "prepare": prepare,
     "pretrain": pretrain,
@@ -251,6 +258,7 @@ STAGES = {
     "doctor": doctor,
     "leaderboard": leaderboard,
     "import": import_,
+    "export": export,
 }
 
 

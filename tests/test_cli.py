@@ -17,7 +17,7 @@ def nanochat_ray(*args):
 def test_help_names_every_stage_and_option():
     shown = nanochat_ray("--help")
     assert shown.returncode == 0
-    for stage in ("prepare", "pretrain", "sft", "eval", "chat", "plan", "doctor", "leaderboard", "import"):
+    for stage in ("prepare", "pretrain", "sft", "eval", "chat", "plan", "doctor", "leaderboard", "import", "export"):
         assert f"\n  {stage} " in shown.stdout
     options = nanochat_ray("pretrain", "--help").stdout
     assert "--depth" in options
@@ -36,6 +36,7 @@ def test_help_names_every_stage_and_option():
         (["chat", "--checkpoint", "{tmp}/missing"], "missing"),
         (["plan", "--gpu", "Abacus"], "Abacus"),
         (["rl", "--checkpoint", "{tmp}/missing", "--task", "letters"], "missing"),
+        (["export", "--checkpoint", "{tmp}/missing", "{tmp}/out"], "missing"),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(args, named, tmp_path, nanochat_ray_home):

@@ -43,6 +43,7 @@ TINY = {
     "nanochat-ray chat": "-p Hello --max-tokens 4",
     "nanochat-ray serve": "tests/serving/test_command.py",
     "nanochat-ray import": "tests/train/test_checkpoint.py",
+    "nanochat-ray export": "tests/export/test_export.py",
     "python -m experiments.miniseries": "tests/experiments/test_sweep.py",
     "python -m experiments.scaling_laws": "tests/experiments/test_sweep.py",
     "python -m experiments.compare": "tests/experiments/test_compare.py",

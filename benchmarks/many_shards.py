@@ -42,7 +42,7 @@ def measure(options: Options, folder: Path) -> dict:
         nonlocal start
         seconds[name], start = time.monotonic() - start, time.monotonic()
 
-    source = prepare.find_source(arguments)
+    [source] = prepare.find_sources(arguments)
     lap("list and inspect")
     rows_uri = storage.join(storage.home(), "rows", "plan")
     jobs = prepare.plan_jobs(source, rows_uri)
@@ -54,7 +54,7 @@ def measure(options: Options, folder: Path) -> dict:
     for job in jobs:
         Path(job.counts_uri).write_text(json.dumps(counts))
     start = time.monotonic()
-    splits = prepare._collect(jobs, rows_uri, 65, source.name)
+    splits = prepare._collect(jobs, rows_uri, 65, source)
     lap("collect")
     storage.write_json(storage.join(rows_uri, "manifest.json"), splits)
     result = {"files": options.files, "manifest_mb": storage.size(storage.join(rows_uri, "manifest.json")) / 1e6}

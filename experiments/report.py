@@ -40,6 +40,7 @@ CURVES = {
     "core_metric": "CORE",
     "chatcore_metric": "ChatCORE",
 }
+SOURCE_BPB = "val/bpb/"  # and a source's name, of a mixture
 X_AXES = {"step": "step", "total_training_time": "training time", "total_training_flops": "training FLOPs"}
 
 
@@ -203,7 +204,16 @@ def numbers(run: Run) -> dict[str, str]:
     for key, (label, choose, text) in NUMBERS.items():
         if values := [v for (v,) in series(run, key)]:
             found[label] = text(choose(values))
+        if key == "val/bpb":
+            last = {name: series(run, SOURCE_BPB + name)[-1:] for name in sources_of([run])}
+            found |= {f"{label}, {name}": text(value) for name, [(value,)] in last.items()}
     return found
+
+
+def sources_of(runs: list[Run]) -> list[str]:
+    """Names of sources that have a val/bpb of their own."""
+    keys = dict.fromkeys(key for run in runs for line in run.metrics for key in line if key.startswith(SOURCE_BPB))
+    return [key.removeprefix(SOURCE_BPB) for key in keys if any(series(run, key) for run in runs)]
 
 
 # Charts
@@ -230,11 +240,13 @@ def chart(runs: list[Run], metric: str, x: str) -> Markup | None:
             linewidth=1.7,
         )
     _limit(axes, [point for curve in curves for point in curve if point[0] >= STEEP_START * curve[-1][0]], x)
-    style(axes, f"{X_AXES[x]}{unit}")
+    source = metric.removeprefix(SOURCE_BPB) if metric.startswith(SOURCE_BPB) else None
+    style(axes, f"{X_AXES[x]}{unit}" + (f": {source}" if source else ""))
     if x == "step":
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=NICE_STEPS, integer=True))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    return svg(figure, f"{CURVES[metric]}, against {X_AXES[x]}")
+    label = f"{CURVES['val/bpb']}, of {source}" if source else CURVES[metric]
+    return svg(figure, f"{label}, against {X_AXES[x]}")
 
 
 def _x_unit(x: str, largest: float) -> tuple[str, float]:
@@ -268,6 +280,8 @@ def write_report(run_folders: list[str], out: str, title: str = "nanochat-ray") 
     found = [about for uri in run_folders if (about := find(uri))]
     runs = [read_run(uri) for folder in run_folders for uri in runs_of(folder)]
     charts = {label: [chart(runs, metric, x) for x in X_AXES] for metric, label in CURVES.items()}
+    of_sources = [chart(runs, SOURCE_BPB + name, "step") for name in sources_of(runs)]
+    charts |= {f"{CURVES['val/bpb']}, of each source": of_sources}
     measured, beside = [], []
     for run in runs:
         measured.append({})

@@ -11,6 +11,7 @@ for the same inputs, so a speedrun that was stopped goes on.
 
 import math
 import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +26,7 @@ import tyro
 from experiments import held_out, preflight
 from experiments.report import write_report
 from nanochat_ray import storage
-from nanochat_ray.cli import bpb, one_line_errors, start_ray
+from nanochat_ray.cli import bpb, check_once, one_line_errors, start_ray
 from nanochat_ray.data import prepare, sources
 from nanochat_ray.data.conversations import prepare_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
@@ -88,8 +89,8 @@ class SpeedrunOptions:
     """cpu: minutes on a laptop, on docstrings of the installed packages. gpu: nanochat's speedrun, hours on 8 GPUs, on
     climbmix and the Hub's conversations, with CORE and ChatCORE; of a cluster that has no GPU yet it asks for one, or
     for --workers of them. auto: what the cluster has."""
-    source: str | None = None
-    """pydocs, climbmix, or a folder of parquet, jsonl or txt files; the default is the preset's."""
+    source: list[str] | None = None
+    """One source, or several to mix, each with its weight: see prepare --help; the default is the preset's."""
     minutes: float | None = None
     """How long the cpu preset pretrains on this machine; the default is 5."""
     skip: list[Stage] = field(default_factory=list)
@@ -168,7 +169,7 @@ def run_stages(job: "Job") -> str:
         sequence_len=plan.config.sequence_len,
     )
     text = stages.run(
-        "source", lambda: prepare.find_source(prepare_options), lambda s: {"files": len(s.train) + len(s.val)}
+        "source", lambda: prepare.find_sources(prepare_options), lambda found: {"files": sum(s.files for s in found)}
     )
     stages.run("tokenizer", lambda: prepare.find_or_train_tokenizer(prepare_options, text), lambda t: {"folder": t[0]})
     counted = ("rows", "tokens", "cropped_tokens")
@@ -225,13 +226,17 @@ class Job:
     options: SpeedrunOptions
     preset: Preset
     plan: RunPlan
-    source: str
+    source: list[str]  # with their weights
     shards: int  # of climbmix, by a guess: how many it takes is known when the first are prepared
     mixture: MixtureOptions
     after: set[Stage]  # pretraining: what was not left out
     scaling: ray.train.ScalingConfig
     request: dict  # for pretrain and sft
     run_dir: str
+
+    @property
+    def takes_climbmix(self) -> bool:
+        return "climbmix" in [sources.parse(text)[0] for text in self.source]
 
     @property
     def use_gpu(self) -> bool:
@@ -253,8 +258,8 @@ def find_job(options: SpeedrunOptions) -> Job:
         preset = replace(preset, minutes=options.minutes)
     if options.rehearse:
         preset = replace(preset, **REHEARSAL, rl=REHEARSED_RL)
-    depth, source = options.depth or preset.depth, options.source or preset.source
-    inputs = storage.fingerprint(depth, source, asdict(preset), options.identity)
+    depth, source = options.depth or preset.depth, options.source or [preset.source]
+    inputs = storage.fingerprint(depth, " ".join(source), asdict(preset), options.identity)
     run_dir = storage.join(storage.home(), "runs", options.run or f"speedrun-d{depth}-{inputs[:6]}")
     plan = find_plan(run_dir, depth, preset)
     left_out = {*preset.skip, *options.skip} | ({"chatcore", "rl"} if "sft" in options.skip else set())
@@ -283,7 +288,7 @@ def checks(job: Job, stages: Stages) -> preflight.Checks:
         "packages": partial(preflight.packages, job.options.fp8, job.use_gpu),
         "memory": partial(preflight.memory, job.plan, job.scaling),
     }
-    shards = job.shards if job.source == "climbmix" else None
+    shards = job.shards if job.takes_climbmix else None
     needed = preflight.disk_parts(job.plan, job.run_dir, shards, bool(stages.result("rows")), "sft" in job.after)
     found["disk"] = partial(preflight.disk, needed)
     if shards:
@@ -528,6 +533,7 @@ def conclude(job: Job, stages: Stages, answers: list[dict], newest: str) -> str:
 
 @one_line_errors
 def main() -> None:
+    check_once("--source", sys.argv[1:])
     options = tyro.cli(SpeedrunOptions, prog="python -m experiments.speedrun", description=__doc__)
     wants_gpu = options.preset == "gpu" and options.use_gpu is None
     if wants_gpu and "RAY_ADDRESS" not in os.environ and not torch.cuda.is_available():

@@ -24,13 +24,20 @@ from nanochat_ray import machine, measuring
 
 def prepare(args: list[str]) -> None:
     """text -> tokenizer and packed token rows"""
-    from nanochat_ray.data.prepare import PrepareOptions, find_source, run
+    from nanochat_ray.data.prepare import PrepareOptions, find_sources, parse_sources, run
+    from nanochat_ray.data.sources import is_named
 
+    check_once("--source", args)
     options = parse("prepare", PrepareOptions, args)
-    own = options.source in ("pydocs", "climbmix")  # made or downloaded by Ray
-    source = None if own else find_source(options)  # fail before starting Ray if there is none
+    texts, _ = parse_sources(options)
+    found = None if any(map(is_named, texts)) else find_sources(options)  # fail before starting Ray if one is missing
     start_ray()
-    prepared = run(options, source)
+    if options.dry_run:
+        from nanochat_ray.data import stats
+
+        stats.run(options, found)
+        return
+    prepared = run(options, found)
     print(f"rows       {prepared.rows}\ntokenizer  {prepared.tokenizer}")
 
 
@@ -113,8 +120,9 @@ def evaluate(args: list[str]) -> None:
     options = parse("eval", kinds, args)
     if isinstance(options, bpb.BpbOptions):
         with measuring.patiently("eval bpb"):
-            value = bpb.run(options)
-        print(f"val/bpb    {value:.6f}")
+            measured = bpb.run(options)
+        for name, value in measured.items():
+            print(f"{name:<10} {value:.6f}")
         return
     if isinstance(options, chat.ChatCoreOptions):
         with measuring.patiently("eval chat"):
@@ -264,6 +272,12 @@ STAGES = {
 
 def parse(stage: str, options: type, args: list[str]):
     return tyro.cli(options, args=args, prog=f"nanochat-ray {stage}", description=inspect.getdoc(STAGES[stage]))
+
+
+def check_once(option: str, args: list[str]) -> None:
+    """Raises ValueError for an option of several values that is repeated: of them the parser would take the last."""
+    if sum(arg.partition("=")[0] == option for arg in args) > 1:
+        raise ValueError(f"{option} is there twice: name all after one, {option} A B")
 
 
 def start_ray() -> None:

@@ -30,6 +30,7 @@ def test_help_names_every_stage_and_option():
         (["pertrain"], "pertrain"),
         (["prepare", "--source", "{tmp}/missing"], "missing"),
         (["prepare", "--source", "{tmp}/bad"], "bad.parquet"),
+        (["prepare", "--source=pydocs", "--source=climbmix"], "--source A B"),
         (["pretrain"], "nanochat-ray prepare"),
         (["eval", "core", "--checkpoint", "{tmp}/missing", "--bundle", "{tmp}"], "missing"),
         (["pretrain", "--core-every", "1", "--bundle", "{tmp}/missing"], "core.yaml"),

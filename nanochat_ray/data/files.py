@@ -22,6 +22,7 @@ KINDS = {"parquet": "parquet", "arrow": "arrow", "feather": "arrow", "ipc": "arr
 KINDS |= {"jsonl": "json", "ndjson": "json", "json": "json", "txt": "txt", "text": "txt"}
 CODECS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2", "xz": "xz"}
 READABLE = ".parquet, .jsonl, .ndjson, .json, .arrow, .csv, .tsv or .txt file (text also as .gz, .zst, .bz2 or .xz)"
+REMEDY = "name a folder or file that does, pydocs, climbmix, or hub:OWNER/NAME"
 # A name without an ending, or with one that counts: what the file holds decides.
 WITHOUT_ENDING = re.compile(r"[^.]+(?:\.c?\d+)?", re.S)
 # Never data: hidden files, what Spark and the Hub put beside data, and the papers of a repository.
@@ -101,7 +102,7 @@ def find(source: str) -> list[Found]:
         found = _matching(uri)
         found.is_pattern = True
     else:
-        raise FileNotFoundError(f"{shown(uri)} does not exist: name a folder or file that does, pydocs, or climbmix")
+        raise FileNotFoundError(f"{shown(uri)} does not exist: {REMEDY}")
     if not found.files:
         others = f"; it has {some(list(found.left_out))}" if found.left_out else ""
         raise FileNotFoundError(f"{shown(uri)} holds no {READABLE}{others}")

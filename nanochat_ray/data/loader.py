@@ -1,6 +1,6 @@
 """Memory-mapped rows -> batches. The order is a seeded permutation per epoch, and a position in it is one integer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from nanochat_ray import storage
+from nanochat_ray.data.mixture import Mixture
 from nanochat_ray.node_cache import localize
 
 if TYPE_CHECKING:
@@ -47,22 +48,28 @@ def row_files(folder: str) -> list[str]:
 
 
 class Rows:
-    """All row files of a split folder as one table of token rows mapped into memory."""
+    """All row files of a split folder, or of several, as one table of token rows mapped into memory."""
 
-    def __init__(self, folder: str):
-        """Raises FileNotFoundError when the folder has no row files, ValueError for a damaged or an odd one."""
-        uris = row_files(folder)
-        if not uris:
-            raise FileNotFoundError(f"no rows_*.arrow in {folder}: run `nanochat-ray prepare` first")
-        files = [_map_columns(uri) for uri in uris]
+    def __init__(self, *folders: str):
+        """Raises FileNotFoundError when a folder has no row files, ValueError for a damaged or an odd one."""
+        uris, files = [], []
+        for folder in folders:
+            of_folder = row_files(folder)
+            if not of_folder:
+                raise FileNotFoundError(f"no rows_*.arrow in {folder}: run `nanochat-ray prepare` first")
+            uris.append(of_folder)
+            files += [_map_columns(uri) for uri in of_folder]
         self.tokens = [columns["tokens"] for columns in files]
         self.masks = [columns["mask"] for columns in files if "mask" in columns]
         self.row_len = self.tokens[0].shape[1]
-        if {tokens.shape[1] for tokens in self.tokens} != {self.row_len} or len(self.masks) not in (0, len(uris)):
-            raise ValueError(f"{folder}: its row files differ in row length or columns; prepare them again")
+        if {tokens.shape[1] for tokens in self.tokens} != {self.row_len} or len(self.masks) not in (0, len(files)):
+            raise ValueError(f"{', '.join(folders)}: row files differ in row length or columns; prepare them again")
         self.ends = np.cumsum([len(tokens) for tokens in self.tokens])
-        if not len(self):
-            raise ValueError(f"{folder} has no rows: use more text or a shorter sequence_len")
+        ends_of_folders = self.ends[np.cumsum([len(of_folder) for of_folder in uris]) - 1]
+        self.sizes = np.diff(ends_of_folders, prepend=0)  # rows of each folder
+        for folder, size in zip(folders, self.sizes, strict=True):
+            if not size:
+                raise ValueError(f"{folder} has no rows: use more text or a shorter sequence_len")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -108,17 +115,29 @@ def _map_columns(uri: str) -> dict[str, np.ndarray]:
 
 
 class Loader:
-    """Row k of a run is permutation(seed, k // n)[k % n]; a step takes the next rows_per_step, a rank its slice.
+    """A step takes the next rows_per_step rows of a run, a rank its slice of them.
 
+    Row k of a source of n rows is permutation(seed, k // n, source)[k % n]. With weights, one for each of the rows'
+    folders, each folder is a source, and a Mixture says which source has the next row.
     Rank r of W takes rows ⌊r·R/W⌋ … ⌊(r+1)·R/W⌋ of a step's R: shares differ by one row where W does not divide R.
     """
 
-    def __init__(self, rows: Rows, rows_per_step: int, rank: int = 0, world_size: int = 1, seed: int = 1337):
+    def __init__(
+        self,
+        rows: Rows,
+        rows_per_step: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 1337,
+        weights: Sequence[float] = (1,),
+    ):
         if rows_per_step < world_size:
             raise ValueError(f"{rows_per_step} rows a step are too few for {world_size} workers: one each at least")
         self.rows, self.rows_per_step, self.seed = rows, rows_per_step, seed
         self.slice = np.arange(rank * rows_per_step // world_size, (rank + 1) * rows_per_step // world_size)
-        self._epoch, self._order = -1, None
+        self.mixture = Mixture(weights, seed)
+        self.sizes = [len(rows)] if len(weights) == 1 else rows.sizes
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # by source: an epoch and its permutation
 
     def step(self, position: int) -> tuple["torch.Tensor", "torch.Tensor"]:
         """This rank's (idx, targets), int64 (its rows, T), of the step that begins at `position`.
@@ -129,17 +148,24 @@ class Loader:
 
     def indices(self, position: int) -> np.ndarray:
         """int64 (its rows,): which rows this rank takes."""
-        epochs, within = np.divmod(position + self.slice, len(self.rows))
-        return np.concatenate([self._permutation(epoch)[within[epochs == epoch]] for epoch in np.unique(epochs)])
+        sources, numbers = self.mixture.find(position + self.slice)
+        found = np.empty_like(numbers)
+        for source in np.unique(sources):
+            size, first, chosen = self.sizes[source], sum(self.sizes[:source]), sources == source
+            epochs, within = np.divmod(numbers[chosen], size)
+            rows = [self._permutation(source, epoch)[within[epochs == epoch]] for epoch in np.unique(epochs)]
+            found[chosen] = first + np.concatenate(rows)
+        return found
 
     def epoch(self, position: int) -> float:
+        """How often a row was read, in the mean."""
         return position / len(self.rows)
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed, int(epoch)]))
-            self._epoch, self._order = epoch, generator.permutation(len(self.rows))
-        return self._order
+    def _permutation(self, source: int, epoch: int) -> np.ndarray:
+        if self._orders.get(source, (-1,))[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64([self.seed, int(epoch), int(source)]))
+            self._orders[source] = epoch, generator.permutation(self.sizes[source])
+        return self._orders[source][1]
 
 
 class DeviceLoader:

@@ -7,8 +7,8 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from itertools import accumulate, islice
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate, chain, islice
 
 import numpy as np
 import ray
@@ -17,6 +17,7 @@ import ray.data
 from nanochat_ray import machine, storage
 from nanochat_ray.data import files, sources
 from nanochat_ray.data.loader import row_files, write_rows
+from nanochat_ray.data.mixture import BLOCK, shares
 from nanochat_ray.data.packing import pack_documents
 from nanochat_ray.data.tokenizer import Tokenizer, compression, pieces, train
 
@@ -32,29 +33,38 @@ COUNTS = ("rows", "tokens", "cropped_tokens", "dropped_tokens", "documents", "by
 
 @dataclass
 class PrepareOptions:
-    source: str = "pydocs"
-    """pydocs, climbmix, or paths, patterns or URIs of folders or files (parquet, arrow, jsonl, json, csv, txt), with
-    commas between them."""
+    source: list[str] = field(default_factory=lambda: ["pydocs"])
+    """One source, or several to mix: pydocs, climbmix, hub:OWNER/NAME of the Hub (with :CONFIG and :SPLIT where it has
+    several), or paths, patterns or URIs of folders or files (parquet, arrow, jsonl, json, csv, txt), with commas
+    between those that are one source. climbmix=0.7 notes=0.3 gives each its share of the training tokens; without
+    weights all text counts the same, so that each has a share by its size."""
     text_column: str | None = None
     """The column with the text; by default text, content, document or body, the first that there is. body.text is a
     field of a struct, parts[] the strings of a list."""
     shards: int = 8
-    """How many climbmix shards to train on."""
+    """How many files of climbmix, or of each data set of the Hub, to train on."""
     tokens: int | None = None
-    """Take more climbmix shards, if --shards of them give fewer training tokens than this."""
+    """Take more of those files, if --shards of them give fewer training tokens than this, or than the source's weight
+    in it."""
     vocab_size: int = 32768
     """Tokens in the vocabulary, special tokens included."""
     sequence_len: int = 2048
     """T: a row holds T+1 tokens."""
     tokenizer: str | None = None
-    """Folder of a tokenizer to use; without it one is trained on the source."""
+    """Folder of a tokenizer to use; without it one is trained on the sources."""
     max_chars: int = 2_000_000_000
-    """At most this many characters are read to train the tokenizer."""
+    """At most this many characters are read to train the tokenizer, as many of each source."""
+    dry_run: bool = False
+    """Read the sources and say what they hold: documents, bytes, tokens, exact duplicates, lengths, and five documents
+    of each. Neither a tokenizer nor rows are made."""
+
+    def __post_init__(self):
+        self.source = [self.source] if isinstance(self.source, str) else self.source
 
 
 @dataclass(frozen=True)
 class Prepared:
-    rows: str  # folder with train/, val/ and manifest.json
+    rows: str  # folder with train/, val/ and manifest.json; of a mixture with the manifest alone
     tokenizer: str  # folder
     manifest: dict
 
@@ -72,29 +82,101 @@ class Job:
         return storage.join(storage.parent(self.uri), storage.name(self.uri).removesuffix(".arrow") + ".json")
 
 
-def find_source(options: PrepareOptions) -> sources.Source:
+def parse_sources(options: PrepareOptions) -> tuple[list[str], list[float] | None]:
+    """(sources, their weights, or None when none has one). Raises ValueError when some have, or one comes twice."""
+    texts, weights = zip(*map(sources.parse, options.source), strict=True) if options.source else ((), ())
+    if not texts:
+        raise ValueError("--source names no source: give pydocs, climbmix, or a folder")
+    if twice := [text for text in texts if texts.count(text) > 1]:
+        raise ValueError(f"the source {twice[0]} is named twice: give it one weight")
+    if not any(weights):
+        return list(texts), None
+    if None in weights:
+        without = texts[weights.index(None)]
+        raise ValueError(f"the source {without} has no weight, but others have: give all one, or none")
+    shares(weights)
+    return list(texts), list(weights)
+
+
+def find_sources(options: PrepareOptions) -> list[sources.Source]:
     """Those --shards that a tokenizer is trained on, of climbmix; `run` gets more if their tokens are too few."""
-    if options.source == "climbmix" and options.tokens:  # whether the disk has room is known before the first byte
-        sources.check_climbmix_room(max(options.shards, min(options.tokens // MOST_TOKENS, sources.CLIMBMIX_LAST)))
-    return sources.resolve(options.source, text_column=options.text_column, shards=options.shards)
+    texts, weights = parse_sources(options)
+    found = {}
+    wanted = zip(texts, _wanted_tokens(options, weights), strict=True)
+    # Paths first: a wrong one is an error before anything is downloaded.
+    for text, tokens in sorted(wanted, key=lambda pair: sources.is_named(pair[0])):
+        if text == "climbmix" and tokens:  # check the disk before the first byte
+            sources.check_climbmix_room(max(options.shards, min(tokens // MOST_TOKENS, sources.CLIMBMIX_LAST)))
+        found[text] = sources.resolve(text, text_column=options.text_column, shards=options.shards)
+    return [found[text] for text in texts]
 
 
-def run(options: PrepareOptions, source: sources.Source | None = None) -> Prepared:
+def _wanted_tokens(options: PrepareOptions, weights: list[float] | None) -> list[int | None]:
+    """Of each source. Without weights those that have more files may have to give them all."""
+    if not options.tokens or not weights:
+        return [options.tokens] * len(options.source)
+    return [math.ceil(options.tokens * share) for share in shares(weights)]
+
+
+def run(options: PrepareOptions, found: list[sources.Source] | None = None) -> Prepared:
     """Prepare rows, or return those that the same inputs gave before. Unfinished shards alone are done again.
 
-    source: that of the options, by one who has looked for it already.
+    Each source has rows of its own, and a mixture of several is a manifest that names them and their weights.
+
+    found: the sources of the options, by one who has looked for them already.
     Raises ValueError when a split has too little text for one row, and what sources and the tokenizer raise.
     """
     if options.sequence_len < 1:
         raise ValueError(f"sequence_len {options.sequence_len}: a row needs at least one token to predict")
-    source = source or find_source(options)
-    tokenizer_uri, tokenizer = find_or_train_tokenizer(options, source)
-    while True:
-        prepared = _prepare(source, tokenizer_uri, tokenizer, options.sequence_len)
-        shards = _shards_for_tokens(options, prepared)
-        if shards <= len(source.train):
-            return prepared
-        source = sources.climbmix(shards)
+    texts, weights = parse_sources(options)
+    found = found or find_sources(options)
+    tokenizer_uri, tokenizer = find_or_train_tokenizer(options, found)
+    prepared = []
+    for text, source, tokens in zip(texts, found, _wanted_tokens(options, weights), strict=True):
+        shards = options.shards
+        if len(texts) > 1:
+            print(f"prepare: {source.name}", flush=True)
+            tokens = tokens if weights or source.most else None
+        while True:
+            one = _prepare(source, tokenizer_uri, tokenizer, options.sequence_len)
+            more = _shards_for_tokens(source, shards, tokens, one)
+            if more <= shards:
+                break
+            source, shards = sources.resolve(text, text_column=options.text_column, shards=more), more
+        prepared.append(one)
+    return prepared[0] if len(prepared) == 1 else _mix(prepared, weights)
+
+
+def _mix(prepared: list[Prepared], weights: list[float] | None) -> Prepared:
+    """Write the manifest of a mixture of sources that are prepared."""
+    manifests = [one.manifest for one in prepared]
+    sizes = [manifest["splits"]["train"]["rows"] for manifest in manifests]
+    if weights is None:  # by size, and of a very small source enough for a row in each block
+        weights = [max(size, math.ceil(sum(sizes) / (0.9 * BLOCK))) for size in sizes]
+    names = [manifest["source"] for manifest in manifests]
+    names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
+    folders = [storage.name(one.rows) for one in prepared]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"two of the sources have the same text, {folders[0]}: name it once, with one weight")
+    parts = [
+        {"name": name, "rows": folder, "weight": weight}
+        for name, folder, weight in zip(names, folders, weights, strict=True)
+    ]
+    same = {key: manifests[0][key] for key in ("tokenizer_sha256", "vocab_size", "sequence_len", "tokenizer")}
+    contents = [(manifest["source_fingerprint"], weight) for manifest, weight in zip(manifests, weights, strict=True)]
+    splits = {
+        split: {key: sum(manifest["splits"][split][key] for manifest in manifests) for key in COUNTS}
+        for split in ("train", "val")
+    }
+    manifest = {"source_fingerprint": storage.fingerprint(contents), "mixture": parts, **same, "splits": splits}
+    # No source has a + in its name.
+    name = "+".join(names) if len("+".join(names)) < 100 else f"{names[0][:90]}+{len(names) - 1}"
+    name += f"-{same['tokenizer_sha256'][:8]}-T{same['sequence_len']}-{manifest['source_fingerprint'][:8]}"
+    rows_uri = storage.join(storage.parent(prepared[0].rows), name)
+    storage.write_json(storage.join(rows_uri, "manifest.json"), manifest)  # again, as pretrain takes the newest
+    of_each = ", ".join(f"{float(share):.1%} {name}" for share, name in zip(shares(weights), names, strict=True))
+    print(f"prepare: a mixture of {of_each}", flush=True)
+    return Prepared(rows_uri, prepared[0].tokenizer, manifest)
 
 
 def _prepare(source: sources.Source, tokenizer_uri: str, tokenizer: Tokenizer, sequence_len: int) -> Prepared:
@@ -132,39 +214,43 @@ def _prepare(source: sources.Source, tokenizer_uri: str, tokenizer: Tokenizer, s
     return Prepared(rows_uri, tokenizer_uri, manifest)
 
 
-def _shards_for_tokens(options: PrepareOptions, prepared: Prepared) -> int:
-    """How many shards give the wanted tokens, by what those that are prepared gave, as far as there are."""
-    train = prepared.manifest["splits"]["train"]
-    tokens, shards = train["rows"] * options.sequence_len, len(train["files"])
-    if not options.tokens or tokens >= options.tokens:
+def _shards_for_tokens(source: sources.Source, shards: int, wanted: int | None, prepared: Prepared) -> int:
+    """How many shards give the wanted tokens, by what so many that are prepared gave, as far as there are."""
+    tokens = prepared.manifest["splits"]["train"]["rows"] * prepared.manifest["sequence_len"]
+    if not wanted or tokens >= wanted:
         return shards
-    there_are = sources.CLIMBMIX_LAST if options.source == "climbmix" else shards
-    more = min(math.ceil(shards * options.tokens / tokens), there_are)
-    then = f"{more} climbmix shards" if more > shards else f"each is read {options.tokens / tokens:.1f} times"
-    print(f"prepare: {tokens:,} tokens for {options.tokens:,}: {then}", flush=True)
+    more = min(math.ceil(shards * wanted / tokens), source.most or shards)
+    then = f"{more} {source.name} shards" if more > shards else f"each is read {wanted / tokens:.1f} times"
+    print(f"prepare: {tokens:,} tokens for {wanted:,}: {then}", flush=True)
     return more
 
 
-def find_or_train_tokenizer(options: PrepareOptions, source: sources.Source) -> tuple[str, Tokenizer]:
-    """(folder, tokenizer): the one the options name, or the one trained on this source, now or before.
+def find_or_train_tokenizer(options: PrepareOptions, found: list[sources.Source]) -> tuple[str, Tokenizer]:
+    """(folder, tokenizer): the one the options name, or the one trained on these sources, now or before.
 
-    It is named by the shards that were read: where max_chars end in the 8th, it serves any number from 8 on.
+    It is named by the shards that were read: where max_chars end in the 8th, it serves any number from 8 on. Of several
+    sources it reads as much of each, whatever their weights and their order, so that other weights need no new rows.
     """
     if options.tokenizer:
         uri = storage.absolute(options.tokenizer)
         return uri, Tokenizer.load(uri)
     folder = storage.join(storage.home(), "tokenizers")
-    first = list(accumulate((shard.fingerprint for shard in source.train), storage.fingerprint))  # 1 shard, 2, …
+    found = sorted(found, key=lambda source: source.fingerprint)
+    name, shards = "+".join(source.name for source in found)[:100], [s for source in found for s in source.train]
+    first = list(accumulate((shard.fingerprint for shard in shards), storage.fingerprint))  # 1 shard, 2, …
     inputs = [*((shards, options.max_chars) for shards in first), (first[-1], "all")]
-    names = [f"{source.name}-{options.vocab_size}-{storage.fingerprint(*read)[:8]}" for read in inputs]
+    if len(found) > 1:
+        inputs = [(first[-1], options.max_chars, len(found))]
+    names = [f"{name}-{options.vocab_size}-{storage.fingerprint(*read)[:8]}" for read in inputs]
     present = set(storage.listdir(folder))
     for name in names:
         if name in present and storage.exists(storage.join(folder, name, "tokenizer.json")):
             return storage.join(folder, name), Tokenizer.load(storage.join(folder, name))
     start = time.monotonic()
-    sample = _Sample(source, options.max_chars)
-    tokenizer = train(sample, options.vocab_size)
-    uri = storage.join(folder, names[sample.shards - 1 if sample.chars >= options.max_chars else -1])
+    samples = [Sample(source, options.max_chars // len(found)) for source in found]
+    tokenizer = train(chain.from_iterable(samples), options.vocab_size)
+    is_cut = len(found) == 1 and samples[0].chars >= options.max_chars
+    uri = storage.join(folder, names[samples[0].shards - 1 if is_cut else -1])
     tokenizer.save(uri)
     print(
         f"prepare: tokenizer of {tokenizer.vocab_size:,} tokens in {time.monotonic() - start:.1f} s: {uri}", flush=True
@@ -172,7 +258,7 @@ def find_or_train_tokenizer(options: PrepareOptions, source: sources.Source) -> 
     return uri, tokenizer
 
 
-class _Sample:
+class Sample:
     """The source's first max_chars characters, by document. Counts the shards and characters that were read."""
 
     def __init__(self, source: sources.Source, max_chars: int):

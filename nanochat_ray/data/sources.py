@@ -1,4 +1,4 @@
-"""Where documents come from: docstrings of this environment, the ClimbMix dataset, or files of one's own."""
+"""Where documents come from: docstrings of this environment, the ClimbMix dataset, any of the Hub's, or own files."""
 
 import importlib.metadata
 import os
@@ -7,11 +7,11 @@ import re
 import sysconfig
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 from nanochat_ray import storage
-from nanochat_ray.data import docstrings, files, tables
+from nanochat_ray.data import docstrings, files, hub, tables
 from nanochat_ray.data.download import fetch_all
 from nanochat_ray.data.files import DataFile, Unreadable, shown
 
@@ -60,6 +60,7 @@ class Source:
     files: int = 0  # how many the shards and the next two lists have
     unreadable: tuple[str, ...] = ()  # a line for each damaged file that is left out
     empty: tuple[str, ...] = ()  # names of files without documents
+    most: int | None = None  # training shards that there are, where these are the first of them
 
 
 @dataclass
@@ -70,16 +71,45 @@ class Reading:
     unreadable: list[str] = field(default_factory=list)
 
 
-def resolve(source: str, *, text_column: str | None = None, shards: int = 8) -> Source:
-    """Find a source's files; pydocs are made and climbmix is downloaded first where missing.
+WEIGHT = re.compile(r"(.+)=(\d+\.?\d*|\.\d+)", re.S)
 
-    source: "pydocs", "climbmix", or what files.find takes. text_column: see tables.choose. shards: climbmix shards to
-    train on; the validation shard comes on top.
+
+def parse(text: str) -> tuple[str, float | None]:
+    """(source, weight) of NAME=0.7; None where there is no weight, or a file or folder has the whole text as its name.
+
+    Raises FileNotFoundError for a path that is not there, as it is or without the weight, and ValueError for a weight
+    of 0."""
+    match = WEIGHT.fullmatch(text)
+    if not match:
+        return text, None
+    if not is_named(match[1]) and not re.search(r"[,*?\[]", match[1]):
+        if storage.exists(storage.absolute(text)):
+            return text, None
+        if not storage.exists(storage.absolute(match[1])):
+            raise FileNotFoundError(f"neither {shown(text)} nor {shown(match[1])} exists: {files.REMEDY}")
+    if not float(match[2]):
+        raise ValueError(f"{shown(text)}: a weight is above 0")
+    return match[1], float(match[2])
+
+
+def is_named(source: str) -> bool:
+    """Whether it is not a path: it is made or downloaded by Ray."""
+    return source in ("pydocs", "climbmix") or source.startswith("hub:")
+
+
+def resolve(source: str, *, text_column: str | None = None, shards: int = 8) -> Source:
+    """Find a source's files; pydocs are made, climbmix and the Hub's are downloaded first where missing.
+
+    source: "pydocs", "climbmix", "hub:REPOSITORY", "hub:REPOSITORY:CONFIG", "hub:REPOSITORY:CONFIG:SPLIT", or what
+    files.find takes. text_column: see tables.choose. shards: files of climbmix or the Hub to train on; those for
+    validation come on top.
     Raises FileNotFoundError for what is missing and ValueError for what can't be used, naming the file."""
     if source == "pydocs":
         return pydocs()
     if source == "climbmix":
         return climbmix(shards)
+    if source.startswith("hub:"):
+        return of_hub(source, text_column, shards)
     return folder(source, text_column)
 
 
@@ -96,6 +126,53 @@ def folder(source: str, text_column: str | None = None) -> Source:
         left_out |= part.left_out | others
         for split, of_split in of_part.items():
             splits[split] += of_split
+    return _of_files(_name(source), place, splits, left_out, text_column)
+
+
+def of_hub(source: str, text_column: str | None, shards: int) -> Source:
+    """The first `shards` files of a split, by default train, of a data set of the Hub.
+
+    Validation is the split validation, or else test, of the same config; else the split's last file. Raises OSError of
+    one line for what can't be had, and ValueError for what can't be used."""
+    _, repository, config, split, *more = [*source.split(":"), None, None, None][: max(4, source.count(":") + 1)]
+    if more or not repository:
+        raise ValueError(
+            f"{source}: a source of the Hub is hub:OWNER/NAME, with :CONFIG and :SPLIT where it has several"
+        )
+    if shards < 1:
+        raise ValueError(f"{source} needs at least one file to train on, not {shards}: change --shards")
+    by_split, split = hub.splits(repository, config or None), split or "train"
+    if not by_split.get(split):
+        raise ValueError(f"{source}: it has no split {split}, only {', '.join(by_split)}")
+    of_split, val = by_split[split], (by_split.get("validation") or by_split.get("test") or []) * (split == "train")
+    first = min(shards, len(of_split) if val else max(1, len(of_split) - 1))
+    train = of_split[:first] if val else [*of_split[:first], *of_split[first:][-1:]]
+    if odd := [file.path for file in (*train, *val[:shards]) if not files.by_ending(file.path)[0]]:
+        raise ValueError(f"{source}: its files are no {files.READABLE}: {files.some(odd)}")
+    hub.download(repository, [*train, *val[:shards]])
+    copies, versions = {}, {}
+    for name, listed in (("train", train), ("val", val[:shards])):
+        copies[name] = []
+        for file in listed:
+            kind, _ = files.by_ending(file.path)
+            copies[name].append(DataFile(file.copy(repository), file.path, kind, file.size))
+            versions[copies[name][-1]] = file.size, file.blob
+    name = "-".join(filter(None, (repository.rpartition("/")[2], config, split if split != "train" else None)))
+    most = len(of_split) - (not val)
+    if first < most:
+        print(f"source: {source}: the first {first:,} of {most:,} files; --shards takes more", flush=True)
+    return replace(_of_files(name, source, copies, {}, text_column, versions), most=most)
+
+
+def _of_files(
+    name: str,
+    place: str,
+    splits: dict[str, list[DataFile]],
+    left_out: dict[str, str],
+    text_column: str | None,
+    versions: dict[DataFile, tuple] | None = None,
+) -> Source:
+    """splits: "train" and "val". left_out: why others are not used. versions: of the files' content, where known."""
     chosen = [*splits["train"], *splits["val"]]
     try:
         look = _look(chosen, text_column, place)
@@ -110,13 +187,14 @@ def folder(source: str, text_column: str | None = None) -> Source:
     if not splits["train"]:
         raise ValueError(f"{place} has no documents, what it has is empty: {files.some([f.name for f in look.empty])}")
     (train, val), part, how = _hold_out(**splits)
-    with ThreadPoolExecutor(THREADS) as pool:  # on an object store each look takes a round trip
-        versions = dict(zip(chosen, pool.map(lambda file: storage.version(file.uri), chosen), strict=True))
+    if versions is None:
+        with ThreadPoolExecutor(THREADS) as pool:  # on an object store each look takes a round trip
+            versions = dict(zip(chosen, pool.map(lambda file: storage.version(file.uri), chosen), strict=True))
     shards = [_shards(files, look.column, part[i], versions) for i, files in enumerate((train, val))]
     if look.column or train is val:
         _check_documents(place, len(chosen), *shards)
     _say(place, train, val, look.column, how, left_out)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", _name(source)).strip(".-") or "source"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "source"
     contents = [(file.name, look.column, *versions[file]) for file in chosen if file not in out]
     return Source(
         name,
@@ -325,7 +403,8 @@ def climbmix(shards: int) -> Source:
         check_climbmix_room(shards)
         fetch_all([(climbmix_url(n), storage.join(place, n)) for n in missing], os.environ.get("HF_TOKEN"))
     shards = [Shard(storage.join(place, name), "text", version=CLIMBMIX, size=CLIMBMIX_TEXT_BYTES) for name in names]
-    return Source("climbmix", tuple(shards[:-1]), tuple(shards[-1:]), storage.fingerprint(CLIMBMIX, names), len(names))
+    contents = storage.fingerprint(CLIMBMIX, names)
+    return Source("climbmix", tuple(shards[:-1]), tuple(shards[-1:]), contents, len(names), most=CLIMBMIX_LAST)
 
 
 def check_climbmix_room(shards: int) -> None:

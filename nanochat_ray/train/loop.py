@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from nanochat_ray import machine, storage
 from nanochat_ray.data.loader import DeviceLoader, Loader, Rows, evaluation_batches
+from nanochat_ray.data.mixture import Part, read_parts
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.kv_cache import cache_bytes
@@ -38,7 +39,7 @@ from nanochat_ray.model.scaling import (
 )
 from nanochat_ray.train import checkpoint, network
 from nanochat_ray.train.failing import own_gpu
-from nanochat_ray.train.metrics import MetricsLog, bits_per_byte, peak_flops, peak_memory_mb
+from nanochat_ray.train.metrics import MetricsLog, bits_per_byte, mixed_bpb, peak_flops, peak_memory_mb
 
 COMPILE_THREADS = 8  # of a worker at most: each of a host would start 32 processes that compile
 UNTIMED_STEPS = 10  # the first steps compile and warm caches: they are left out of the training time
@@ -70,7 +71,7 @@ class TrainConfig:
 
     run_dir: str
     stage: str  # "pretrain", "sft" or "rl": which schedules apply
-    rows: str | None  # folder with train/ and val/
+    rows: str | None  # folder with train/ and val/, or of a mixture
     tokenizer: str
     model: dict  # of GPTConfig
     total_batch_size: int
@@ -168,7 +169,7 @@ class Worker:
     model: GPT
     optimizer: MuonAdamW
     loader: DeviceLoader | None
-    val_rows: Rows | None
+    val_rows: dict[Part, Rows]  # by source
     learn: Callable[["Worker"], Learned]  # from the step that begins at progress.position
     progress: Progress
     resumed: bool
@@ -373,10 +374,12 @@ def start(
         saved = checkpoint.read_meta(resume_from)["progress"]
         progress = Progress(**{"tokens": saved["position"] * model.config.sequence_len} | saved)
 
-    tokenizer, loader, val_rows = Tokenizer.load(c.tokenizer), None, None
+    tokenizer, loader, val_rows = Tokenizer.load(c.tokenizer), None, {}
     if c.rows:
-        rows, val_rows = (Rows(storage.join(c.rows, split)) for split in ("train", "val"))
-        loader = DeviceLoader(Loader(rows, c.rows_per_step, rank, world_size, c.seed), device)
+        parts = read_parts(c.rows)
+        rows, weights = Rows(*(storage.join(part.rows, "train") for part in parts)), [part.weight for part in parts]
+        val_rows = {part: Rows(storage.join(part.rows, "val")) for part in parts}
+        loader = DeviceLoader(Loader(rows, c.rows_per_step, rank, world_size, c.seed, weights), device)
     return Worker(
         config=c,
         device=device,
@@ -509,22 +512,27 @@ def note_measured(worker: Worker, monitor) -> None:
 def measure_bpb(worker: Worker, monitor, log: MetricsLog | None) -> bool:
     """False: a stop was asked for meanwhile."""
     worker.progress.val_bpb = None  # an earlier step's is not this one's
-    bpb = evaluate(worker, worker.tokenizer.token_bytes(), monitor)
-    if bpb is None:
+    measured = evaluate(worker, worker.tokenizer.token_bytes(), monitor)
+    if measured is None:
         return False
-    worker.progress.val_bpb = bpb
+    worker.progress.val_bpb = measured["val/bpb"]
     if log:
-        log.log(metrics_of(worker) | {"val/bpb": bpb})
+        log.log(metrics_of(worker) | measured)
     return True
 
 
-def evaluate(worker: Worker, token_bytes, monitor) -> float | None:
-    """val/bpb over eval_tokens of the validation rows, shared by the ranks; None when a stop is asked for meanwhile."""
-    c, stopped = worker.config, []
-    num_rows = max(c.eval_tokens // worker.model.config.sequence_len, worker.world_size)
-    batches = evaluation_batches(worker.val_rows, num_rows, c.device_batch_size, worker.rank, worker.world_size)
-    bpb = bits_per_byte(worker.model, until_stop(batches, monitor, stopped), token_bytes)
-    return None if all_reduce(worker, [len(stopped)])[0] else bpb
+def evaluate(worker: Worker, token_bytes, monitor) -> dict[str, float] | None:
+    """val/bpb, and of a mixture that of each source, over eval_tokens of the validation rows, as many of each source.
+
+    The ranks share them. None when a stop is asked for meanwhile."""
+    c, stopped, by_source = worker.config, [], {}
+    num_rows = max(c.eval_tokens // worker.model.config.sequence_len // len(worker.val_rows), worker.world_size)
+    for part, rows in worker.val_rows.items():
+        batches = evaluation_batches(rows, num_rows, c.device_batch_size, worker.rank, worker.world_size)
+        by_source[part] = bits_per_byte(worker.model, until_stop(batches, monitor, stopped), token_bytes)
+        if all_reduce(worker, [len(stopped)])[0]:
+            return None
+    return mixed_bpb(by_source)
 
 
 def until_stop(batches: Iterable, monitor, stopped: list) -> Iterator:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanochat_ray import measuring, storage
+from nanochat_ray.data.mixture import Part, shares
 from nanochat_ray.model.gpt import GPT
 
 WANDB_SECONDS = 20.0  # W&B may take so long to answer at the start, and to send the rest at the end
@@ -100,6 +101,14 @@ def bits_per_byte(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor
         dist.all_reduce(sums)
     nats, count = sums.tolist()
     return nats / (math.log(2) * count) if count else math.nan
+
+
+def mixed_bpb(by_source: dict[Part, float]) -> dict[str, float]:
+    """{"val/bpb": the mean of the sources' bits per byte by their weights}, and of several "val/bpb/<name>" of each."""
+    weights = shares([part.weight for part in by_source])
+    whole = sum(float(share) * bpb for share, bpb in zip(weights, by_source.values(), strict=True))
+    each = {f"val/bpb/{part.name}": bpb for part, bpb in by_source.items()} if len(by_source) > 1 else {}
+    return {"val/bpb": whole} | each
 
 
 class MetricsLog:

@@ -1,4 +1,4 @@
-"""Pretraining: a depth and a folder of rows -> a base model."""
+"""Pretraining: a depth and a folder of rows, or a mixture of several -> a base model."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from ray.actor import ActorHandle
 
 from nanochat_ray import storage
+from nanochat_ray.data.mixture import read_parts, shares
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
 from nanochat_ray.train.hosts import Request
@@ -25,7 +26,7 @@ class PretrainOptions:
     depth: int = 12
     """The dial: layers of the Transformer; width, batch, horizon and rates follow from it."""
     rows: str | None = None
-    """Folder of rows that prepare made; the default is the one made last."""
+    """Folder of rows, or of a mixture, that prepare made; the default is the one made last."""
     run: str | None = None
     """Name of the run folder; the default is made of the depth and a hash of these options."""
     head_dim: int = 128
@@ -54,7 +55,7 @@ class PretrainOptions:
     eval_every: int = 250
     """Steps between measurements of val/bpb; 0 for the end alone."""
     eval_tokens: int = 10_485_760
-    """Validation tokens in each measurement."""
+    """Validation tokens in each measurement; of a mixture an equal part of each source."""
     sample_every: int = 2000
     """Steps between greedy samples; 0 for the end alone."""
     save_every: int = 1000
@@ -86,10 +87,7 @@ def run(
     """
     rows, manifest = find_rows(options)
     plan = plan_of(options, manifest)
-    there = manifest["splits"]["train"]["rows"] * manifest["sequence_len"]
-    if there < plan.total_tokens:
-        epochs = plan.total_tokens / there
-        print(f"pretrain: the rows have {there:,} tokens for {plan.total_tokens:,}: {epochs:,.1f} epochs", flush=True)
+    say_what_is_read(rows, plan)
     inputs = {
         "stage": "pretrain",
         "model": asdict(plan.config),
@@ -124,6 +122,21 @@ def run(
     record = asdict(options) | {"plan": asdict(plan), "inputs": inputs | {"data": data}}
     request = Request(options.workers, options.use_gpu, options.wait_minutes)
     return train(config, record, request, measurement, report, failing)
+
+
+def say_what_is_read(rows: str, plan: RunPlan) -> None:
+    """A line for each source of a mixture: its share, and how often it is read. Of one source only if that is often."""
+    parts = read_parts(rows)
+    for part, share in zip(parts, shares([part.weight for part in parts]), strict=True):
+        manifest, wanted = read_manifest(part.rows), float(share) * plan.total_tokens
+        there = manifest["splits"]["train"]["rows"] * manifest["sequence_len"]
+        times = f"{wanted / there:,.2f}" if wanted < there else f"{wanted / there:,.1f}"
+        if len(parts) > 1:
+            print(
+                f"pretrain: {float(share):.1%} {part.name}, whose {there:,} tokens are read {times} times", flush=True
+            )
+        elif there < wanted:
+            print(f"pretrain: the rows have {there:,} tokens for {wanted:,.0f}: {times} epochs", flush=True)
 
 
 def plan_of(options: PretrainOptions, manifest: dict) -> RunPlan:

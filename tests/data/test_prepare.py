@@ -155,9 +155,9 @@ def test_a_disk_without_room_is_known_before_anything_is_downloaded(nanochat_ray
     monkeypatch.setattr("nanochat_ray.storage.free_bytes", lambda uri: 30e9)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
     with pytest.raises(OSError, match=r"173 climbmix shards and their rows take 33.0 GB \(.* MB free\): make room"):
-        prepare.find_source(PrepareOptions("climbmix", shards=172))
+        prepare.find_sources(PrepareOptions("climbmix", shards=172))
     with pytest.raises(OSError, match="201 climbmix shards"):
-        prepare.find_source(PrepareOptions("climbmix", tokens=12_000_000_000))
+        prepare.find_sources(PrepareOptions("climbmix", tokens=12_000_000_000))
 
 
 @pytest.mark.slow
@@ -248,7 +248,7 @@ def test_killed_half_way(ray_session, tmp_path, monkeypatch):
 
     monkeypatch.setenv("NANOCHAT_RAY_HOME", str(tmp_path / "killed"))
     address = ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-c", DRIVER, address, options.source, options.tokenizer]
+    command = [sys.executable, "-c", DRIVER, address, *options.source, options.tokenizer]
     with subprocess.Popen(command, env={**os.environ, "RAY_AUTH_MODE": "token"}) as driver:
         deadline = time.monotonic() + 120
         while len(finished := list((tmp_path / "killed").rglob("rows_*.json"))) < 2:

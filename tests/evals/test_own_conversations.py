@@ -174,7 +174,7 @@ def test_a_data_set_of_the_hub_by_name(tmp_path, capsys):
     ("gated", "said"),
     [
         ("me/mine", "me/mine train: .*gated.*accept its terms on the Hub and set HF_TOKEN"),
-        (None, "me/yours train: the Hub has no such dataset"),
+        (None, "me/yours train: the Hub has no data set of this name"),
     ],
 )
 def test_what_the_hub_does_not_give_is_one_line(tmp_path, monkeypatch, gated, said):

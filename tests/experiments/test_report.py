@@ -58,6 +58,23 @@ def report(tmp_path, *folders, title="A run") -> tuple[str, Page]:
     return source, Page(source)
 
 
+def test_a_mixture_has_a_curve_and_a_number_for_each_source(tmp_path):
+    run = tmp_path / "mixed"
+    write_run(run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "val/bpb" in line:
+            line |= {"val/bpb/web": line["val/bpb"] - 0.1, "val/bpb/own & old": line["val/bpb"] + 0.1}
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source, page = report(tmp_path, str(run))
+    assert "validation bits per byte, web" in page.text and "0.9083" in page.text and "1.1083" in page.text
+    for name in ("web", "own &amp; old"):
+        assert source.count(f'aria-label="Validation, bits per byte, of {name}, against step"') == 1
+    other = tmp_path / "one-source"
+    write_run(other)
+    assert "of each source" not in report(tmp_path, str(other))[1].text
+
+
 def test_one_run(tmp_path):
     run = tmp_path / "d4"
     write_run(run, torn='{"step": 121, "train/loss": 99')

@@ -2,6 +2,7 @@
 
 import pytest
 
+from nanochat_ray import storage
 from nanochat_ray.train import pretrain
 from nanochat_ray.train.pretrain import PretrainOptions
 
@@ -27,6 +28,16 @@ def tiny(rows):
         return PretrainOptions(**defaults | changes)
 
     return options
+
+
+@pytest.fixture(scope="session")
+def mixed(rows) -> str:
+    """A mixture of the same rows under two names."""
+    manifest = storage.read_json(f"{rows}/manifest.json")
+    beside, name = storage.parent(rows), storage.name(rows)
+    manifest["mixture"] = [{"name": part, "rows": name, "weight": w} for part, w in (("topics", 0.7), ("again", 0.3))]
+    storage.write_json(f"{beside}/topics+again/manifest.json", manifest)
+    return f"{beside}/topics+again"
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from nanochat_ray import storage
-from nanochat_ray.train.metrics import MetricsLog, bits_per_byte, gpu_peak_flops, peak_flops, read_metrics
+from nanochat_ray.data.mixture import Part
+from nanochat_ray.train.metrics import MetricsLog, bits_per_byte, gpu_peak_flops, mixed_bpb, peak_flops, read_metrics
 
 
 class Uniform(torch.nn.Module):
@@ -29,6 +30,12 @@ def test_bits_per_byte_leaves_out_specials_and_ignored_targets():
     batches = [(torch.zeros_like(t), t) for t in targets.split(1)]
     assert bits_per_byte(Uniform(), batches, token_bytes) == pytest.approx(4 * 2 / (1 + 3 + 2 + 2))
     assert math.isnan(bits_per_byte(Uniform(), [], token_bytes))
+
+
+def test_the_whole_is_the_mean_of_the_sources_by_their_weights():
+    measured = mixed_bpb({Part("web", "", 3): 1.0, Part("own", "", 1): 2.0})
+    assert measured == {"val/bpb": 1.25, "val/bpb/web": 1.0, "val/bpb/own": 2.0}
+    assert mixed_bpb({Part("web", "", 1): 1.5}) == {"val/bpb": 1.5}
 
 
 def test_all_batches_of_an_evaluation_have_one_shape(monkeypatch):

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from nanochat_ray import storage
 from nanochat_ray.train import checkpoint, launch, loop, pretrain
+from nanochat_ray.train.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -56,11 +57,14 @@ def test_a_killed_worker_is_replaced_and_the_end_is_bit_identical(uninterrupted,
     assert result.val_bpb == uninterrupted.val_bpb
 
 
-def test_a_killed_driver_a_sigterm_and_a_damaged_checkpoint(ray_session, tiny, nanochat_ray_home, tmp_path, capsys):
-    """The same command goes on each time, and the end is that of a run to which nothing happened."""
+def test_a_killed_driver_a_sigterm_and_a_damaged_checkpoint(tiny, mixed, nanochat_ray_home, tmp_path, capsys):
+    """The same command goes on each time, and the end is that of a run to which nothing happened; with two sources."""
     # Long enough to be interrupted: 20 steps may end before a signal is heard.
-    options = tiny(run="driver", num_iterations=100, eval_every=50, save_every=10)
+    options = tiny(run="driver", rows=mixed, num_iterations=100, eval_every=50, save_every=10)
     whole = pretrain.run(replace(options, run="not-interrupted"))
+    assert "pretrain: 30.0% again, whose" in capsys.readouterr().out
+    (measured,) = [line for line in read_metrics(whole.run_dir) if line["step"] == 50 and "val/bpb" in line]
+    assert measured["val/bpb/topics"] == measured["val/bpb/again"] == pytest.approx(measured["val/bpb"])
     changed = {k: v for k, v in asdict(options).items() if v != getattr(pretrain.PretrainOptions, k)}
     flags = [str(part) for k, v in changed.items() for part in (f"--{k.replace('_', '-')}", v)]
     command = [sys.executable, "-m", "nanochat_ray.cli", "pretrain", *flags]  # with a Ray of its own

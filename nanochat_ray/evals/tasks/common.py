@@ -1,19 +1,17 @@
 """What the tasks share: rows of the Hub, the split of problems, kinds of conversation, reading an answer back."""
 
-import logging
 import os
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from itertools import chain
 
 from nanochat_ray import storage
+from nanochat_ray.data import hub
 from nanochat_ray.inference.tools import calculate
 
 VAL_EVERY = 20  # one problem in twenty is validation
 ROWS_AT_ONCE = 1000  # in memory
-CONNECTIONS = 4  # to the Hub for one dataset, before we give up
 
 
 def hub_rows(
@@ -42,31 +40,12 @@ def hub_rows(
 
 
 def from_hub(load: Callable, name: str, config: str | None, datasets_dir: str | None, **arguments):
-    """load(path, config, **arguments), a function of `datasets`. Raises OSError of one line if that fails.
-
-    The library itself repeats requests that the server refuses for now, but not one whose connection breaks off."""
+    """load(path, config, **arguments), a function of `datasets`. Raises OSError of one line if that fails."""
     if datasets_dir is not None and not os.path.isdir(os.path.join(datasets_dir, name)):
         raise FileNotFoundError(f"{name} is not in {datasets_dir}: --datasets-dir takes a folder of the Hub's layout")
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # six lines on retries before each error
-    for left in reversed(range(CONNECTIONS)):
-        try:
-            return load(os.path.join(datasets_dir or "", name), config, **arguments)
-        except Exception as error:
-            # A broken connection is an error of the HTTP library below, neither OSError nor ValueError.
-            if left and not isinstance(error, OSError | ValueError):
-                time.sleep(1)
-                continue
-            lines = 2 if "Config name is missing" in str(error) else 1  # the second lists those that there are
-            reason = " ".join(str(error).splitlines()[:lines]).rstrip(".")
-            if isinstance(error, RepositoryNotFoundError) and "gated" not in str(error).splitlines()[0]:
-                reason = "the Hub has no such dataset, or HF_TOKEN may not read it"
-            if "gated" in reason:
-                reason += ": accept its terms on the Hub and set HF_TOKEN to a token that may read it"
-            hint = "" if datasets_dir else "; --datasets-dir takes a folder of the Hub's layout instead"
-            what = " ".join(filter(None, (name, config, arguments.get("split"))))
-            raise OSError(f"{what}: {reason}{hint}") from None
+    hint = "" if datasets_dir else "; --datasets-dir takes a folder of the Hub's layout instead"
+    what = " ".join(filter(None, (name, config, arguments.get("split"))))
+    return hub.ask(what, hint, load, os.path.join(datasets_dir or "", name), config, **arguments)
 
 
 def multiple_choice(question: str, choices: list[str], letters: list[str], answer: str) -> dict:

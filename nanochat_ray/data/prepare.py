@@ -16,6 +16,7 @@ import ray.data
 
 from nanochat_ray import machine, storage
 from nanochat_ray.data import files, sources
+from nanochat_ray.data.cleaning import cleaned
 from nanochat_ray.data.loader import row_files, write_rows
 from nanochat_ray.data.mixture import BLOCK, shares
 from nanochat_ray.data.packing import pack_documents
@@ -52,6 +53,12 @@ class PrepareOptions:
     """T: a row holds T+1 tokens."""
     tokenizer: str | None = None
     """Folder of a tokenizer to use; without it one is trained on the sources."""
+    clean: list[str] = field(default_factory=list)
+    """Steps that drop documents: gopher, repetition, c4 and fineweb are rules of those names, decontaminate drops what
+    shares 13 words in a row with --tests, exact and near drop duplicates. What is left is kept as files; what each step
+    dropped, with samples, is beside them in manifest.json."""
+    tests: str | None = None
+    """Folder of jsonl files, such as that of a CORE bundle, for --clean decontaminate."""
     max_chars: int = 2_000_000_000
     """At most this many characters are read to train the tokenizer, as many of each source."""
     dry_run: bool = False
@@ -129,7 +136,7 @@ def run(options: PrepareOptions, found: list[sources.Source] | None = None) -> P
     if options.sequence_len < 1:
         raise ValueError(f"sequence_len {options.sequence_len}: a row needs at least one token to predict")
     texts, weights = parse_sources(options)
-    found = found or find_sources(options)
+    found = [_clean(source, options) for source in found or find_sources(options)]
     tokenizer_uri, tokenizer = find_or_train_tokenizer(options, found)
     prepared = []
     for text, source, tokens in zip(texts, found, _wanted_tokens(options, weights), strict=True):
@@ -142,9 +149,14 @@ def run(options: PrepareOptions, found: list[sources.Source] | None = None) -> P
             more = _shards_for_tokens(source, shards, tokens, one)
             if more <= shards:
                 break
-            source, shards = sources.resolve(text, text_column=options.text_column, shards=more), more
+            source = _clean(sources.resolve(text, text_column=options.text_column, shards=more), options)
+            shards = more
         prepared.append(one)
     return prepared[0] if len(prepared) == 1 else _mix(prepared, weights)
+
+
+def _clean(source: sources.Source, options: PrepareOptions) -> sources.Source:
+    return cleaned(source, options.clean, options.tests) if options.clean else source
 
 
 def _mix(prepared: list[Prepared], weights: list[float] | None) -> Prepared:

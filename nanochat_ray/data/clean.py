@@ -1,0 +1,318 @@
+"""Steps that clean text: rules that drop documents, and signatures by which duplicates are found.
+
+Each rule is a function of one text that returns why it is dropped, or None. Rules and thresholds are those of Gopher
+(arXiv:2112.11446, table A1), C4 (arXiv:1910.10683, section 2.2) and FineWeb (arXiv:2406.17557, section 3.6), duplicates
+are found as FineWeb does it: by MinHash (Broder 1997) over 5-grams of words, 112 hashes in 14 bands of 8.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+
+import numpy as np
+import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
+SENTENCE_ENDS = (".", "!", "?", '"', "'", "”", "’", "。", "！", "？", "…")
+BULLETS = ("-", "*", "•", "‣", "◦", "●", "–")
+SENTENCE = re.compile(r"[.!?。！？]+(?:\s|$)")
+# Share of a text's characters that may be in its most frequent n words, and in n words that came before.
+MOST_TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
+MOST_REPEATED_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+
+SHINGLE = 5  # words
+BANDS, BAND_HASHES = (
+    14,
+    8,
+)  # texts of a Jaccard similarity of 0.8 share a band with a probability of 0.92
+SHARED_WORDS = 13  # in a row, that a text and a test must not share (GPT-3, arXiv:2005.14165, appendix C)
+BLOCK, MOST_CHARS = 2**16, 2**22  # see blocks
+MOST_CODE = 0x20000  # letters beyond are rare: they count as they are
+
+# Rules
+
+
+def gopher_quality(text: str) -> str | None:
+    words = text.split()
+    if not 50 <= len(words) <= 100_000:
+        return "fewer than 50 words" if len(words) < 50 else "more than 100,000 words"
+    if not 3 <= sum(map(len, words)) / len(words) <= 10:
+        return "words of less than 3 or more than 10 letters on average"
+    if max(text.count("#"), text.count("...") + text.count("…")) > 0.1 * len(words):
+        return "more than a # or … for each 10 words"
+    lines = text.splitlines()
+    if sum(line.lstrip().startswith(BULLETS) for line in lines) > 0.9 * len(lines):
+        return "more than 90 % of lines begin with a bullet"
+    if sum(line.rstrip().endswith(("...", "…")) for line in lines) > 0.3 * len(lines):
+        return "more than 30 % of lines end with …"
+    if sum(any(map(str.isalpha, word)) for word in words) < 0.8 * len(words):
+        return "less than 80 % of words have a letter"
+    if len(STOP_WORDS.intersection(map(str.lower, words))) < 2:
+        return "fewer than two of " + ", ".join(sorted(STOP_WORDS))
+    return None
+
+
+def gopher_repetition(texts: Sequence[str]) -> list[str | None]:
+    return list(chain.from_iterable(map(_repetition, blocks(texts))))
+
+
+def _repetition(texts: Sequence[str]) -> list[str | None]:
+    why = [_repeated_lines(text) for text in texts]
+    split = [text.split() for text in texts]
+    counts, chars = np.array([*map(len, split)]), np.array([*map(len, texts)])
+    flat = list(chain.from_iterable(split))
+    of_words = Hashes(_mix(pd.factorize(np.array(flat, dtype=object))[0].astype(np.uint64)), np.cumsum(counts))
+    lengths = np.array([*map(len, flat)])
+    for n, most in [*MOST_TOP_NGRAM.items(), *MOST_REPEATED_NGRAMS.items()]:
+        repeated = (_top_ngram if n in MOST_TOP_NGRAM else _repeated_ngrams)(of_words, lengths, n)
+        which = "the most frequent" if n in MOST_TOP_NGRAM else "all repeated"
+        for i in np.flatnonzero(repeated > most * chars):
+            why[i] = why[i] or f"more than {most:.0%} of characters in {which} {n} words"
+    return why
+
+
+def _repeated_lines(text: str) -> str | None:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    paragraphs = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+    for name, parts in (("lines", lines), ("paragraphs", paragraphs)):
+        again = len(parts) - len(set(parts))
+        if again > 0.3 * len(parts):
+            return f"more than 30 % of {name} came before"
+        if again and sum(map(len, parts)) - sum(map(len, set(parts))) > 0.2 * len(text):
+            return f"more than 20 % of characters in {name} that came before"
+    return None
+
+
+def _top_ngram(of_words: "Hashes", lengths: np.ndarray, n: int) -> np.ndarray:
+    """Characters, by text, in its most frequent n words, if there is one that comes twice."""
+    text, start, ngrams = of_words.places(n)
+    _, first, times = np.unique(_mix(ngrams + text.astype(np.uint64)), return_index=True, return_counts=True)
+    size = np.concatenate([[0], np.cumsum(lengths)])
+    chars = np.where(times > 1, times * (size[start[first] + n] - size[start[first]]), 0)
+    most = np.zeros(len(of_words.ends), np.int64)
+    # Of equally frequent ones the first: the order of np.lexsort is by times, then by place.
+    order = np.lexsort((-first, times))
+    most[text[first[order]]] = chars[order]
+    return most
+
+
+def _repeated_ngrams(of_words: "Hashes", lengths: np.ndarray, n: int) -> np.ndarray:
+    """Characters, by text, of words in n that came in the text before."""
+    text, start, ngrams = of_words.places(n)
+    again = np.ones(len(ngrams), bool)
+    again[np.unique(_mix(ngrams + text.astype(np.uint64)), return_index=True)[1]] = False
+    edges = np.zeros(len(lengths) + 1, np.int64)
+    np.add.at(edges, start[again], 1)
+    np.add.at(edges, start[again] + n, -1)
+    covered = np.concatenate([[0], np.cumsum(np.where(np.cumsum(edges)[:-1] > 0, lengths, 0))])
+    return covered[of_words.ends] - covered[np.concatenate([[0], of_words.ends[:-1]])]
+
+
+def c4_quality(text: str) -> str | None:
+    """C4's rules for whole documents. Its removal of single lines is left out: they break a text that is kept."""
+    lower = text.lower()
+    if "lorem ipsum" in lower:
+        return "lorem ipsum"
+    if "{" in text:
+        return "a curly bracket"
+    if len(SENTENCE.findall(text)) < 5:
+        return "fewer than 5 sentences"
+    return None
+
+
+def fineweb_quality(text: str) -> str | None:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        return "no text"
+    if sum(line.endswith(SENTENCE_ENDS) for line in lines) < 0.12 * len(lines):
+        return "less than 12 % of lines end a sentence"
+    if sum(len(line) < 30 for line in lines) > 0.67 * len(lines):
+        return "more than 67 % of lines have fewer than 30 characters"
+    if sum(map(len, lines)) - sum(map(len, set(lines))) > 0.1 * sum(map(len, lines)):
+        return "more than 10 % of characters in lines that came before"
+    return None
+
+
+def of_each(rule: Callable[[str], str | None]) -> Callable[[Sequence[str]], list[str | None]]:
+    return lambda texts: [rule(text) for text in texts]
+
+
+RULES: dict[str, Callable[[Sequence[str]], list[str | None]]] = {
+    "gopher": of_each(gopher_quality),
+    "repetition": gopher_repetition,
+    "c4": of_each(c4_quality),
+    "fineweb": of_each(fineweb_quality),
+}
+
+# Words and n-grams of a batch of texts
+
+
+@dataclass(frozen=True)
+class Hashes:
+    """Of the words, or of n of them in a row, of texts one after the other (uint64), and where each text's end."""
+
+    values: np.ndarray
+    ends: np.ndarray
+
+    def ngrams(self, n: int) -> "Hashes":
+        """n values in a row; of a text with fewer, all that it has."""
+        counts = np.diff(self.ends, prepend=0)
+        of_each = np.where(counts >= n, counts - n + 1, np.minimum(counts, 1))
+        starts = np.repeat(self.ends - counts, of_each) + _ranges(of_each)
+        padded = np.concatenate([self.values, np.zeros(n, np.uint64)])
+        left = np.repeat(self.ends, of_each) - starts  # values of the text from here on
+        mixed = np.zeros(len(starts), np.uint64)
+        for i in range(n):
+            mixed = _mix(mixed + np.where(left > i, padded[starts + i], np.uint64(0)))
+        return Hashes(mixed, np.cumsum(of_each))
+
+    def places(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(text, first value, hash) of each n in a row. Texts with fewer have none."""
+        counts = np.diff(self.ends, prepend=0)
+        of_each = np.maximum(0, counts - n + 1)
+        text = np.repeat(np.arange(len(counts)), of_each)
+        start = np.repeat(self.ends - counts, of_each) + _ranges(of_each)
+        mixed = np.zeros(len(start), np.uint64)
+        for i in range(n):
+            mixed = _mix(mixed + self.values[start + i])
+        return text, start, mixed
+
+
+def blocks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+    """The texts in groups of about BLOCK characters, whose arrays stay in a core's cache: five times as fast as one
+    large batch. Of a longer text the first MOST_CHARS."""
+    ends = np.cumsum([len(text) for text in texts])
+    for group in np.split(np.arange(len(texts)), np.flatnonzero(np.diff(ends // BLOCK)) + 1):
+        yield [texts[i][:MOST_CHARS] for i in group]
+
+
+def words(texts: Sequence[str]) -> Hashes:
+    """Of the words of texts, in lower case: letters, digits and marks of any script in a row."""
+    codes = np.frombuffer("\n".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
+    letters = np.where(codes < MOST_CODE, _letters()[np.minimum(codes, MOST_CODE - 1)], codes)
+    is_letter = letters != 0
+    first = is_letter.copy()
+    first[1:] &= ~is_letter[:-1]
+    chars = letters[is_letter]
+    begins = np.flatnonzero(first[is_letter])
+    if not len(begins):
+        return Hashes(np.zeros(0, np.uint64), np.zeros(len(texts), np.int64))
+    places = np.arange(len(chars)) - np.repeat(begins, np.diff(begins, append=len(chars)))
+    values = _mix(np.add.reduceat(chars * _powers()[places & 63], begins))
+    text_ends = np.cumsum([len(text) + 1 for text in texts])
+    return Hashes(values, np.searchsorted(np.flatnonzero(first), text_ends))
+
+
+@cache
+def _letters() -> np.ndarray:
+    """Code point -> that of its lower-case letter, 0 for what is no part of a word."""
+    table = np.zeros(MOST_CODE, np.uint32)
+    for code in range(MOST_CODE):
+        char = chr(code)
+        if char.isalnum() or unicodedata.category(char)[0] == "M":
+            table[code] = ord(char.lower()[0])
+    return table
+
+
+@cache
+def _powers() -> np.ndarray:
+    return np.cumprod(np.full(64, 0x9E3779B97F4A7C15, np.uint64))
+
+
+def _ranges(counts: np.ndarray) -> np.ndarray:
+    """0 … count − 1 for each count."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64, after which each bit depends on all."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+# Duplicates
+
+
+def digest(text: str) -> bytes:
+    """8 bytes that equal texts share, whatever their case and spaces."""
+    return hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+
+
+def minhash(shingles: Hashes) -> np.ndarray:
+    """(texts, BANDS · BAND_HASHES) uint32: the least of a text's shingles, in so many orders. Texts that share a part J
+    of all their shingles share each with probability J. That of a text without words is the largest number."""
+    random = np.random.default_rng(1)
+    orders = random.integers(0, 2**32, (BANDS * BAND_HASHES, 2), dtype=np.uint32) | np.uint32([[0, 1]])
+    values = (shingles.values >> np.uint64(32)).astype(np.uint32)
+    counts = np.diff(shingles.ends, prepend=0)
+    signature = np.full((len(counts), len(orders)), 2**32 - 1, np.uint32)
+    full = np.flatnonzero(counts)
+    if len(full):
+        begins, ordered = (shingles.ends - counts)[full], np.empty_like(values)
+        for k, (flips, factor) in enumerate(orders):
+            np.multiply(np.bitwise_xor(values, flips, out=ordered), factor, out=ordered)
+            signature[full, k] = np.minimum.reduceat(ordered, begins)
+    return signature
+
+
+def bands(texts: Sequence[str]) -> np.ndarray:
+    """(texts, BANDS) uint64: near duplicates share one of them at least. Texts of fewer words than a shingle have 0."""
+    return np.concatenate([_bands(block) for block in blocks(texts)])
+
+
+def _bands(texts: Sequence[str]) -> np.ndarray:
+    of_texts = words(texts)
+    signature = minhash(of_texts.ngrams(SHINGLE)).astype(np.uint64).reshape(len(texts), BANDS, BAND_HASHES)
+    keys = np.broadcast_to(np.arange(1, BANDS + 1, dtype=np.uint64), signature.shape[:2])
+    for i in range(BAND_HASHES):
+        keys = _mix(keys + signature[:, :, i])
+    short = np.diff(of_texts.ends, prepend=0) < SHINGLE
+    return np.where(short[:, None], np.uint64(0), keys)
+
+
+def pairs(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(document, the next with the same number) of documents that share one. 0 is shared by none."""
+    order = np.argsort(numbers, kind="stable")
+    ordered = numbers[order]
+    same = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0))
+    return order[same], order[same + 1]
+
+
+def duplicates(paired: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
+    """Which of `count` documents are duplicates of one before: (count,) bool. Duplicates of duplicates are, too
+    (connected components); the first of all stays."""
+    edges = tuple(map(np.concatenate, zip(*paired, strict=True)))
+    graph = coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(count, count))
+    _, component = connected_components(graph, directed=False)
+    again = np.ones(count, bool)
+    again[np.unique(component, return_index=True)[1]] = False
+    return again
+
+
+# Decontamination
+
+
+def ngrams_of_tests(texts: Sequence[str]) -> np.ndarray:
+    """Sorted hashes of all SHARED_WORDS in a row of tests; those of shorter tests are in too many other texts."""
+    return np.unique(np.concatenate([words(block).places(SHARED_WORDS)[2] for block in blocks(texts)]))
+
+
+def contaminated(texts: Sequence[str], of_tests: np.ndarray) -> np.ndarray:
+    """Which texts share SHARED_WORDS in a row with a test: (texts,) bool."""
+    return np.concatenate([_contaminated(block, of_tests) for block in blocks(texts)])
+
+
+def _contaminated(texts: Sequence[str], of_tests: np.ndarray) -> np.ndarray:
+    text, _, ngrams = words(texts).places(SHARED_WORDS)
+    hit = np.zeros(len(texts), bool)
+    if len(of_tests):
+        at = np.minimum(np.searchsorted(of_tests, ngrams), len(of_tests) - 1)
+        hit[text[of_tests[at] == ngrams]] = True
+    return hit

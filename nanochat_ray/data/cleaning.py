@@ -1,0 +1,265 @@
+"""The Ray Data job of `prepare --clean`: a source's documents -> those that all steps leave, in files of their own.
+
+Each shard is read once, by a task of its own: rules drop documents, those that are left are written down, and beside
+them their signatures. Signatures alone meet those of other shards: a task for each kind of them finds documents that
+share one. Then each shard is written again without the duplicates. A shard that is written is not done again.
+"""
+
+import io
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import islice
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from nanochat_ray import storage
+from nanochat_ray.data import clean, sources
+
+EXACT, NEAR, DECONTAMINATE = "exact", "near", "decontaminate"
+STEPS = (*clean.RULES, DECONTAMINATE, EXACT, NEAR)  # in the order in which they are done
+BATCH = 256  # documents
+SAMPLES, SAMPLE_CHARS = 10, 300  # of what a step dropped
+VERSION = "1"  # counts how often the steps above gave other documents
+TEXT = pa.schema([("text", pa.large_string())])
+
+
+@dataclass
+class Counts:
+    """What happened to the documents of a shard, or of all."""
+
+    documents: int = 0
+    kept: int = 0
+    dropped: dict[str, Counter] = field(default_factory=dict)  # by step, by reason
+    samples: dict[str, list[str]] = field(default_factory=dict)  # by step
+
+    def drop(self, step: str, reason: str, text: str) -> None:
+        self.dropped.setdefault(step, Counter())[reason] += 1
+        if len(samples := self.samples.setdefault(step, [])) < SAMPLES:
+            samples.append(text[:SAMPLE_CHARS])
+
+    def add(self, other: dict) -> None:
+        self.documents += other["documents"]
+        self.kept += other["kept"]
+        for step, reasons in other["dropped"].items():
+            self.dropped.setdefault(step, Counter()).update(reasons)
+        for step, samples in other["samples"].items():
+            mine = self.samples.setdefault(step, [])
+            mine += samples[: SAMPLES - len(mine)]
+
+
+def cleaned(source: sources.Source, steps: list[str], tests: str | None = None) -> sources.Source:
+    """The source with what the steps left of its documents, cleaned now or before.
+
+    tests: folder of jsonl files, such as a CORE bundle, whose texts decontaminate looks for.
+    A document of the validation split stays where one like it is in the training split. What each step dropped, with
+    samples, is in manifest.json of the folder. Raises ValueError for a step that isn't there, or when nothing is left.
+    """
+    if unknown := [step for step in steps if step not in STEPS]:
+        raise ValueError(f"--clean has no step {unknown[0]!r}; there are {', '.join(STEPS)}")
+    steps = [step for step in STEPS if step in steps]
+    if (DECONTAMINATE in steps) != (tests is not None):
+        raise ValueError("--clean decontaminate and --tests FOLDER, such as that of a CORE bundle, go together")
+    of_tests = clean.ngrams_of_tests(read_tests(tests)) if tests else np.zeros(0, np.uint64)
+    inputs = storage.fingerprint(source.fingerprint, steps, storage.fingerprint(of_tests.tobytes().hex()), VERSION)
+    folder = storage.join(storage.home(), "clean", f"{source.name}-{inputs[:8]}")
+    uri = storage.join(folder, "manifest.json")
+    shards = [("val", shard) for shard in source.val] + [("train", shard) for shard in source.train]
+    parts = [f"{split}_{i:05d}.parquet" for i, (split, _) in enumerate(shards)]
+    if not storage.exists(uri):
+        _run(folder, [shard for _, shard in shards], parts, steps, of_tests)
+    manifest = storage.read_json(uri)
+    _say(source.name, manifest, folder)
+    left: dict[str, list[sources.Shard]] = {"train": [], "val": []}
+    for (split, _), part, kept in zip(shards, parts, manifest["kept_by_shard"], strict=True):
+        if kept:
+            part_uri = storage.join(folder, part)
+            left[split].append(sources.Shard(part_uri, "text", version=inputs, size=storage.size(part_uri)))
+    for split, of_split in left.items():
+        if not of_split:
+            raise ValueError(f"--clean {' '.join(steps)} leaves no {split} documents of {source.name}: see {uri}")
+    return replace(
+        source,
+        name=f"{source.name}-clean",
+        train=tuple(left["train"]),
+        val=tuple(left["val"]),
+        fingerprint=inputs,
+        files=len(shards),
+        unreadable=(),
+        empty=(),
+    )
+
+
+def read_tests(folder: str) -> list[str]:
+    """The texts of all jsonl files of a folder and its subfolders: each line's strings, one after the other.
+
+    Raises FileNotFoundError when it has none."""
+    found = []
+    for path, _ in storage.walk(storage.absolute(folder)):
+        if path.endswith(".jsonl"):
+            lines = storage.read_text(storage.join(storage.absolute(folder), path)).splitlines()
+            found += [" ".join(_strings(json.loads(line))) for line in lines if line.strip()]
+    if not found:
+        raise FileNotFoundError(f"{folder} has no jsonl files: --tests takes a folder of them, such as a CORE bundle")
+    return found
+
+
+def _strings(value) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+def _run(folder: str, shards: list[sources.Shard], parts: list[str], steps: list[str], of_tests: np.ndarray) -> None:
+    signed = [step for step in steps if step in (EXACT, NEAR)]
+    first = storage.join(folder, "first") if signed else folder
+    of_tests = ray.put(of_tests)
+    jobs = [(shard, storage.join(first, part)) for shard, part in zip(shards, parts, strict=True)]
+    of_first = _map(jobs, lambda shard, uri: write_kept(shard, uri, steps, ray.get(of_tests)), "documents read")
+    counts, kept = Counts(), [counts["kept"] for counts in of_first]
+    for of_shard in of_first:
+        counts.add(of_shard)
+    if signed:
+        uris = [uri for _, uri in jobs]
+        again = np.split(find_duplicates(uris, sum(kept), signed), np.cumsum(kept)[:-1])
+        outs = [storage.join(folder, part) for part in parts]
+        of_second = _map(
+            list(zip(uris, outs, map(np.packbits, again), strict=True)), write_without, "duplicates left out"
+        )
+        counts.kept, kept = 0, [of_shard["kept"] for of_shard in of_second]
+        for of_shard in of_second:
+            counts.add(of_shard | {"documents": 0})
+    manifest = vars(counts) | {"steps": steps, "kept_by_shard": kept}
+    storage.write_json(storage.join(folder, "manifest.json"), manifest)
+    if signed:
+        storage.remove(first)
+
+
+def _map(jobs: list[tuple], function: Callable[..., dict], doing: str) -> list[dict]:
+    """function(*job) of each in a Ray task, in order, with a line whenever a tenth is done."""
+    items = [{"number": number, "job": pickle.dumps(job)} for number, job in enumerate(jobs)]
+
+    def task(row: dict) -> dict:
+        return {"number": row["number"], "result": pickle.dumps(function(*pickle.loads(row["job"])))}
+
+    blocks = ray.data.from_items(items, override_num_blocks=len(items)).map(task, num_cpus=1)
+    results = {}
+    for row in blocks.iter_rows():  # as they end
+        results[row["number"]] = pickle.loads(row["result"])
+        if 10 * len(results) // len(jobs) > 10 * (len(results) - 1) // len(jobs):
+            print(f"clean: {len(results)}/{len(jobs)} shards, {doing}", flush=True)
+    return [results[number] for number in range(len(jobs))]
+
+
+def write_kept(shard: sources.Shard, uri: str, steps: list[str], of_tests: np.ndarray) -> dict:
+    """Write a shard's documents that the rules leave, with the signatures that the steps compare; returns its counts.
+    They are kept beside the file, as .json, and returned at once where they are there."""
+    if storage.exists(f"{uri}.json"):
+        return storage.read_json(f"{uri}.json")
+    counts, signatures = Counts(), []
+
+    def batches() -> Iterator[list[str]]:
+        documents = sources.read_documents(shard, sources.Reading())
+        while texts := list(islice(documents, BATCH)):
+            counts.documents += len(texts)
+            kept = apply_rules(texts, steps, of_tests, counts)
+            signatures.append(signatures_of(kept, steps))
+            yield kept
+
+    counts.kept = _write_texts(uri, batches())
+    for step in signatures[0] if signatures else ():
+        buffer = io.BytesIO()
+        np.save(buffer, np.concatenate([of_batch[step] for of_batch in signatures]))
+        storage.write_bytes(f"{uri}.{step}.npy", buffer.getvalue())
+    storage.write_json(f"{uri}.json", vars(counts))
+    return vars(counts)
+
+
+def apply_rules(texts: list[str], steps: list[str], of_tests: np.ndarray, counts: Counts) -> list[str]:
+    for step in steps:
+        if step in (EXACT, NEAR) or not texts:
+            continue
+        if step == DECONTAMINATE:
+            why = [
+                "shares 13 words in a row with a test" if hit else None for hit in clean.contaminated(texts, of_tests)
+            ]
+        else:
+            why = clean.RULES[step](texts)
+        for text, reason in zip(texts, why, strict=True):
+            if reason:
+                counts.drop(step, reason, text)
+        texts = [text for text, reason in zip(texts, why, strict=True) if not reason]
+    return texts
+
+
+def signatures_of(texts: list[str], steps: list[str]) -> dict[str, np.ndarray]:
+    """By step, numbers (documents, kinds) uint64, of which duplicates share one of a kind. 0 is shared by none."""
+    of_steps = {}
+    if EXACT in steps:
+        of_steps[EXACT] = np.frombuffer(b"".join(map(clean.digest, texts)), np.uint64)[:, None]
+    if NEAR in steps:
+        of_steps[NEAR] = clean.bands(texts) if texts else np.zeros((0, clean.BANDS), np.uint64)
+    return of_steps
+
+
+def find_duplicates(uris: list[str], count: int, steps: list[str]) -> np.ndarray:
+    """Which of the documents in these files, one after the other, are duplicates of one before: (count,) bool."""
+
+    def pairs(step: str, kind: int) -> tuple[np.ndarray, np.ndarray]:
+        of_files = (np.load(io.BytesIO(storage.read_bytes(f"{uri}.{step}.npy"))) for uri in uris)
+        return clean.pairs(np.concatenate([of_file[:, kind] for of_file in of_files]))
+
+    kinds = [(EXACT, 0)] * (EXACT in steps) + [(NEAR, kind) for kind in range(clean.BANDS)] * (NEAR in steps)
+    memory = 40 * count + 2**28  # the numbers of one kind, their order, and a file
+    task = ray.remote(num_cpus=1, memory=memory)(pairs)
+    return clean.duplicates(ray.get([task.remote(*kind) for kind in kinds]), count)
+
+
+def write_without(uri: str, out: str, again: np.ndarray) -> dict:
+    """Write a file's documents without the duplicates, of which `again` has a bit each; returns its counts."""
+    if storage.exists(f"{out}.json"):
+        return storage.read_json(f"{out}.json")
+    counts, duplicate = Counts(), np.unpackbits(again).astype(bool)
+
+    def batches() -> Iterator[list[str]]:
+        number = 0
+        with storage.reading(uri) as file:
+            for batch in pq.ParquetFile(file).iter_batches(BATCH):
+                texts = batch.column(0).to_pylist()
+                of_batch = duplicate[number : number + len(texts)]
+                for text in (text for text, dropped in zip(texts, of_batch, strict=True) if dropped):
+                    counts.drop("duplicates", "of another document", text)
+                yield [text for text, dropped in zip(texts, of_batch, strict=True) if not dropped]
+                number += len(texts)
+
+    counts.kept = _write_texts(out, batches())
+    storage.write_json(f"{out}.json", vars(counts))
+    return vars(counts)
+
+
+def _write_texts(uri: str, batches: Iterator[list[str]]) -> int:
+    """Parquet with one column, whole or not at all; returns how many."""
+    written = 0
+    with storage.writing(uri) as sink, pq.ParquetWriter(sink, TEXT, compression="zstd") as writer:
+        for texts in batches:
+            if texts:
+                writer.write_batch(pa.record_batch([pa.array(texts, pa.large_string())], schema=TEXT))
+                written += len(texts)
+    return written
+
+
+def _say(name: str, manifest: dict, folder: str) -> None:
+    for step, reasons in manifest["dropped"].items():
+        print(f"clean: {name}: {step} dropped {sum(reasons.values()):,}", flush=True)
+        for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]):
+            print(f"clean:   {count:,} {reason}", flush=True)
+    kept, documents = manifest["kept"], manifest["documents"]
+    print(f"clean: {name}: {kept:,} of {documents:,} documents are left, in {folder}", flush=True)

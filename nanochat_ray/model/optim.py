@@ -111,6 +111,10 @@ class MuonAdamW(torch.optim.Optimizer):
     compute_dtype: of Muon's matmuls, and of the forward's. Where a rank does not own a weight, it has it in this dtype.
     """
 
+    # torch's own decorator of these imports Dynamo, two seconds of a start that compiles nothing.
+    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
+    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+
     def __init__(self, groups: list[dict], compute_dtype: torch.dtype = torch.float32):
         super().__init__(groups, defaults={"eps": 1e-10})
         for group in self.param_groups:

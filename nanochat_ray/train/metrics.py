@@ -205,6 +205,8 @@ class WandB:
 
     def __init__(self, run_dir: str, config: dict, say: Callable[[str], None]):
         self.run, self.say = None, say
+        if os.environ.get("WANDB_MODE") == "disabled":
+            return
         with measuring.measuring("W&B", self._give_up):
             self.run = _start_wandb(run_dir, config, say)
 

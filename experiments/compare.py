@@ -6,8 +6,8 @@
 
 The change is one of the code, of options, or of both. A version is a git revision, or a folder with a checkout, changes
 and all. Its code goes to the cluster as a Ray runtime environment; this process only tells it what to train. Baseline
-and candidate take turns on the same nodes, so that what else these do weighs on both. The verdict is printed, and
-written as compare.md for a pull request.
+and candidate take turns on the same nodes, in alternating order, so that what else these do weighs on both. The verdict
+is printed, and written as compare.md for a pull request.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.pretrain import PretrainOptions
 
 DEPTHS = {"cpu": [1, 2], "gpu": [12, 16]}
+SEEDS = [1, 2, 3, 4, 5]
 # Tokens per scaling parameter in the cpu preset: with its 0.3, a run is over before bad learning rates show at depth 2.
 CPU_RATIO = 1.0
 CODE = ("nanochat_ray", "pyproject.toml")  # what a run needs of a version
@@ -63,7 +64,7 @@ class CompareOptions(sweep.SweepOptions):
     """Of pretraining; the default is 1 and 2 in the cpu preset, and 12 and 16 in the gpu preset."""
     seeds: list[int] | None = None
     """One run of each side for each: of weights and order of rows, or of order of questions and answers. The default is
-    1, 2 and 3."""
+    1 to 5."""
     ratio: float | None = None
     """Training tokens per scaling parameter; the default is 1 in the cpu preset, and the gpu preset's own."""
 
@@ -109,7 +110,7 @@ def pretraining(options: CompareOptions) -> tuple[dict, list[dict], None]:
         runs = [sweep.spaced(with_options(run, given)) for run in runs]
         workers = sweep.share_workers(options, [sweep.plan_of(run) for run in runs])
         for run, n in zip(runs, workers, strict=True):
-            for seed in options.seeds or [1, 2, 3]:
+            for seed in options.seeds or SEEDS:
                 label = f"{side}-d{run.depth}-s{seed}"
                 trials.append(sweep.trial(label, replace(run, seed=seed), n, options, columns={"side": side}))
     return {"rows": rows, "preset": asdict(preset)}, in_turns(trials), None
@@ -123,12 +124,13 @@ def reinforcement(options: CompareOptions) -> tuple[dict, list[dict], rl.Task]:
         raise ValueError("--stage rl compares runs from a chat model on a task: --both checkpoint=… task=…")
     start = checkpoint.resolve_checkpoint(storage.absolute(base.checkpoint))
     task = load_task(base)
+    depth = checkpoint.read_meta(start)["model_config"]["n_layer"]
     trials = []
     for side, given in sides.items():
         o = rl.RlOptions(**{name: getattr(given, name) for name in rl.RlOptions.__dataclass_fields__})
         o = replace(o, checkpoint=start, workers=o.workers or 1)
         rl.check(o, task)
-        for seed in options.seeds or [1, 2, 3]:
+        for seed in options.seeds or SEEDS:
             trials.append(
                 {
                     "name": f"{side}-s{seed}",
@@ -136,7 +138,7 @@ def reinforcement(options: CompareOptions) -> tuple[dict, list[dict], rl.Task]:
                     "options": asdict(replace(o, seed=seed)),
                     "num_iterations": rl.num_steps(o, task),
                     "bundle": None,
-                    "columns": {"side": side},
+                    "columns": {"side": side, "depth": depth},
                 }
             )
     return {"checkpoint": start, "task": base.task}, in_turns(trials), task
@@ -157,8 +159,17 @@ def with_options(default, given: list[str]):
 
 
 def in_turns(trials: list[dict]) -> list[dict]:
-    """By seed, then depth, baseline and candidate one after the other."""
-    return sorted(trials, key=lambda t: (t["options"]["seed"], t["options"].get("depth", 0), t["columns"]["side"]))
+    """By seed, then depth, the two sides of a pair one after the other. Which side is first alternates over seeds and
+    over depths, so that a machine that slows down or speeds up favours neither."""
+    pairs = [(t["options"]["seed"], t["options"].get("depth", 0)) for t in trials]
+    seeds, depths = ({value: i for i, value in enumerate(sorted(set(values)))} for values in zip(*pairs, strict=True))
+
+    def turn(trial: dict) -> tuple[int, int, bool]:
+        seed, depth = trial["options"]["seed"], trial["options"].get("depth", 0)
+        candidate_first = (seeds[seed] + depths[depth]) % 2 == 1
+        return seed, depth, (trial["columns"]["side"] == "candidate") != candidate_first
+
+    return sorted(trials, key=turn)
 
 
 def describe(version: str, commit: str | None) -> str:
@@ -233,7 +244,7 @@ def train_version(config: dict, task: rl.Task | None) -> None:
         else:
             sweep.finish_trial(given, options, trained, run_dir, notes=[])
     except Exception as error:
-        tune.report({"error": f"{type(error).__name__}: {error}"})
+        sweep.report_failure(given, run_dir, error)
 
 
 def _train_there(code: str):
@@ -260,10 +271,8 @@ def write_rl_result(run_dir: str, given: dict) -> None:
     options, lines = given["options"], read_metrics(run_dir)
     rewards = [line["rl/reward"] for line in lines if "rl/reward" in line]
     scores = [line for line in lines if "pass@1" in line]
-    meta = checkpoint.read_meta(checkpoint.resolve_checkpoint(run_dir))
     row = {
         "run": storage.name(run_dir),
-        "depth": meta["model_config"]["n_layer"],
         "num_iterations": given["num_iterations"],
         "train_time_sec": lines[-1]["total_training_time"],
         "seed": options["seed"],

@@ -1,6 +1,7 @@
 """What a sweep's results say, by its kind: sentences, tables and figures, from its folder alone."""
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,9 +14,12 @@ from experiments.sweep import read_results
 from nanochat_ray import storage
 from nanochat_ray.model.scaling import RunPlan, plan_run
 
-MOST_EXTRAPOLATION = 100  # times the FLOPs of the largest run, beyond which no prediction is made …
-MOST_SPREAD = 30  # … nor when the ends of its interval are further apart than this factor
+MOST_EXTRAPOLATION = 100  # times the FLOPs of the largest run, beyond which no prediction is made
 DEEPEST = 200
+MIN_FOR_FLOOR = 5  # depths that a law with a floor takes: with fewer its interval holds nearly all
+MIN_SCORED = 5  # depths that a prediction of CORE takes
+CORE_SCATTER = 0.01  # by which CORE of equal runs differs
+WIDE = 0.2  # interval of an exponent near 0.5, beyond which it says little
 
 # Which parameters are a model's size N.
 COUNTED = {
@@ -55,7 +59,17 @@ def read(folder: str) -> Findings | None:
     rows = read_results(folder) if storage.exists(results) else []
     if not rows:
         return Findings(about["kind"], ["No run is finished yet."])
-    found = KINDS[about["kind"]](rows, about, folder)
+    decides = paired.decisive(rows)
+    measured = [row for row in rows if paired.is_measured(row, decides)]
+    if measured:
+        found = KINDS[about["kind"]](rows if about["kind"] == "compare" else measured, about, folder)
+    else:
+        found = Findings(about["kind"], ["no run has ended with a number"])
+    found.sentences += [
+        f"{row['run']} is left out: {row.get('notes') or f'{decides} is no number'}"
+        for row in rows
+        if row not in measured
+    ]
     shown = [key for key in rows[0] if key not in LEFT_OUT and any(row[key] is not None for row in rows)]
     found.columns = ["run", *sorted(shown[1:], key=lambda key: key not in FIRST)]
     found.table = [[_cell(key, row[key]) for key in found.columns] for row in rows]
@@ -73,13 +87,14 @@ def miniseries(rows: list[dict], about: dict, folder: str) -> Findings:
     found = Findings("Miniseries")
     flops, bpb = ([row[key] for row in rows] for key in ("flops", "val_bpb"))
     if len(rows) >= 2:
-        law = fits.power_law(flops, bpb)
-        found.sentences.append(f"val_bpb = {_law(law, 'FLOPs')}, over {len(rows)} depths")
-        if len(rows) >= 5:
-            floored = fits.power_law(flops, bpb, with_floor=True)
-            found.sentences.append(f"with a floor, val_bpb = {floored.floor} + {_law(floored, 'FLOPs')}")
-            if floored.relative_error < law.relative_error:
-                law = floored
+        floored = len(rows) >= MIN_FOR_FLOOR
+        law = fits.power_law(flops, bpb, with_floor=floored)
+        floor = f"{law.floor} + " if floored else ""
+        found.sentences.append(f"val_bpb = {floor}{_law(law, 'FLOPs')}, over {len(rows)} depths")
+        if not floored:
+            found.sentences[-1] += (
+                f", if there is no floor: whether there is takes {MIN_FOR_FLOOR} depths, and this is not to extrapolate"
+            )
         found.figures.append(("Bits per byte against training FLOPs", _series_figure(rows, "val_bpb", law, bpb)))
     else:
         found.sentences.append("one depth is finished: a law takes two, and its intervals three")
@@ -98,24 +113,28 @@ def predict_depth(scored: list[dict], dial: dict) -> str:
     reached = [row for row in scored if row["core_metric"] >= GPT2_CORE]
     if reached:
         first = min(reached, key=lambda row: row["depth"])
-        return f"{goal} is reached at depth {first['depth']} (CORE {first['core_metric']:.4f})"
+        near = first["core_metric"] < GPT2_CORE + CORE_SCATTER
+        return f"{goal} is reached at depth {first['depth']} (CORE {first['core_metric']:.4f})" + (
+            f", by less than the {CORE_SCATTER:g} that equal runs differ by: train it with more seeds" if near else ""
+        )
     unknown = f"the depth that reaches {goal} can't be predicted from these runs: "
-    if len(scored) < 3:
-        return unknown + f"{len(scored)} of them have a CORE score, and a prediction takes three"
+    if len(scored) < MIN_SCORED:
+        return unknown + f"{len(scored)} of them have a CORE score, and a prediction takes {MIN_SCORED}"
     law = fits.power_law([row["flops"] for row in scored], [1 - row["core_metric"] for row in scored])
     if law.exponent.high >= 0:
         return unknown + f"CORE does not clearly rise with FLOPs, 1 - CORE has the exponent {law.exponent}"
     flops = law.solve(1 - GPT2_CORE)
     most = max(row["flops"] for row in scored)
-    if flops.value > MOST_EXTRAPOLATION * most or flops.high > MOST_SPREAD * flops.low:
+    if flops.value > MOST_EXTRAPOLATION * most:
         return unknown + f"it would take {flops} FLOPs, and the largest run had {most:.3g}"
     depth, low, high = (depth_of(f, dial) for f in (flops.value, flops.low, flops.high))
-    return f"{goal} is predicted at depth {depth} [{low}, {high}], of {flops} FLOPs, as 1 - CORE = {_law(law, 'FLOPs')}"
+    ends = f"[{low}, {high if high < DEEPEST else 'no end'}]"
+    return f"{goal} is predicted at depth {depth} {ends}, of {flops} FLOPs, if 1 - CORE = {_law(law, 'FLOPs')}"
 
 
 def depth_of(flops: float, dial: dict) -> int:
     """The smallest depth whose run takes at least so many FLOPs."""
-    return next((d for d in range(1, DEEPEST) if plan_of_depth(d, dial).total_flops >= flops), DEEPEST)
+    return 1 + bisect_left(range(1, DEEPEST), flops, key=lambda depth: plan_of_depth(depth, dial).total_flops)
 
 
 def plan_of_depth(depth: int, dial: dict) -> RunPlan:
@@ -143,7 +162,8 @@ def _series_figure(rows: list[dict], key: str, law: fits.PowerLaw, values: list[
     """Results by depth with their law; CORE's is one of 1 - CORE."""
     figure, axes = empty_figure(5.6, 3.6)
     flops = np.array([row["flops"] for row in rows])
-    x = np.geomspace(flops.min() / 1.5, flops.max() * 3, 60)
+    beyond = 1 if law.floor is None and key == "val_bpb" else 3  # without a floor a law is not to extrapolate
+    x = np.geomspace(flops.min() / min(beyond, 1.5), flops.max() * beyond, 60)
     y, (low, high) = law(x), law.band(x)
     if key == "core_metric":
         y, low, high = 1 - y, 1 - high, 1 - low
@@ -174,20 +194,11 @@ def scaling_laws(rows: list[dict], about: dict, folder: str) -> Findings:
     lawful = {name: fit for name, fit in fitted.items() if fit.size}
     for name, fit in fitted.items():
         found.sentences += [f"N = {name}: {sentence}" for sentence in _sentences(fit)]
-    cleanest = cleanest_count(lawful)
-    if cleanest:
-        widths = ", ".join(f"{name} {fit.size.exponent.width:.3g}" for name, fit in lawful.items())
-        found.sentences.append(
-            f"the cleanest law is of N = {cleanest}: the interval of its exponent is the narrowest ({widths})"
-        )
-    elif not lawful:
+    if not lawful:
         found.sentences.append("no law: that takes two budgets with a minimum inside their sizes")
-    else:
-        found.sentences.append("which count gives the cleanest law can't be told: no interval has an end")
     for name, fit in fitted.items():
         found.figures.append((f"Loss at equal FLOPs, N = {name}", _iso_figure(rows, name, fit)))
-    name = cleanest or next(iter(lawful), None)
-    if name:
+    if name := next(iter(lawful), None):
         for key, label in (("size", "optimal N"), ("tokens", "optimal D, tokens"), ("ratio", "optimal D / N")):
             found.figures.append((f"{label}, N = {name}", _optimum_figure(lawful[name], key, label)))
     return found
@@ -210,12 +221,6 @@ def size(row: dict, counted: str) -> float:
     return sum(row[key] for key in COUNTED[counted])
 
 
-def cleanest_count(lawful: dict[str, fits.IsoFlop]) -> str | None:
-    """The way to count parameters whose law of N against FLOPs has the narrowest interval of its exponent."""
-    known = {name: fit for name, fit in lawful.items() if math.isfinite(fit.size.exponent.width)}
-    return min(known, key=lambda name: known[name].size.exponent.width) if known else None
-
-
 def _sentences(fit: fits.IsoFlop) -> list[str]:
     lines = []
     for best in fit.optima:
@@ -229,10 +234,14 @@ def _sentences(fit: fits.IsoFlop) -> list[str]:
         if not all(best.fitted):
             left_out = best.fitted.count(False)
             lines[-1] += f"; {left_out} points are more than a factor {fits.FIT_RANGE} off and left out (hollow)"
+        if best.near_edge:
+            lines[-1] += "; it is beside the smallest or the largest size, so likely too far inside: train more depths"
     if fit.size:
         lines.append(
             f"optimal N = {_law(fit.size, 'FLOPs')}, D = {_law(fit.tokens, 'FLOPs')}, D/N = {_law(fit.ratio, 'FLOPs')}"
         )
+        if math.isfinite(fit.size.exponent.width) and fit.size.exponent.width > WIDE:
+            lines[-1] += "; intervals this wide can't tell whether N or D should grow faster"
     return lines
 
 
@@ -287,8 +296,8 @@ def _optimum_figure(fit: fits.IsoFlop, key: str, label: str) -> Markup:
 
 def compare(rows: list[dict], about: dict, folder: str) -> Findings:
     found = Findings(f"{about['candidate']} against {about['baseline']}", paired.verdicts(rows))
-    finished = [row for row in rows if row["side"] in ("baseline", "candidate")]
     decides = paired.decisive(rows)
+    finished = [row for row in rows if paired.is_measured(row, decides)]
     figure, axes = empty_figure(5.6, 3.6)
     for i, side in enumerate(("baseline", "candidate")):
         points = [(row["depth"] + (i - 0.5) * 0.12, row[decides]) for row in finished if row["side"] == side]
@@ -306,7 +315,7 @@ def tune_lr(rows: list[dict], about: dict, folder: str) -> Findings:
     found = Findings("Search of learning rates", list(about.get("findings", [])))
     figure, axes = empty_figure(5.6, 3.6)
     axes.set_xscale("log")
-    searched = [row for row in rows if row["depth"] == about["depth"]]
+    searched = [row for row in rows if row["depth"] == about["depth"] and row.get("side") is None]
     axes.plot(
         [row["matrix_lr"] for row in searched], [row["val_bpb"] for row in searched], "o", color=SERIES[0], markersize=5
     )

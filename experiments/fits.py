@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, stats
+from scipy import stats
 
 LEVEL = 0.95
 FIT_RANGE = 8  # a parabola is fitted to the points within this factor of the lowest one's size, it bends away beyond
@@ -41,7 +41,8 @@ class PowerLaw:
     floor: Estimate | None
     relative_error: float
     x_range: tuple[float, float]  # it was fitted over
-    _samples: np.ndarray  # (S, 3) of log coefficient, exponent, floor, as likely as the data say
+    _laws: np.ndarray  # (S, 3) of log coefficient, exponent, floor: the edge of the confidence set, or bootstrap draws
+    _tails: tuple[float, float]  # the quantiles of laws that end an interval
 
     def __call__(self, x):
         floor = self.floor.value if self.floor else 0.0
@@ -50,10 +51,10 @@ class PowerLaw:
     def band(self, x) -> tuple[np.ndarray, np.ndarray]:
         """The 95 % interval of the law at each x (not of a new measurement)."""
         x = np.asarray(x, dtype=float)
-        if not np.isfinite(self._samples).all():
+        if not np.isfinite(self._laws).all():
             return np.full(x.shape, np.nan), np.full(x.shape, np.nan)
-        log_a, b, floor = (column[:, None] for column in self._samples.T)
-        low, high = np.quantile(floor + np.exp(log_a + b * np.log(x.reshape(1, -1))), _tails(), axis=0)
+        log_a, b, floor = (column[:, None] for column in self._laws.T)
+        low, high = np.quantile(floor + np.exp(log_a + b * np.log(x.reshape(1, -1))), self._tails, axis=0)
         return low.reshape(x.shape), high.reshape(x.shape)
 
     def solve(self, y: float) -> Estimate:
@@ -61,63 +62,57 @@ class PowerLaw:
         floor = self.floor.value if self.floor else 0.0
         if y <= floor or self.exponent.value == 0:
             return Estimate(math.nan, math.nan, math.nan)
-        value = math.exp(math.log((y - floor) / self.coefficient.value) / self.exponent.value)
-        if not np.isfinite(self._samples).all():
+        value = _exp(math.log((y - floor) / self.coefficient.value) / self.exponent.value)
+        if not np.isfinite(self._laws).all():
             return Estimate(value, 0.0, math.inf)
-        log_a, b, floors = self._samples.T
+        log_a, b, floors = self._laws.T
         with np.errstate(all="ignore"):
             xs = np.exp((np.log(y - floors) - log_a) / b)
         xs = np.where(np.isnan(xs), np.inf, xs)  # a law that never gets there
-        return Estimate(value, *np.quantile(xs, _tails(), method="nearest"))
+        return Estimate(value, *np.quantile(xs, self._tails, method="nearest").tolist())
 
 
-def _tails() -> tuple[float, float]:
-    return (1 - LEVEL) / 2, (1 + LEVEL) / 2
+QUANTILES = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
-def power_law(x, y, with_floor: bool = False, seed: int = 0) -> PowerLaw:
-    """Fit by least squares of log y. x, y: positive. Intervals are Student's t of the linearized fit.
+def power_law(x, y, with_floor: bool = False) -> PowerLaw:
+    """Fit by least squares of log y. x, y: positive.
 
-    Raises ValueError for fewer points than parameters, or numbers that are not positive.
+    Intervals are by profile likelihood: the laws whose sum of squares is within the bound of the F distribution, and of
+    these the smallest and the largest. Without a floor this is Student's t. A floor's interval ends at 0.
+
+    Raises ValueError for fewer different x than parameters, or numbers that are not positive.
     """
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     parameters = 3 if with_floor else 2
-    if len(x) < parameters:
-        raise ValueError(f"{len(x)} points for {parameters} parameters: measure more")
+    if len(np.unique(x)) < parameters:
+        raise ValueError(f"{len(np.unique(x))} points for {parameters} parameters: measure more")
     if not ((x > 0).all() and (y > 0).all()):
         raise ValueError("a power law needs positive numbers")
     center = np.log(x).mean()  # of log x: the coefficient and the exponent are then nearly independent
     u = np.log(x) - center
-    slope, height = np.polyfit(u, np.log(y), 1)
-    best = np.array([height, slope, 0.0])
-    if with_floor:
-        best = _fit_with_floor(u, y, best)
-    residuals = np.log(y) - np.log(best[2] + np.exp(best[0] + best[1] * u))
-    share = np.exp(best[0] + best[1] * u) / (best[2] + np.exp(best[0] + best[1] * u))
-    jacobian = np.stack([share, share * u, (1 - share) / max(best[2], 1e-300)][:parameters], axis=1)
     freedom = len(x) - parameters
-    sigma = math.sqrt((residuals**2).sum() / freedom) if freedom else math.inf
-    samples = np.full((1, 3), np.nan)
-    errors = np.full(parameters, np.inf)
-    if freedom and np.linalg.matrix_rank(jacobian) == parameters:
-        covariance = sigma**2 * np.linalg.inv(jacobian.T @ jacobian)
-        to_uncentered = np.eye(parameters)
-        to_uncentered[0, 1] = -center
-        t = stats.t.ppf(_tails()[1], freedom)
-        errors = t * np.sqrt(np.diag(to_uncentered @ covariance @ to_uncentered.T))
-        draws = np.random.default_rng(seed).multivariate_normal(np.zeros(parameters), covariance, 4000)
-        draws *= t / stats.norm.ppf(_tails()[1])
-        samples = np.zeros((4000, 3))
-        samples[:, :parameters] = best[:parameters] + draws
-        samples[:, 0] -= samples[:, 1] * center
-    log_a = best[0] - best[1] * center
+    bound = stats.f.ppf(LEVEL, 1, freedom) / freedom if freedom else 0.0
+    floors = np.linspace(0, y.min() * (1 - 1e-6), FLOORS) if with_floor else np.zeros(1)
+    for _ in range(ZOOMS if with_floor else 1):
+        fit = _fit_at_floors(u, y, floors)
+        inside = np.flatnonzero(fit.squares <= fit.squares.min() * (1 + bound))
+        ends = floors[[max(inside[0] - 1, 0), min(inside[-1] + 1, len(floors) - 1)]]
+        best = fit.squares.argmin()
+        (height, slope), floor, squares = fit.line[best], floors[best], fit.squares[best]
+        kept = _edge(fit, inside, squares * (1 + bound), floors) if freedom else np.full((1, 3), np.nan)
+        floors = np.unique(np.append(np.linspace(*ends, FLOORS), floor))
+    kept[:, 0] -= kept[:, 1] * center
+    ranges = np.stack([kept.min(0), kept.max(0)]) if freedom else np.array([[-np.inf] * 3, [np.inf] * 3])
+    log_a = height - slope * center
     return PowerLaw(
-        coefficient=Estimate(math.exp(log_a), _exp(log_a - errors[0]), _exp(log_a + errors[0])),
-        exponent=Estimate(best[1], best[1] - errors[1], best[1] + errors[1]),
-        floor=Estimate(best[2], best[2] - errors[2], best[2] + errors[2]) if with_floor else None,
-        relative_error=sigma if freedom else math.nan,
+        coefficient=Estimate(_exp(log_a), *map(_exp, ranges[:, 0])),
+        exponent=Estimate(float(slope), *ranges[:, 1].tolist()),
+        floor=Estimate(float(floor), *ranges[:, 2].tolist()) if with_floor else None,
+        relative_error=math.sqrt(squares / freedom) if freedom else math.nan,
         x_range=(x.min(), x.max()),
-        _samples=samples,
+        _laws=kept,
+        _tails=(0.0, 1.0),
     )
 
 
@@ -125,19 +120,47 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
-def _fit_with_floor(u: np.ndarray, y: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """(log coefficient at u = 0, exponent, floor), the best of several starts."""
+FLOORS, ZOOMS = 100, 3  # floors that are tried, and how often again between those within the bound
+ANGLES = 48  # laws on the edge of the confidence set of each floor
+STEPS = 8  # of Gauss-Newton
 
-    def residuals(p):
-        return np.log(p[2] + np.exp(p[0] + p[1] * u)) - np.log(y)
 
-    bounds = ([-np.inf, -np.inf, 0], [np.inf, np.inf, y.min()])
-    fits = []
-    for share in (0.05, 0.3, 0.6, 0.9):
-        floor = share * y.min()
-        slope, height = np.polyfit(u, np.log(y - floor), 1)
-        fits.append(optimize.least_squares(residuals, [height, slope, floor], bounds=bounds, x_scale=[1, 0.1, 0.1]))
-    return min(fits, key=lambda fit: fit.cost).x
+@dataclass(frozen=True)
+class _AtFloors:
+    """The best line of log (y - floor) against u for each of F floors, by least squares of log y."""
+
+    line: np.ndarray  # (F, 2) of height at u = 0, slope
+    covariance: np.ndarray  # (F, 2, 2), for a variance of 1
+    squares: np.ndarray  # (F,), summed
+
+
+def _fit_at_floors(u: np.ndarray, y: np.ndarray, floors: np.ndarray) -> _AtFloors:
+    design = np.stack([np.ones_like(u), u], axis=1)
+    target, floors = np.log(y), floors[:, None]
+    above = np.log(y - floors)
+    line = np.linalg.lstsq(design, above.T, rcond=None)[0].T
+    with np.errstate(all="ignore"):
+        for _ in range(STEPS):
+            law = floors + np.exp(line @ design.T)
+            jacobian = ((law - floors) / law)[:, :, None] * design  # (F, n, 2)
+            residuals = target - np.log(law)
+            covariance = np.linalg.pinv(np.einsum("fni,fnj->fij", jacobian, jacobian))
+            step = np.einsum("fij,fnj,fn->fi", covariance, jacobian, residuals)
+            line = line + step.clip(-1, 1)
+        squares = ((target - np.log(floors + np.exp(line @ design.T))) ** 2).sum(1)
+    return _AtFloors(line, covariance, np.where(np.isfinite(squares), squares, np.inf))
+
+
+def _edge(fit: _AtFloors, inside: np.ndarray, most: float, floors: np.ndarray) -> np.ndarray:
+    """(S, 3) of height, slope, floor on the edge of the set of laws whose squares sum to at most `most`."""
+    angles = np.linspace(0, 2 * np.pi, ANGLES, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)])
+    radius = np.sqrt((most - fit.squares[inside]).clip(0))
+    values, vectors = np.linalg.eigh(fit.covariance[inside])
+    roots = vectors * np.sqrt(values.clip(0))[:, None, :]
+    lines = fit.line[inside][:, :, None] + radius[:, None, None] * (roots @ circle)
+    edge = np.concatenate([lines, np.broadcast_to(floors[inside][:, None, None], (len(inside), 1, ANGLES))], axis=1)
+    return edge.transpose(0, 2, 1).reshape(-1, 3)
 
 
 # Iso-FLOP grids
@@ -155,6 +178,7 @@ class Optimum:
     curve: tuple[float, float, float] | None  # of log size, as np.polyval takes it
     fitted: list[bool]  # which of the budget's points the parabola was fitted to
     note: str = ""
+    near_edge: bool = False  # whether it lies beyond all sizes but the smallest or the largest
 
 
 @dataclass(frozen=True)
@@ -234,21 +258,22 @@ def _optimum(b: _Budget, used: list[_Budget], scattered: np.ndarray | None) -> O
         _estimate(np.dot(b.optimum, weights), None if draws is None else draws @ np.array(weights))
         for weights in ((1, 0), (0, 1), (-1, 1))
     )
-    return Optimum(b.flops, size, tokens, ratio, float(np.polyval(b.curve, vertex(b.curve))), curve, b.near.tolist())
+    near_edge = not b.log_n[1] <= vertex(b.curve) <= b.log_n[-2]
+    loss = float(np.polyval(b.curve, vertex(b.curve)))
+    return Optimum(b.flops, size, tokens, ratio, loss, curve, b.near.tolist(), near_edge=near_edge)
 
 
 def _bootstrap(used: list[_Budget], seed: int) -> np.ndarray | None:
     """(S, budgets, 2) of log size and log tokens at the optimum; None when parabolas go through all their points."""
-    freedom = sum(b.near.sum() - 3 for b in used)
-    if not used or freedom < 1:
+    if not used or all(b.near.sum() == 3 for b in used):
         return None
-    pooled = np.concatenate([(b.losses - np.polyval(b.curve, b.log_n))[b.near] for b in used])
-    # Least squares leave residuals smaller than the noise, and few of them a narrower spread than Student's t.
-    pooled *= math.sqrt(len(pooled) / freedom) * stats.t.ppf(_tails()[1], freedom) / stats.norm.ppf(_tails()[1])
+    scattered = [_residuals(b) for b in used]
+    pooled = np.concatenate([r for r in scattered if len(r)])
     random, draws = np.random.default_rng(seed), np.empty((BOOTSTRAPS, len(used), 2))
     for j, b in enumerate(used):
         log_n = b.log_n[b.near]
-        losses = np.polyval(b.curve, log_n) + random.choice(pooled, (BOOTSTRAPS, len(log_n)))
+        drawn_from = scattered[j] if len(scattered[j]) else pooled
+        losses = np.polyval(b.curve, log_n) + random.choice(drawn_from, (BOOTSTRAPS, len(log_n)))
         curves = np.polyfit(log_n, losses.T, 2)
         with np.errstate(all="ignore"):
             optimum = -curves[1] / (2 * curves[0])
@@ -258,10 +283,22 @@ def _bootstrap(used: list[_Budget], seed: int) -> np.ndarray | None:
     return draws
 
 
+def _residuals(b: _Budget) -> np.ndarray:
+    """Of a budget's own parabola, as short runs are noisier; none where it goes through all its points.
+
+    Least squares leave residuals smaller than the noise, and few of them a narrower spread than Student's t.
+    """
+    freedom = int(b.near.sum()) - 3
+    if not freedom:
+        return np.empty(0)
+    found = (b.losses - np.polyval(b.curve, b.log_n))[b.near]
+    return found * math.sqrt(len(found) / freedom) * stats.t.ppf(QUANTILES[1], freedom) / stats.norm.ppf(QUANTILES[1])
+
+
 def _estimate(log_value: float, draws: np.ndarray | None) -> Estimate:
     if draws is None:
         return Estimate(math.exp(log_value), 0.0, math.inf)
-    low, high = np.quantile(draws, _tails())
+    low, high = np.quantile(draws, QUANTILES)
     return Estimate(*np.exp([log_value, min(low, log_value), max(high, log_value)]).tolist())
 
 
@@ -287,14 +324,15 @@ def _law(log_x: np.ndarray, log_y: np.ndarray, drawn: np.ndarray | None) -> Powe
     if drawn is not None:
         slopes, heights = np.polyfit(log_x, drawn.T, 1)
         samples = np.stack([heights, slopes, np.zeros_like(slopes)], axis=1)
-        low, high = np.quantile(slopes, _tails())
+        low, high = np.quantile(slopes, QUANTILES)
         exponent = Estimate(slope, min(low, slope), max(high, slope))
-        log_a = [_exp(height) for height in np.quantile(heights, _tails())]
+        log_a = [_exp(height) for height in np.quantile(heights, QUANTILES)]
     return PowerLaw(
         coefficient=Estimate(_exp(height), *log_a),
         exponent=exponent,
         floor=None,
         relative_error=math.sqrt((residuals**2).sum() / freedom) if freedom else math.nan,
         x_range=(math.exp(log_x.min()), math.exp(log_x.max())),
-        _samples=samples,
+        _laws=samples,
+        _tails=QUANTILES,
     )

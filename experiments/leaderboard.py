@@ -3,8 +3,10 @@
 import math
 from dataclasses import dataclass
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scipy import optimize
 
 from nanochat_ray import storage
 from nanochat_ray.measuring import one_line
@@ -20,7 +22,7 @@ class LeaderboardOptions:
     core: float | None = None
     """List runs with at least this CORE score; 0.256525, GPT-2's, unless bpb is given."""
     bpb: float | None = None
-    """List runs that came down to this val/bpb, with the time at which they did."""
+    """List runs that came down to this val/bpb and ended there, with the time at which they did."""
     folder: str | None = None
     """Where the runs are; the default is runs/ in NANOCHAT_RAY_HOME. Sweeps in it are looked into."""
     dollars_per_gpu_hour: float = 3.0
@@ -67,10 +69,11 @@ def entry(folder: str, name: str, options: LeaderboardOptions) -> dict | None:
         return None
     lines = read_metrics(storage.join(folder, name))
     lines_and_score = with_scores(storage.join(folder, name), lines)
-    key, reaches = (
-        ("val/bpb", lambda v: v <= options.bpb) if options.bpb else ("core_metric", lambda v: v >= options.core)
-    )
-    first = next((line for line in lines_and_score if line.get(key) is not None and reaches(line[key])), None)
+    if options.bpb:
+        first = crossing(lines, options.bpb)
+    else:
+        scored = (line for line in lines_and_score if line.get("core_metric") is not None)
+        first = next((line for line in scored if line["core_metric"] >= options.core), None)
     if first is None:
         return None
     seconds, gpus = first["total_training_time"], 0
@@ -80,8 +83,8 @@ def entry(folder: str, name: str, options: LeaderboardOptions) -> dict | None:
         "seconds": seconds,
         "training time": f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 3600:.2f} h",
         "run": name,
-        "value": f"{first[key]:.4f}",
-        "step": f"{first['step']:,}",
+        "value": f"{first['val/bpb' if options.bpb else 'core_metric']:.4f}",
+        "step": f"{first['step']:,.0f}",
         "FLOPs": f"{first['total_training_flops']:.3g}",
         "depth": f"{plan['depth']}",
         "ratio": f"{plan['num_iterations'] * plan['total_batch_size'] / plan['scaling_params']:.3g}",
@@ -90,6 +93,32 @@ def entry(folder: str, name: str, options: LeaderboardOptions) -> dict | None:
         "cluster": config.get("cluster") or "–",
         "cost": f"${seconds / 3600 * gpus * options.dollars_per_gpu_hour:,.2f}" if gpus else "–",
     }
+
+
+def crossing(lines: list[dict], target: float) -> dict | None:
+    """Where a run's val/bpb came down to the target for good: its step, time and FLOPs; None if it did not.
+
+    A measurement has noise, so the first one below the target is early by chance, and how often a run measures would
+    move its time. The curve is made to fall steadily by isotonic regression, and read off between two measurements,
+    with the value of its end. The last measurement has to be at or below the target, too.
+    """
+    measured = [line for line in lines if line.get("val/bpb") is not None and math.isfinite(line["val/bpb"])]
+    if not measured or measured[-1]["val/bpb"] > target:
+        return None
+    values = optimize.isotonic_regression([line["val/bpb"] for line in measured], increasing=False).x
+    if values[-1] > target:
+        return None
+    reached = int(np.argmax(values <= target))
+    after, before = measured[reached], measured[max(reached - 1, 0)]
+    share = (values[reached - 1] - target) / (values[reached - 1] - values[reached]) if reached else 1.0
+    if share < 1 and before["total_training_time"] > 0:  # losses fall evenly in the logarithm of time
+        ratio = after["total_training_time"] / before["total_training_time"]
+        share = (ratio**share - 1) / (ratio - 1) if ratio > 1 else share
+    found = {
+        key: float(before[key] + share * (after[key] - before[key]))
+        for key in ("step", "total_training_time", "total_training_flops")
+    }
+    return found | {"val/bpb": measured[-1]["val/bpb"]}
 
 
 def with_scores(run_dir: str, lines: list[dict]) -> list[dict]:

@@ -3,9 +3,10 @@
 import math
 from statistics import mean, stdev
 
-from scipy import stats
+from scipy import optimize, stats
 
-LEVEL = 0.05  # of a two-sided paired t-test
+LEVEL = 0.05  # of two-sided tests, over all verdicts of a comparison
+POWER = 0.8
 MEASURES = {  # column: heading, text, whether less is better
     "val_bpb": ("val_bpb", "{:.4f}", True),
     "core_metric": ("CORE", "{:.4f}", False),
@@ -20,47 +21,96 @@ SCORES = {"core_metric", "pass@1", "reward"}  # may be 0: their differences are 
 TINY = 1e-6  # differences below it are rounding
 
 
-def pairs(rows: list[dict], column: str, depth: int | None = None) -> list[tuple[float, float]]:
-    """(baseline, candidate) of every depth and seed that both have finished, of one depth or all."""
+def pairs(rows: list[dict], column: str, depth: int | None = None) -> dict[tuple[int, int], tuple[float, float]]:
+    """(baseline, candidate) by depth and seed, of all pairs that both have measured, of one depth or all."""
     sides = {"baseline": {}, "candidate": {}}
     for row in rows:
-        if row.get(column) is not None and depth in (None, row["depth"]):
+        if is_measured(row, column) and depth in (None, row["depth"]):
             sides[row["side"]][row["depth"], row["seed"]] = row[column]
-    return [(value, sides["candidate"][key]) for key, value in sides["baseline"].items() if key in sides["candidate"]]
+    return {
+        key: (value, sides["candidate"][key]) for key, value in sides["baseline"].items() if key in sides["candidate"]
+    }
 
 
-def differences(column: str, matched: list[tuple[float, float]]) -> list[float]:
-    """Candidate minus baseline by pair; relative to the baseline, so that depths weigh the same, but for scores. A
-    baseline of 0, as the time of a run that was too short to be timed, has no relative difference."""
-    if column in SCORES:
-        return [candidate - baseline for baseline, candidate in matched]
-    return [(candidate - baseline) / abs(baseline) for baseline, candidate in matched if baseline]
+def is_measured(row: dict, column: str) -> bool:
+    return row.get(column) is not None and math.isfinite(row[column])
+
+
+def differences(column: str, matched: dict[tuple[int, int], tuple[float, float]]) -> list[float]:
+    """Candidate minus baseline by seed, the mean over depths; relative to the baseline, so that depths weigh the same,
+    but for scores.
+
+    A seed has the same order of rows at each depth, so its differences may go together: a seed is one observation. Only
+    seeds with a pair at every depth count. A baseline of 0, as the time of a run too short to be timed, has no relative
+    difference.
+    """
+    depths, by_seed = {depth for depth, _ in matched}, {}
+    for (_, seed), (baseline, candidate) in matched.items():
+        if column in SCORES or baseline:
+            scale = 1 if column in SCORES else abs(baseline)
+            by_seed.setdefault(seed, []).append((candidate - baseline) / scale)
+    return [mean(changes) for changes in by_seed.values() if len(changes) == len(depths)]
 
 
 def p_value(changes: list[float]) -> float:
-    """Of a two-sided paired t-test of differences; NaN for a single pair."""
+    """Of a two-sided paired t-test; NaN for a single pair."""
     if len(changes) < 2:
         return math.nan
-    if max(map(abs, changes)) < TINY:
-        return 1.0
-    if stdev(changes) < TINY:  # the same difference each time
-        return 0.0
-    return float(stats.ttest_1samp(changes, 0.0).pvalue)
+    return float(2 * stats.t.sf(abs(mean(changes)) / _error(changes), len(changes) - 1))
 
 
-def verdict(column: str, matched: list[tuple[float, float]]) -> str:
-    """better, worse or not distinguishable, with the mean difference and p."""
-    changes = differences(column, matched)
+def interval(changes: list[float]) -> tuple[float, float]:
+    """The 95 % interval of the mean difference, by Student's t. Takes two pairs."""
+    margin = float(stats.t.ppf(1 - LEVEL / 2, len(changes) - 1)) * _error(changes)
+    return mean(changes) - margin, mean(changes) + margin
+
+
+def detectable(changes: list[float]) -> float:
+    """The true difference that a test of so many pairs, with their scatter, finds with a power of 80 %."""
+    df = len(changes) - 1
+    critical = stats.t.ppf(1 - LEVEL / 2, df)
+    found = optimize.brentq(lambda shift: stats.nct.sf(critical, df, shift) - POWER, 0, 10 * critical)
+    return found * _error(changes)
+
+
+def _error(changes: list[float]) -> float:
+    return max(stdev(changes), TINY) / math.sqrt(len(changes))
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """p-values adjusted by Holm's step-down method (1979); NaN counts as no test."""
+    tested = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, largest = list(p_values), 0.0
+    for rank, (p, i) in enumerate(tested):
+        largest = max(largest, min(1.0, p * (len(tested) - rank)))
+        adjusted[i] = largest
+    return adjusted
+
+
+def change(column: str, changes: list[float]) -> str:
+    """The mean difference with its 95 % interval."""
+    form = "{:+.3f}" if column in SCORES else "{:+.2%}"
+    if len(changes) < 2:
+        return form.format(mean(changes)) if changes else "not measured"
+    low, high = map(form.format, interval(changes))
+    return f"{form.format(mean(changes))} [{low}, {high}]"
+
+
+def verdict(column: str, changes: list[float], p: float) -> str:
+    """better, worse or not distinguishable by p, with the difference and what else helps to judge it."""
     if not changes:
         return "not measured"
-    p, change = p_value(changes), mean(changes)
-    shown = f"{change:+.3f}" if column in SCORES else f"{change:+.2%}"
+    shown = change(column, changes)
     if math.isnan(p):
         return f"{shown}, one pair: no test"
-    if p >= LEVEL:
-        return f"not distinguishable ({shown}, p {p:.2g}, {len(matched)} pairs)"
-    word = "better" if (change < 0) == MEASURES[column][2] else "worse"
-    return f"{word} ({shown}, p {p:.2g}, {len(matched)} pairs)"
+    about = f"{shown}, p {p:.2g}, {len(changes)} seeds"
+    if p < LEVEL:
+        return f"{'better' if (mean(changes) < 0) == MEASURES[column][2] else 'worse'} ({about})"
+    if stdev(changes) > TINY:
+        least = detectable(changes)
+        about += f"; {least:.3f}" if column in SCORES else f"; {least:.2%}"
+        about += " would be found in 80 of 100 such comparisons"
+    return f"not distinguishable ({about})"
 
 
 def decisive(rows: list[dict]) -> str:
@@ -70,34 +120,74 @@ def decisive(rows: list[dict]) -> str:
 
 def verdicts(rows: list[dict]) -> list[str]:
     """A line a depth and one over all. The verdict is that of the loss, or of pass@1 after RL; what else was measured
-    is told beside it."""
-    lines = []
+    is told beside it, without a verdict.
+
+    Depths are tested, corrected by Holm, only if the test over all finds a difference: so code that is the same is
+    called better or worse anywhere in at most 5 % of comparisons. A candidate that diverges where the baseline does not
+    is worse, whatever its other runs say.
+    """
     decides = decisive(rows)
-    for depth in [*sorted({row["depth"] for row in rows}), None]:
+    depths = sorted({row["depth"] for row in rows})
+    changes = {depth: differences(decides, pairs(rows, decides, depth)) for depth in [*depths, None]}
+    p_overall = p_value(changes[None])
+    p_depths = holm([p_value(changes[depth]) for depth in depths])
+    lines = []
+    for depth, p in zip([*depths, None], [*p_depths, p_overall], strict=True):
         where = "over all depths" if depth is None else f"depth {depth}"
-        matched = pairs(rows, decides, depth)
-        said = f"{verdict(decides, matched)} in {decides}"
-        parts = [said if matched else "no pair of runs is finished"]
+        if not pairs(rows, decides, depth):
+            said = "no pair of runs is finished"
+        elif depth is not None and not math.isnan(p) and not p_overall < LEVEL:
+            said = f"{change(decides, changes[depth])} in {decides}"
+        else:
+            said = f"{verdict(decides, changes[depth], p)} in {decides}"
+        parts = [said]
         for column in ("core_metric", "reward", "train_time_sec"):
-            if beside := pairs(rows, column, depth):
-                parts.append(f"{MEASURES[column][0].partition(',')[0]} {verdict(column, beside)}")
+            if beside := differences(column, pairs(rows, column, depth)):
+                parts.append(f"{MEASURES[column][0].partition(',')[0]} {change(column, beside)}")
         lines.append(f"{where}: {'; '.join(parts)}")
+    if any(": worse" in line for line in lines[:-1]):
+        lines[-1] = lines[-1].replace(": better", ": better on average, worse at a depth", 1)
+    lost = diverged(rows, decides)
+    if only := [run for run in lost["candidate"] if run not in lost["baseline"]]:
+        lines[-1] = f"over all depths: worse, as the candidate diverged at {_named(only)}; of the other runs: " + (
+            lines[-1].removeprefix("over all depths: ")
+        )
+    if lost["baseline"]:
+        lines[-1] += f"; the baseline diverged at {_named(lost['baseline'])}"
+    if 0 < len(changes[None]) < 3:
+        lines[-1] += "; fewer than three seeds find large differences only"
     return lines
+
+
+def diverged(rows: list[dict], column: str) -> dict[str, list[tuple[int, int]]]:
+    """By side, the depths and seeds of runs that ended without a number."""
+    lost = {"baseline": [], "candidate": []}
+    for row in rows:
+        if not is_measured(row, column):
+            lost[row["side"]].append((row["depth"], row["seed"]))
+    return lost
+
+
+def _named(runs: list[tuple[int, int]]) -> str:
+    return ", ".join(f"depth {depth} seed {seed}" for depth, seed in runs)
 
 
 def markdown(rows: list[dict], baseline: str, candidate: str) -> str:
     """A table a depth and the verdicts, for a pull request."""
-    text = [f"## {candidate} against {baseline}", "", *(f"- **{line}**" for line in verdicts(rows)[-1:])]
-    text += [*(f"- {line}" for line in verdicts(rows)[:-1]), ""]
+    *by_depth, overall = verdicts(rows)
+    text = [f"## {candidate} against {baseline}", "", f"- **{overall}**", *(f"- {line}" for line in by_depth), ""]
     for depth in sorted({row["depth"] for row in rows}):
-        text += [f"### Depth {depth}", "", "| | baseline | candidate | verdict |", "|---|---|---|---|"]
+        text += [f"### Depth {depth}", "", "| | baseline | candidate | change |", "|---|---|---|---|"]
         for column, (heading, form, _) in MEASURES.items():
-            matched = pairs(rows, column, depth)
-            if matched:
-                sides = [_spread([pair[i] for pair in matched], form) for i in (0, 1)]
-                text.append(f"| {heading} | {sides[0]} | {sides[1]} | {verdict(column, matched)} |")
+            if matched := pairs(rows, column, depth):
+                sides = [_spread([pair[i] for pair in matched.values()], form) for i in (0, 1)]
+                changed = change(column, differences(column, matched))
+                text.append(f"| {heading} | {sides[0]} | {sides[1]} | {changed} |")
         text.append("")
-    text.append("Mean ± standard deviation over seeds; the test is a paired t-test on differences, level 5 %.")
+    text.append(
+        "Mean ± standard deviation over seeds; changes with 95 % intervals. The verdict is of a paired t-test at 5 %, "
+        "with a seed's mean over depths as one observation; depths are tested after it, corrected by Holm."
+    )
     return "\n".join(text) + "\n"
 
 

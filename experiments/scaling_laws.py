@@ -16,7 +16,7 @@ from experiments.report import conclude
 from nanochat_ray.cli import one_line_errors, start_ray
 
 FLOPS = {"cpu": [1e12, 3e12], "gpu": [1e18, 2.15e18, 4.64e18, 1e19]}
-DEPTHS = {"cpu": [1, 2, 3, 4], "gpu": [10, 12, 14, 16, 18, 20]}
+DEPTHS = {"cpu": [1, 2, 3, 4], "gpu": [10, 12, 14, 16, 18, 20, 22, 24]}
 FLOPS_PER_TOKEN_AND_PARAMETER = 6  # at least
 
 
@@ -25,7 +25,7 @@ class ScalingLawsOptions(sweep.SweepOptions):
     flops: list[float] | None = None
     """Training FLOPs of each budget; the default is 1e12 and 3e12 in the cpu preset, 1e18 to 1e19 in the gpu preset."""
     depths: list[int] | None = None
-    """The default is 1 to 4 in the cpu preset, and 10 to 20 by twos in the gpu preset."""
+    """The default is 1 to 4 in the cpu preset, and 10 to 24 by twos in the gpu preset."""
 
 
 def run(options: ScalingLawsOptions) -> str:

@@ -33,7 +33,7 @@ from nanochat_ray.evals import bundle, core
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
 from nanochat_ray.train import hosts, launch, lease, pretrain
 from nanochat_ray.train.failing import described, shared
-from nanochat_ray.train.loop import OUT_OF_MEMORY
+from nanochat_ray.train.loop import DIVERGED, OUT_OF_MEMORY
 from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.plan import GPU_SHARE, predict_memory, rows_that_fit
 from nanochat_ray.train.pretrain import PretrainOptions
@@ -261,7 +261,21 @@ def train_trial(config: dict, failing: ActorHandle) -> None:
         result, options, notes = train_within_memory(options, given["base_lrs"], failing)
         finish_trial(given, options, result.checkpoint, result.run_dir, notes)
     except Exception as error:
+        report_failure(given, storage.join(storage.home(), "runs", options.run), error)
+
+
+def report_failure(given: dict, run_dir: str, error: Exception) -> None:
+    """Tell Tune of a failed run, for the next start to try again. One that diverged would only do so again: it is
+    finished, with a result that has no loss."""
+    if not (found := DIVERGED.search(str(error))):
         tune.report({"error": f"{type(error).__name__}: {error}"})
+        return
+    row = {"run": storage.name(run_dir), "notes": f"diverged: {found[0]}", "val_bpb": None, "core_metric": None}
+    row |= {key: given["options"][key] for key in ("seed", "workers")}
+    plan = storage.read_json(storage.join(run_dir, "config.json")).get("plan", {})
+    if "param_counts" in plan:  # of pretraining
+        row |= planned(plan)
+    storage.write_json(storage.join(run_dir, "result.json"), row | given["columns"])
 
 
 def finish_trial(given: dict, options: PretrainOptions, checkpoint: str, run_dir: str, notes: list[str]) -> None:
@@ -324,9 +338,23 @@ def write_result(run_dir: str, more: dict) -> None:
     val_bpb = next((line["val/bpb"] for line in reversed(lines) if line.get("val/bpb") is not None), None)
     if val_bpb is None:
         raise ValueError(f"{run_dir} has no val/bpb")
-    tokens = plan["num_iterations"] * plan["total_batch_size"]
     row = {
         "run": storage.name(run_dir),
+        **planned(plan),
+        "val_bpb": val_bpb,
+        "train_time_sec": lines[-1]["total_training_time"],
+        "tok_per_sec": speeds["train/tok_per_sec"],
+        "mfu": speeds["train/mfu"],
+        "peak_memory_mb": max(line["train/peak_memory_mb"] for line in steps),
+        "commit": config.get("commit"),
+    } | more
+    storage.write_json(storage.join(run_dir, "result.json"), row)
+
+
+def planned(plan: dict) -> dict:
+    """The columns that a run's plan decides."""
+    tokens = plan["num_iterations"] * plan["total_batch_size"]
+    return {
         "depth": plan["depth"],
         "model_dim": plan["n_embd"],
         **{f"params_{name}": plan["param_counts"][name] for name in COUNTS},
@@ -334,15 +362,8 @@ def write_result(run_dir: str, more: dict) -> None:
         "tokens_trained": tokens,
         "param_data_ratio": tokens / plan["scaling_params"],
         "flops": float(plan["flops_per_token"]) * tokens,
-        "val_bpb": val_bpb,
-        "train_time_sec": lines[-1]["total_training_time"],
-        "tok_per_sec": speeds["train/tok_per_sec"],
-        "mfu": speeds["train/mfu"],
-        "peak_memory_mb": max(line["train/peak_memory_mb"] for line in steps),
         "total_batch_size": plan["total_batch_size"],
-        "commit": config.get("commit"),
-    } | more
-    storage.write_json(storage.join(run_dir, "result.json"), row)
+    }
 
 
 # All runs
@@ -404,11 +425,14 @@ def run_trials(
 
 
 def is_finished(folder: str, trial: dict) -> bool:
-    """Whether a run has ended, and has its score if one was to be measured."""
+    """Whether a run has ended, and has its score if one was to be measured. One that diverged has none."""
     if storage.exists(storage.join(folder, trial["name"], STOPPED)):
         return True
     result = storage.join(folder, trial["name"], "result.json")
-    return storage.exists(result) and not (trial["bundle"] and storage.read_json(result)["core_metric"] is None)
+    if not storage.exists(result) or not trial["bundle"]:
+        return storage.exists(result)
+    row = storage.read_json(result)
+    return row["core_metric"] is not None or row["val_bpb"] is None
 
 
 def concurrent(workers: list[int]) -> int:
@@ -426,7 +450,7 @@ def write_results(folder: str, trials: list[dict]) -> list[dict]:
     results = [storage.join(folder, t["name"], "result.json") for t in trials]
     rows = [storage.read_json(uri) for uri in results if storage.exists(uri)]
     text = io.StringIO()
-    extra = [key for key in (rows[0] if rows else ()) if key not in COLUMNS]
+    extra = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in COLUMNS]
     writer = csv.DictWriter(text, COLUMNS + extra, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -497,8 +521,11 @@ class Progress(tune.Callback):
             said = f"{name} stopped early at step {last.get('step')}, val/bpb {last.get('val/bpb', math.nan):.4f}"
         else:
             row = storage.read_json(result)
-            score = f"val/bpb {row['val_bpb']:.4f}" if "val_bpb" in row else f"pass@1 {row['pass@1']:.3f}"
-            said = f"{name} finished, {score}, {row['train_time_sec']:,.1f} s of training"
+            if row.get("val_bpb", row.get("pass@1")) is None:
+                said = f"{name} {row['notes']}"
+            else:
+                score = f"val/bpb {row['val_bpb']:.4f}" if "val_bpb" in row else f"pass@1 {row['pass@1']:.3f}"
+                said = f"{name} finished, {score}, {row['train_time_sec']:,.1f} s of training"
             write_results(self.folder, self.trials)
         if self.live:
             self.live.update(self.table(), refresh=True)

@@ -1,10 +1,10 @@
-"""Are the base learning rates right? A search at a small depth, and whether what it finds holds at a larger one.
+"""Are the base learning rates right? A search at a small depth, and whether its find holds there and at a larger one.
 
     python -m experiments.tune_lr --preset cpu --depth 1 --transfer-depth 2
 
 Rates are drawn log-uniformly around the base rates; ASHA (arXiv:1810.05934) stops those that fall behind. A ratio
-decides how long a run is, so each has a search of its own. Then the best rates and the base rates train the larger
-depth.
+decides how long a run is, so each has a search of its own. The best of many runs is best by luck, too: so the best
+rates and the base rates are then trained at both depths with seeds that the search has not seen, and compared in pairs.
 """
 
 import math
@@ -14,7 +14,8 @@ import numpy as np
 import tyro
 from ray.tune.schedulers import ASHAScheduler
 
-from experiments import sweep
+from experiments import paired, sweep
+from experiments.compare import in_turns
 from experiments.report import conclude
 from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.model.scaling import BASE_LRS
@@ -23,7 +24,8 @@ from nanochat_ray.train.failing import shared
 DEPTHS = {"cpu": (1, 2), "gpu": (12, 20)}  # of the search and of the check
 MEASUREMENTS = 9  # of val/bpb in a run, besides the one before its first step
 NEVER = 100  # measurements after which every trial is stopped
-RUNGS_AT = 3  # measurements after which a trial may be stopped first, and by what factor the next rung is later
+RUNG = 6  # the measurement at which a trial may be stopped: after 5 of 9, the one before the first step counts
+KEPT = 3  # one of so many goes on
 
 
 @dataclass
@@ -36,6 +38,8 @@ class TuneLrOptions(sweep.SweepOptions):
     """Sets of rates; the first are the base rates."""
     factor: float = 4.0
     """Each rate is drawn from its base rate divided by this to multiplied by this."""
+    check_seeds: int = 5
+    """Seeds with which the best rates and the base rates are trained again, at each of the two depths."""
     ratios: list[float] | None = None
     """Tokens per scaling parameter, with a search for each; the default is the preset's ratio alone."""
 
@@ -51,29 +55,44 @@ def run(options: TuneLrOptions) -> str:
     name, folder = sweep.begin("tune_lr", options, inputs, depth=depth, findings=[])
     said = []
 
-    def trial(label: str, depth: int, ratio: float, rates: dict[str, float], count: int) -> dict:
+    def trial(label: str, depth: int, ratio: float, rates: dict[str, float], count: int, seed: int, **columns) -> dict:
         """One of `count` that differ in their rates alone."""
         run = sweep.pretrain_options(options, replace(preset, ratio=ratio), rows, depth, run=f"{name}/{label}")
-        run = sweep.spaced(run, MEASUREMENTS)
+        run = replace(sweep.spaced(run, MEASUREMENTS), seed=seed)
         workers, *_ = sweep.share_workers(options, [sweep.plan_of(run)] * count)
-        return sweep.trial(label, run, workers, options, base_lrs=rates, columns={"ratio": ratio, **rates})
+        return sweep.trial(
+            label, run, workers, options, base_lrs=rates, columns={"ratio": ratio, "side": None, **rates, **columns}
+        )
 
     failing = shared()
     everything, draws = [], sample_rates(options.samples, options.factor, options.seed)
     for ratio in ratios:
-        searched = [trial(f"r{ratio:g}-{i}", depth, ratio, rates, len(draws)) for i, rates in enumerate(draws)]
-        everything += searched
-        asha = ASHAScheduler("evals", "val/bpb", "min", NEVER, RUNGS_AT, reduction_factor=RUNGS_AT)
-        found = sweep.run_trials(folder, searched, scheduler=asha, failing=failing)
-        best = min(found, key=lambda row: row["val_bpb"])
-        rates = {key: best[key] for key in BASE_LRS}
-        check = [
-            trial(f"r{ratio:g}-d{larger}-{side}", larger, ratio, lrs, count=2)
-            for side, lrs in (("base", BASE_LRS), ("best", rates))
+        searched = [
+            trial(f"r{ratio:g}-{i}", depth, ratio, rates, len(draws), options.seed) for i, rates in enumerate(draws)
         ]
+        everything += searched
+        asha = ASHAScheduler("evals", "val/bpb", "min", NEVER, RUNG, reduction_factor=KEPT)
+        found = sweep.run_trials(folder, searched, scheduler=asha, failing=failing)
+        found = [row for row in found if paired.is_measured(row, "val_bpb")]
+        if not found:
+            said.append(f"ratio {ratio:g}, depth {depth}: every run diverged")
+            continue
+        best = min(found, key=lambda row: row["val_bpb"])
+        said.append(best_seen(ratio, depth, found, best))
+        rates = {key: best[key] for key in BASE_LRS}
+        if rates == BASE_LRS:
+            continue
+        check = in_turns(
+            [
+                trial(f"r{ratio:g}-d{d}-{side}-s{seed}", d, ratio, lrs, 2 * options.check_seeds, seed, side=side)
+                for d in sorted({depth, larger})
+                for seed in range(options.seed + 1, options.seed + 1 + options.check_seeds)
+                for side, lrs in (("baseline", BASE_LRS), ("candidate", rates))
+            ]
+        )
         everything += check
-        results = {row["run"]: row["val_bpb"] for row in sweep.run_trials(folder, check, failing=failing)}
-        said += sentences(ratio, depth, larger, found, best, [results[t["name"]] for t in check])
+        lines = paired.verdicts(sweep.run_trials(folder, check, failing=failing))
+        said += [f"ratio {ratio:g}, best rates against base rates with fresh seeds, {line}" for line in lines]
     sweep.write_results(folder, everything)
     sweep.begin("tune_lr", options, inputs, depth=depth, findings=said)
     return conclude(folder, "Search of learning rates")
@@ -88,17 +107,13 @@ def sample_rates(count: int, factor: float, seed: int) -> list[dict[str, float]]
     ]
 
 
-def sentences(ratio: float, depth: int, larger: int, found: list[dict], best: dict, checked: list[float]) -> list[str]:
-    base = next((row["val_bpb"] for row in found if all(row[key] == lr for key, lr in BASE_LRS.items())), None)
+def best_seen(ratio: float, depth: int, found: list[dict], best: dict) -> str:
+    """A line on the search. It gives no gain: the best of many single runs is better than its rates are."""
     factors = ", ".join(f"{key.removesuffix('_lr')} × {best[key] / lr:.2f}" for key, lr in BASE_LRS.items())
-    gain, transferred = (base - best["val_bpb"]) / base if base else None, (checked[0] - checked[1]) / checked[0]
-    beside = f"{gain:.2%} below the base rates" if base else "the base rates were stopped early"
-    return [
-        f"ratio {ratio:g}, depth {depth}: the best of {len(found)} finished trials is {factors}: "
-        f"val_bpb {best['val_bpb']:.4f}, {beside}",
-        f"ratio {ratio:g}, depth {larger}: {checked[1]:.4f} with these rates, {checked[0]:.4f} with the base rates: "
-        + (f"the gain transfers, {transferred:.2%}" if transferred > 0 else "no gain, the rates do not transfer"),
-    ]
+    line = f"ratio {ratio:g}, depth {depth}: the best seen of {len(found)} finished trials is {factors}"
+    if all(best[key] == lr for key, lr in BASE_LRS.items()):
+        return f"{line}: the base rates, nothing to check"
+    return line
 
 
 @one_line_errors

@@ -50,6 +50,8 @@ HOPELESS_NATS, UNJUDGED_STEPS = 2.0, 40
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|low on memory|MemoryError", re.I
 )
+# How Diverged, and rollouts of a model that gives no number, read once they have passed through Ray.
+DIVERGED = re.compile(r"the loss is \S+ at step \d+[^\n]*|weights are not finite[^\n]*|output is not a number[^\n]*")
 REQUESTS = (None, "save", "stop")  # what the driver may ask for after a step
 TOGETHER_SECONDS = 60.0  # in which all workers must have failed in a measurement for training to go on after it
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from experiments.leaderboard import LeaderboardOptions, beside_nanochat, run, with_scores
+from benchmarks import verdicts
+from experiments.leaderboard import LeaderboardOptions, beside_nanochat, crossing, run, with_scores
 
 PLAN = {"depth": 4, "num_iterations": 4, "total_batch_size": 1000, "scaling_params": 400}
 
@@ -35,13 +36,31 @@ def runs(nanochat_ray_home):
 
 def test_by_bpb_the_moment_counts_at_which_it_was_reached(runs, capsys):
     lines = run(LeaderboardOptions(bpb=2.0))
-    assert [(line["run"], line["step"], line["seconds"]) for line in lines] == [
-        ("series/d4", "2", 180),
-        ("slow", "2", 1800),
+    assert [(line["run"], line["step"], line["value"]) for line in lines] == [
+        ("series/d4", "2", "1.7000"),
+        ("slow", "2", "1.4000"),
     ]
+    assert lines[0]["seconds"] == pytest.approx(90 * 2 ** (1 / 1.1))  # between 3 at 90 s and 1.9 at 180 s
+    assert lines[1]["seconds"] == 1800
     assert (lines[0]["cost"], lines[1]["cost"]) == ("–", "$12.00")
     assert (lines[1]["cluster"], lines[1]["commit"], lines[1]["ratio"]) == ("8 × H100", "abc123", "10")
     assert "2 runs with val/bpb ≤ 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("measurements", [5, 20, 100])
+@pytest.mark.parametrize("sd", [0.0005, 0.004])
+def test_neither_noise_nor_how_often_a_run_measures_moves_its_time(measurements, sd):
+    """Curves that reach the target at time 1."""
+    mean, _ = verdicts.times_to_target(200, measurements, sd)
+    assert mean == pytest.approx(1, abs=0.02)
+
+
+def test_a_run_that_does_not_end_at_the_target_has_no_time():
+    lines = [{"step": i, "total_training_time": i, "total_training_flops": i, "val/bpb": v} for i, v in
+             enumerate([3.0, 1.9, 1.9, 2.1])]  # fmt: skip
+    assert crossing(lines, 2.0) is None
+    reached = crossing([*lines, lines[1] | {"step": 4, "total_training_time": 4}], 2.0)
+    assert reached["total_training_time"] > 1 / 1.1  # where a line from 3 to 1.9 crosses: some of that was luck
 
 
 def test_a_broken_run_is_left_out_with_a_line(runs, nanochat_ray_home, capsys):

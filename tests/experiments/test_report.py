@@ -175,7 +175,7 @@ def test_what_a_sweep_says_may_be_broken_too(tmp_path):
     (tmp_path / "sweep").mkdir()
     write_run(tmp_path / "sweep" / "d1", steps=3)
     (tmp_path / "sweep" / "sweep.json").write_text('{"kind": "miniseries", "inputs": {}}')
-    (tmp_path / "sweep" / "results.csv").write_text("run,depth\nd1,one\n")
+    (tmp_path / "sweep" / "results.csv").write_text("run,depth,val_bpb\nd1,one,high\n")
     source, page = report(tmp_path, str(tmp_path / "sweep"))
     assert "what the results say is left out: " in page.text
     assert "<svg" in source

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -210,11 +210,30 @@ def test_results_are_read_as_they_were_written(tmp_path):
         assert {key: read[key] for key in row} == row | {"notes": None}
 
 
+def test_a_run_that_diverged_is_finished_without_a_loss(tmp_path, monkeypatch):
+    """Nothing is raised after the others, and a second start does not train it again."""
+    told = []
+    monkeypatch.setattr(sweep.tune, "report", told.append)
+    plan = plan_run(2, sequence_len=64, vocab_size=4096, head_dim=64, window_pattern="L", num_iterations=50)
+    (tmp_path / "d2").mkdir()
+    storage.write_json(str(tmp_path / "d2" / "config.json"), {"plan": asdict(plan) | {"depth": 2, "n_embd": 128}})
+    trial = {"name": "d2", "bundle": "core", "options": {"seed": 3, "workers": 1}, "columns": {"side": "candidate"}}
+    sweep.report_failure(trial, str(tmp_path / "d2"), OSError("the disk is full"))
+    assert told == [{"error": "OSError: the disk is full"}] and not sweep.is_finished(str(tmp_path), trial)
+    error = ValueError(f"{tmp_path}/d2: the loss is nan at step 7: look at the data, or lower the learning rates")
+    sweep.report_failure(trial, str(tmp_path / "d2"), error)
+    assert len(told) == 1 and sweep.is_finished(str(tmp_path), trial)
+    [row] = sweep.write_results(str(tmp_path), [trial])
+    assert (row["val_bpb"], row["depth"], row["seed"], row["side"]) == (None, 2, 3, "candidate")
+    assert row["notes"].startswith("diverged: the loss is nan at step 7")
+
+
 def test_a_score_that_can_not_be_had_costs_a_run_nothing_and_is_measured_by_the_next_start(tmp_path, monkeypatch):
     reported, options = [], pretrain.PretrainOptions(workers=1, device_batch_size=1)
     monkeypatch.setattr(sweep.tune, "report", reported.append)
     monkeypatch.setattr(sweep.core, "run", lambda options: Path(options.bundle).read_text())
-    monkeypatch.setattr(sweep, "write_result", lambda run_dir, more: storage.write_json(f"{run_dir}/result.json", more))
+    row = {"val_bpb": 2.0}
+    monkeypatch.setattr(sweep, "write_result", lambda run, more: storage.write_json(f"{run}/result.json", row | more))
     trial = {"name": "d1", "bundle": str(tmp_path / "gone"), "max_per_task": 1, "columns": {}}
     (tmp_path / "d1").mkdir()
     sweep.measuring.failed.clear()

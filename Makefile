@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes share the cores: threads that wait for others must not spin meanwhile.
 TEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: speedrun test test-cluster check clean
+.PHONY: speedrun test test-cluster check docs clean
 
 speedrun: .venv/ready  ## raw text to a talking model; e.g. make speedrun ARGS="--depth 6"
 	$(BIN)/python -m experiments.speedrun $(ARGS)
@@ -24,6 +24,13 @@ check: .venv/ready  ## lint, format and the fast tests
 	@echo "setting up .venv, a few minutes the first time"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+docs: .venv/docs  ## the site, into site/; a broken link is an error
+	$(BIN)/python docs/build_site.py
+
+.venv/docs: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 clean:

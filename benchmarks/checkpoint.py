@@ -22,7 +22,7 @@ from rich.table import Table
 
 from benchmarks import train
 from nanochat_ray import storage
-from nanochat_ray.cli import one_line_errors, start_ray
+from nanochat_ray.session import one_line_errors, start_ray
 from nanochat_ray.train import checkpoint, hosts, launch, loop
 from nanochat_ray.train.metrics import MetricsLog
 

@@ -21,8 +21,8 @@ import numpy as np
 import ray
 import tyro
 
-from nanochat_ray.cli import start_ray
 from nanochat_ray.data import clean, sources
+from nanochat_ray.session import start_ray
 
 PEERS = Path(__file__).with_name("clean_peers.py")
 

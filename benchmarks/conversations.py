@@ -26,10 +26,10 @@ import ray
 import tiktoken
 import tyro
 
-from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.data.conversations import prepare_conversations
 from nanochat_ray.data.tokenizer import Tokenizer, train
 from nanochat_ray.evals.tasks import MixtureOptions, sft_conversations
+from nanochat_ray.session import one_line_errors, start_ray
 
 QUESTION = 0.2  # of a conversation's characters
 BATCH = 2048  # texts at a time for tiktoken

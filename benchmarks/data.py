@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_ray import storage
-from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.data import prepare, sources
 from nanochat_ray.data.loader import Loader, Rows
 from nanochat_ray.data.tokenizer import Tokenizer, train
+from nanochat_ray.session import one_line_errors, start_ray
 
 TOKENIZER_CHARS = 20_000_000  # of text to train a tokenizer on
 BATCH = 1024  # documents at a time for tiktoken: it need not keep the tokens of all the text as Python lists

@@ -16,10 +16,10 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nanochat_ray.cli import one_line_errors
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT, GPTConfig
+from nanochat_ray.session import one_line_errors
 from nanochat_ray.train.metrics import peak_flops
 
 TARGETS = {1: 700, 8: 3500, 32: 7000}  # tok/s where the matmul peak is TARGET_PEAK

@@ -21,11 +21,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals import bundle
 from nanochat_ray.evals.core import draw_shots, evaluate_core
 from nanochat_ray.model.gpt import GPT, GPTConfig
+from nanochat_ray.session import one_line_errors, start_ray
 from nanochat_ray.train.checkpoint import compute_dtype, load_model
 
 TOKENIZER = Path(__file__).resolve().parents[1] / "tests" / "golden" / "nanochat_d2"

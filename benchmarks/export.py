@@ -20,11 +20,11 @@ from rich.table import Table
 
 from benchmarks.engine import build, prompts
 from nanochat_ray import storage
-from nanochat_ray.cli import one_line_errors
 from nanochat_ray.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_ray.export import ExportOptions, run
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.session import one_line_errors
 from nanochat_ray.train.checkpoint import load_model, save_checkpoint
 
 

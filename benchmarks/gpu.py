@@ -30,7 +30,7 @@ from rich.table import Table
 
 from benchmarks.gpu_checks import CHECKS, Check
 from nanochat_ray import storage
-from nanochat_ray.cli import one_line_errors
+from nanochat_ray.session import one_line_errors
 
 TINY_LIMIT = 240  # seconds of a check with --tiny
 TINY_ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}  # tiny matmuls gain nothing from more threads

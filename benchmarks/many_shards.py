@@ -14,9 +14,9 @@ from pathlib import Path
 import tyro
 
 from nanochat_ray import storage
-from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.data import prepare
 from nanochat_ray.data.tokenizer import Tokenizer
+from nanochat_ray.session import one_line_errors, start_ray
 
 
 @dataclass

@@ -22,13 +22,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.train import tokenizer_of_size
-from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.data.tokenizer import SPECIAL_TOKENS
 from nanochat_ray.evals.tasks import arithmetic
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import BASE_LRS
+from nanochat_ray.session import one_line_errors, start_ray
 from nanochat_ray.train import rl
 from nanochat_ray.train.checkpoint import compute_dtype
 

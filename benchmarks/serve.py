@@ -29,10 +29,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import engine as engine_benchmark
-from nanochat_ray.cli import one_line_errors
 from nanochat_ray.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
+from nanochat_ray.session import one_line_errors
 from nanochat_ray.train.checkpoint import load_model, save_checkpoint
 from serving import load_test
 from serving.start import free_port

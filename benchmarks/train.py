@@ -25,10 +25,10 @@ from rich.table import Table
 from torch.autograd import DeviceType
 
 from nanochat_ray import storage
-from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.data.loader import write_rows
 from nanochat_ray.data.tokenizer import SPECIAL_TOKENS, Tokenizer
 from nanochat_ray.model.scaling import RunPlan, plan_run
+from nanochat_ray.session import one_line_errors, start_ray
 from nanochat_ray.train import hosts, launch, loop, network
 from nanochat_ray.train.metrics import MetricsLog, peak_flops, peak_memory_mb
 

@@ -29,8 +29,8 @@ from ray import tune
 from experiments import paired, sweep
 from experiments.report import conclude
 from nanochat_ray import measuring, storage
-from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.evals.tasks.rewarded import TaskOptions, load_task
+from nanochat_ray.session import one_line_errors, start_ray
 from nanochat_ray.train import checkpoint, rl
 from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.pretrain import PretrainOptions

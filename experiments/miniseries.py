@@ -13,7 +13,7 @@ import tyro
 
 from experiments import sweep
 from experiments.report import conclude
-from nanochat_ray.cli import one_line_errors, start_ray
+from nanochat_ray.session import one_line_errors, start_ray
 
 DEPTHS = {"cpu": [1, 2, 3, 4], "gpu": list(range(12, 27, 2))}
 

@@ -13,7 +13,7 @@ import tyro
 
 from experiments import sweep
 from experiments.report import conclude
-from nanochat_ray.cli import one_line_errors, start_ray
+from nanochat_ray.session import one_line_errors, start_ray
 
 FLOPS = {"cpu": [1e12, 3e12], "gpu": [1e18, 2.15e18, 4.64e18, 1e19]}
 DEPTHS = {"cpu": [1, 2, 3, 4], "gpu": [10, 12, 14, 16, 18, 20, 22, 24]}

@@ -26,7 +26,6 @@ import tyro
 from experiments import held_out, preflight
 from experiments.report import write_report
 from nanochat_ray import storage
-from nanochat_ray.cli import bpb, check_once, one_line_errors, start_ray
 from nanochat_ray.data import prepare, sources
 from nanochat_ray.data.conversations import prepare_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
@@ -38,6 +37,7 @@ from nanochat_ray.model.compiling import why_not_compiled
 from nanochat_ray.model.gpt import GPT
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import RunPlan, plan_run
+from nanochat_ray.session import bpb, check_once, one_line_errors, start_ray
 from nanochat_ray.train import checkpoint, hosts, lease, pretrain, rl, sft
 from nanochat_ray.train.metrics import read_metrics
 

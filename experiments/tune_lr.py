@@ -17,8 +17,8 @@ from ray.tune.schedulers import ASHAScheduler
 from experiments import paired, sweep
 from experiments.compare import in_turns
 from experiments.report import conclude
-from nanochat_ray.cli import one_line_errors, start_ray
 from nanochat_ray.model.scaling import BASE_LRS
+from nanochat_ray.session import one_line_errors, start_ray
 from nanochat_ray.train.failing import shared
 
 DEPTHS = {"cpu": (1, 2), "gpu": (12, 20)}  # of the search and of the check

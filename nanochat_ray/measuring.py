@@ -1,7 +1,7 @@
 """What observes a run must not cost it: measurements, samples, logs, reports.
 
 One that fails is a line at once. It is kept in `failed`, and the command ends with it, when all else is done, by exit
-status 1 (cli.one_line_errors).
+status 1 (session.one_line_errors).
 """
 
 import threading

@@ -24,7 +24,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from nanochat_ray.cli import one_line_errors
+from nanochat_ray.session import one_line_errors
 
 MAX_WAIT = 10.0  # seconds that a client turned away waits at most before its next request
 

@@ -7,7 +7,7 @@ import sys
 import forked
 import pytest
 
-from nanochat_ray import cli, measuring
+from nanochat_ray import measuring, session
 
 
 def nanochat_ray(*args):
@@ -62,21 +62,21 @@ def test_a_measurement_that_failed_is_the_exit_status_of_a_command_that_did_all_
     with pytest.raises(
         SystemExit, match=r"^error: all else is done, but CORE of step 20 failed: .*core\.yaml is missing$"
     ):
-        cli.one_line_errors(command)()
+        session.one_line_errors(command)()
     warned, done = capsys.readouterr().out.splitlines()
     assert warned.startswith("warning: CORE of step 20 failed: ") and done == "checkpoint saved"
-    cli.one_line_errors(lambda: None)()
+    session.one_line_errors(lambda: None)()
 
 
 def test_a_long_tmpdir_is_not_where_rays_sockets_are(monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     monkeypatch.setenv("TMPDIR", "/tmp/t")
-    assert "_temp_dir" not in cli.local_ray()
+    assert "_temp_dir" not in session.local_ray()
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 80)))
-    assert cli.local_ray()["_temp_dir"] == "/tmp/ray"
+    assert session.local_ray()["_temp_dir"] == "/tmp/ray"
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / ("x" * 80)))
     with pytest.raises(ValueError, match="set RAY_TMPDIR to a folder of at most"):
-        cli.local_ray()
+        session.local_ray()
 
 
 @pytest.mark.slow
@@ -85,8 +85,8 @@ def test_a_ray_of_its_own_takes_the_cpus_that_it_may_and_leaves_sigterm_to_its_d
     script = """
 import os, signal, subprocess, sys, time
 os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
-from nanochat_ray import cli
-cli.connect()
+from nanochat_ray import session
+session.connect()
 import ray
 try:
     os.killpg(0, signal.SIGTERM)

@@ -54,10 +54,10 @@ def samples_at(run_dir: str, step: int) -> str:
 
 
 def page() -> str:
-    from nanochat_ray.cli import start_ray
     from nanochat_ray.data import prepare
     from nanochat_ray.data.loader import Rows
     from nanochat_ray.data.tokenizer import Tokenizer
+    from nanochat_ray.session import start_ray
     from nanochat_ray.train import pretrain
     from nanochat_ray.train.metrics import read_metrics
 

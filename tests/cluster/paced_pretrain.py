@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from nanochat_ray.cli import one_line_errors, start_ray
+from nanochat_ray.session import one_line_errors, start_ray
 from nanochat_ray.train import pretrain
 from nanochat_ray.train.loop import Measurement
 

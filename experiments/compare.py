@@ -3,6 +3,7 @@
     python -m experiments.compare --baseline main --candidate HEAD --depths 1 2 --seeds 1 2 3
     ray job submit --working-dir . -- python -m experiments.compare --baseline FOLDER --candidate FOLDER
     python -m experiments.compare --baseline HEAD --stage rl --both checkpoint=RUN task=letters --change num_samples=8
+    python -m experiments.compare --candidate main --source TEXT --data FILTERED     # is other text better?
 
 The change is one of the code, of options, or of both. A version is a git revision, or a folder with a checkout, changes
 and all. Its code goes to the cluster as a Ray runtime environment; this process only tells it what to train. Baseline
@@ -16,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
@@ -29,11 +30,13 @@ from ray import tune
 from experiments import paired, sweep
 from experiments.report import conclude
 from nanochat_ray import measuring, storage
+from nanochat_ray.data import prepare, sources
+from nanochat_ray.evals import bpb
 from nanochat_ray.evals.tasks.rewarded import TaskOptions, load_task
 from nanochat_ray.session import one_line_errors, start_ray
-from nanochat_ray.train import checkpoint, rl
+from nanochat_ray.train import checkpoint, hosts, rl
 from nanochat_ray.train.metrics import read_metrics
-from nanochat_ray.train.pretrain import PretrainOptions
+from nanochat_ray.train.pretrain import PretrainOptions, read_manifest
 
 DEPTHS = {"cpu": [1, 2], "gpu": [12, 16]}
 SEEDS = [1, 2, 3, 4, 5]
@@ -60,6 +63,9 @@ class CompareOptions(sweep.SweepOptions):
     """NAME=VALUE of the stage's options, for all runs; rl needs checkpoint=… and task=…."""
     change: list[str] = field(default_factory=list)
     """NAME=VALUE of the stage's options, for the candidate's runs alone."""
+    data: list[str] | None = None
+    """Sources that the candidate trains on, with weights if there are to be, in place of --source. Both sides have the
+    tokenizer of --source, and are scored on its validation rows."""
     depths: list[int] | None = None
     """Of pretraining; the default is 1 and 2 in the cpu preset, and 12 and 16 in the gpu preset."""
     seeds: list[int] | None = None
@@ -76,6 +82,8 @@ def run(options: CompareOptions) -> str:
     hashes = {side: storage.fingerprint(code.hex())[:8] for side, (code, _) in sides.items()}
     labels = {side: describe(getattr(options, side), sides[side][1]) for side in sides}
     labels["candidate"] += "".join(f", {change}" for change in options.change)
+    if options.data:
+        labels["candidate"] += f", on {' '.join(options.data)}"
     plan = {"pretrain": pretraining, "rl": reinforcement}[options.stage]
     inputs, trials, task = plan(options)
     inputs |= {"code": hashes, "both": options.both, "change": options.change}
@@ -103,17 +111,22 @@ def pretraining(options: CompareOptions) -> tuple[dict, list[dict], None]:
     if preset.name == "cpu" and options.ratio is None:
         preset = replace(preset, ratio=CPU_RATIO)
     depths = sorted(options.depths or DEPTHS[preset.name])
-    rows = sweep.shared_rows(options, preset, preset.ratio * sweep.scaling_params(preset, max(depths)))
+    most_tokens = preset.ratio * sweep.scaling_params(preset, max(depths))
+    rows = dict.fromkeys(("baseline", "candidate"), sweep.shared_rows(options, preset, most_tokens))
+    if options.data:
+        rows["candidate"] = candidate_rows(options, preset, rows["baseline"], most_tokens)
     trials = []
     for side, given in sides_of(options).items():
-        runs = [sweep.pretrain_options(options, preset, rows, depth) for depth in depths]
+        runs = [sweep.pretrain_options(options, preset, rows["baseline"], depth) for depth in depths]
         runs = [sweep.spaced(with_options(run, given)) for run in runs]
         workers = sweep.share_workers(options, [sweep.plan_of(run) for run in runs])
         for run, n in zip(runs, workers, strict=True):
             for seed in options.seeds or SEEDS:
                 label = f"{side}-d{run.depth}-s{seed}"
-                trials.append(sweep.trial(label, replace(run, seed=seed), n, options, columns={"side": side}))
-    return {"rows": rows, "preset": asdict(preset)}, in_turns(trials), None
+                run = replace(run, seed=seed, rows=rows[side])
+                scored_on = rows["baseline"] if options.data else None
+                trials.append(sweep.trial(label, run, n, options, columns={"side": side}, scored_on=scored_on))
+    return {"rows": rows["baseline"], "data": rows["candidate"], "preset": asdict(preset)}, in_turns(trials), None
 
 
 def reinforcement(options: CompareOptions) -> tuple[dict, list[dict], rl.Task]:
@@ -175,6 +188,46 @@ def in_turns(trials: list[dict]) -> list[dict]:
 def describe(version: str, commit: str | None) -> str:
     name = Path(version).resolve().name if os.path.isdir(version) else version
     return f"{name} ({commit})" if commit and not commit.startswith(name) else name
+
+
+# Other data
+
+
+def candidate_rows(options: CompareOptions, preset: sweep.Preset, baseline: str, tokens: float) -> str:
+    """The folder of rows of --data, made with the baseline's tokenizer, and prepared unless it is there.
+
+    Raises ValueError when its training text has documents that both sides are scored on."""
+    if options.rows:
+        raise ValueError("--data goes with --source, not with --rows, which don't say what text they are of")
+    same = {"tokens": int(tokens), "vocab_size": preset.vocab_size, "sequence_len": preset.sequence_len}
+    theirs = prepare.PrepareOptions(preset.source, **same)
+    ours = prepare.PrepareOptions(options.data, tokenizer=read_manifest(baseline)["tokenizer"], **same)
+    found = prepare.find_sources(ours)
+    check_held_out(prepare.find_sources(theirs), found)
+    return prepare.run(ours, found).rows
+
+
+def check_held_out(baseline: list[sources.Source], candidate: list[sources.Source]) -> None:
+    """Raises ValueError when the candidate trains on validation documents of the baseline.
+
+    A source that both have is not read, as it holds out the same documents for both."""
+    held_out = {document for source in baseline for document in hashes(source.val)}
+    both = {source.fingerprint for source in baseline} & {source.fingerprint for source in candidate}
+    for source in candidate:
+        if source.fingerprint in both:
+            continue
+        if seen := held_out.intersection(hashes(source.train)):
+            raise ValueError(
+                f"{source.name} has {len(seen):,} of the {len(held_out):,} documents that both sides are scored on: "
+                "take them out of it, for instance with the same val/ folder beside both"
+            )
+
+
+def hashes(shards: Sequence[sources.Shard]) -> Iterator[int]:
+    """Of the documents, without the space around them."""
+    for shard in shards:
+        for text in sources.read_documents(shard, sources.Reading()):
+            yield hash(text.strip())
 
 
 # Versions of the code
@@ -241,8 +294,10 @@ def train_version(config: dict, task: rl.Task | None) -> None:
         trained = watch(_train_there(uri).remote(changed, task), run_dir)
         if task:
             write_rl_result(run_dir, given)
-        else:
-            sweep.finish_trial(given, options, trained, run_dir, notes=[])
+            return
+        if given["scored_on"]:  # other rows than those that it held out itself
+            given["columns"] |= {"val_bpb": score(trained, given["scored_on"], options)}
+        sweep.finish_trial(given, options, trained, run_dir, notes=[])
     except Exception as error:
         sweep.report_failure(given, run_dir, error)
 
@@ -284,6 +339,14 @@ def write_rl_result(run_dir: str, given: dict) -> None:
         f"pass@{options['eval_samples']}": scores[-1][f"pass@{options['eval_samples']}"],
     }
     storage.write_json(storage.join(run_dir, "result.json"), row | given["columns"])
+
+
+def score(checkpoint: str, rows: str, options: PretrainOptions) -> float:
+    """Bits per byte on the validation rows of a folder, measured where a training worker would have room."""
+    scaling = hosts.scaling_config(1, options.use_gpu)
+    device = "cuda" if scaling.use_gpu else "cpu"
+    given = bpb.BpbOptions(checkpoint, rows, options.eval_tokens, device=device, dtype=options.dtype)
+    return ray.get(ray.remote(num_cpus=1, num_gpus=int(scaling.use_gpu))(bpb.run).remote(given))["val/bpb"]
 
 
 def watch(result: ray.ObjectRef, run_dir: str) -> str:

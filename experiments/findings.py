@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from markupsafe import Markup
 
-from experiments import fits, paired
+from experiments import fits, mixing_laws, paired
 from experiments.leaderboard import GPT2_CORE
-from experiments.svg import INK, SERIES, empty_figure, style, svg
+from experiments.svg import GRID, INK, SERIES, empty_figure, style, svg
 from experiments.sweep import read_results
 from nanochat_ray import storage
 from nanochat_ray.model.scaling import RunPlan, plan_run
@@ -326,4 +326,122 @@ def tune_lr(rows: list[dict], about: dict, folder: str) -> Findings:
     return found
 
 
-KINDS = {"miniseries": miniseries, "scaling_laws": scaling_laws, "compare": compare, "tune_lr": tune_lr}
+# Mixtures
+
+
+def mixtures(rows: list[dict], about: dict, folder: str) -> Findings:
+    found = Findings("Mixtures")
+    names, target = about["sources"], np.array(list(about["target"].values()))
+    for row in rows:
+        row["target_bpb"] = round(float(mixing_laws.measured([row], names)[1][0] @ target), 4)
+    goal = " + ".join(f"{weight:.2g}·{name}" for name, weight in about["target"].items() if weight)
+    found.sentences.append(f"target_bpb is {goal}, in bits per byte; intervals are 95 %")
+    fitted, points = {}, {}
+    for depth in sorted({row["depth"] for row in rows}):
+        of_depth = [row for row in rows if row["depth"] == depth]
+        points[depth] = {row["mixture"]: row for row in of_depth if not row["mixture"].startswith("best-")}
+        try:
+            fitted[depth] = mixing_laws.fit(*mixing_laws.measured(list(points[depth].values()), names), target)
+        except ValueError as error:
+            found.sentences.append(f"depth {depth}: {error}")
+            continue
+        found.sentences += _best_mixture(depth, fitted[depth], names, points[depth], of_depth)
+    for smaller, larger in zip(fitted, list(fitted)[1:], strict=False):
+        found.sentences += _transfer(smaller, larger, fitted, points)
+    if fitted:
+        found.figures.append(
+            ("The best share of each source, by depth, with its interval", _shares_figure(fitted, names))
+        )
+        caption = "Bits per byte of the target: measured, against those of the law"
+        found.figures.append((caption, _law_figure(fitted, points, names)))
+    return found
+
+
+def _best_mixture(
+    depth: int, fit: mixing_laws.Fit, names: list[str], points: dict[str, dict], rows: list[dict]
+) -> list[str]:
+    """What is best at a depth, how much is gained by it, and what the runs that checked it gave."""
+    shares = ", ".join(
+        f"{name} {share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
+        for name, share in zip(names, fit.shares, strict=True)
+    )
+    lines = [
+        f"depth {depth}: the best mixture is {shares}: target_bpb {fit.loss(fit.best)} by the law "
+        f"(points lie {fit.relative_error:.2%} about it)"
+    ]
+    for label, words in (("equal", "the equal mixture"), ("size", "the mixture by size")):
+        if label in points:
+            shares_there, _ = mixing_laws.measured([points[label]], names)
+            lines.append(f"depth {depth}: the best mixture {_gain(fit.gain(fit.best, shares_there[0]), words)}")
+    lowest = min(points.values(), key=lambda row: row["target_bpb"])
+    measured = f"the lowest of the {len(points)} mixtures, {lowest['mixture']}, has {lowest['target_bpb']:.4f}"
+    for row in rows:
+        if row["mixture"] not in points:
+            shares_there, _ = mixing_laws.measured([row], names)
+            measured += (
+                f"; a run with the smallest depth's best has {row['target_bpb']:.4f}, "
+                f"for which the law says {fit.loss(shares_there[0])}"
+            )
+    return [*lines, f"depth {depth}, measured: {measured}"]
+
+
+def _gain(gain: fits.Estimate, than: str) -> str:
+    where = "below" if gain.value >= 0 else "above"
+    interval = f"[{-gain.high:+.2%}, {-gain.low:+.2%}]"
+    if gain.low > 0 or gain.high < 0:
+        return f"is {abs(gain.value):.2%} {where} {than} {interval}"
+    return f"is not distinguishable from {than}: {abs(gain.value):.2%} {where} it {interval}"
+
+
+def _transfer(
+    smaller: int, larger: int, fitted: dict[int, mixing_laws.Fit], points: dict[int, dict[str, dict]]
+) -> list[str]:
+    """Whether the order of the mixtures, and the best of them, is the same at the next depth."""
+    both = [label for label in points[smaller] if label in points[larger]]
+    same, pairs, p = mixing_laws.same_order(
+        *([points[depth][label]["target_bpb"] for label in both] for depth in (smaller, larger))
+    )
+    small, large = fitted[smaller], fitted[larger]
+    equal = np.full(len(small.best), 1 / len(small.best))
+    lost = large.gain(large.best, small.best)
+    holds = "holds" if large.gain(small.best, equal).low > 0 else "can't be said to hold"
+    return [
+        f"depths {smaller} and {larger} put {same} of {pairs} pairs of mixtures in one order (Kendall's p {p:.2g})",
+        f"the best mixture of depth {smaller} {holds} at depth {larger}: by the law there it "
+        f"{_gain(large.gain(small.best, equal), 'the equal mixture')}, and {lost.value:.2%} above the best",
+    ]
+
+
+def _shares_figure(fitted: dict[int, mixing_laws.Fit], names: list[str]) -> Markup:
+    figure, axes = empty_figure(5.6, 3.4)
+    for i, (depth, fit) in enumerate(fitted.items()):
+        x = np.arange(len(names)) + (i - (len(fitted) - 1) / 2) * 0.15
+        for at, share in zip(x, fit.shares, strict=True):
+            axes.plot([at, at], [share.low, share.high], color=SERIES[i % len(SERIES)], linewidth=1.5)
+        axes.plot(x, fit.best, "o", color=SERIES[i % len(SERIES)], markersize=5)
+        axes.annotate(f"d{depth}", (x[-1], fit.best[-1]), (5, 5), textcoords="offset points", color=INK, fontsize=9)
+    axes.margins(x=0.1)
+    style(axes, "share of the training rows, by source")
+    axes.set_xticks(range(len(names)), names)
+    return svg(figure, "best shares by source")
+
+
+def _law_figure(fitted: dict[int, mixing_laws.Fit], points: dict[int, dict[str, dict]], names: list[str]) -> Markup:
+    figure, axes = empty_figure(5.6, 3.6)
+    for i, (depth, fit) in enumerate(fitted.items()):
+        shares, _ = mixing_laws.measured(list(points[depth].values()), names)
+        x, y = [fit.loss(r).value for r in shares], [row["target_bpb"] for row in points[depth].values()]
+        axes.plot([min(x), max(x)], [min(x), max(x)], color=GRID, linewidth=1.2)
+        axes.plot(x, y, "o", color=SERIES[i % len(SERIES)], markersize=5)
+        axes.annotate(f"d{depth}", (max(x), max(y)), (-18, 0), textcoords="offset points", color=INK, fontsize=9)
+    style(axes, "by the law")
+    return svg(figure, "measured against the law")
+
+
+KINDS = {
+    "miniseries": miniseries,
+    "scaling_laws": scaling_laws,
+    "compare": compare,
+    "tune_lr": tune_lr,
+    "mixtures": mixtures,
+}

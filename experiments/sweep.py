@@ -57,7 +57,7 @@ class Preset:
     """What a machine can do in one go; the depths decide the rest."""
 
     name: str
-    source: str
+    source: str | list[str]
     vocab_size: int
     sequence_len: int
     head_dim: int
@@ -84,8 +84,8 @@ PRESETS = {
 class SweepOptions:
     preset: Literal["auto", "cpu", "gpu"] = "auto"
     """cpu: minutes on a laptop, on docstrings of the installed packages. gpu: nanochat's sizes, on climbmix."""
-    source: str | None = None
-    """pydocs, climbmix, or a folder of parquet, jsonl or txt files; the default is the preset's."""
+    source: list[str] | None = None
+    """One source or several to mix, as for prepare; the default is the preset's."""
     rows: str | None = None
     """Folder of rows that prepare made, in place of a source."""
     ratio: float | None = None
@@ -335,18 +335,19 @@ def write_result(run_dir: str, more: dict) -> None:
         key: median(values) if (values := [line[key] for line in steps if line[key] is not None]) else None
         for key in ("train/tok_per_sec", "train/mfu")
     }
-    val_bpb = next((line["val/bpb"] for line in reversed(lines) if line.get("val/bpb") is not None), None)
-    if val_bpb is None:
+    measured = next((line for line in reversed(lines) if line.get("val/bpb") is not None), None)
+    if measured is None:
         raise ValueError(f"{run_dir} has no val/bpb")
     row = {
         "run": storage.name(run_dir),
         **planned(plan),
-        "val_bpb": val_bpb,
+        "val_bpb": measured["val/bpb"],
         "train_time_sec": lines[-1]["total_training_time"],
         "tok_per_sec": speeds["train/tok_per_sec"],
         "mfu": speeds["train/mfu"],
         "peak_memory_mb": max(line["train/peak_memory_mb"] for line in steps),
         "commit": config.get("commit"),
+        **{key.replace("val/bpb", "val_bpb"): bpb for key, bpb in measured.items() if key.startswith("val/bpb/")},
     } | more
     storage.write_json(storage.join(run_dir, "result.json"), row)
 

@@ -1,6 +1,7 @@
-"""Versions of the code as they go to the cluster, and a run with one that is not this one."""
+"""Versions of the code as they go to the cluster, a run with one that is not this one, and data of its own."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from experiments import compare
 from nanochat_ray import storage
+from nanochat_ray.data import sources
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.train import checkpoint
@@ -61,10 +63,6 @@ def test_a_revision_is_taken_as_it_was_committed(checkout, monkeypatch):
 RUN = """
 import sys, ray
 from experiments import compare
-from nanochat_ray import storage
-from nanochat_ray.data.tokenizer import Tokenizer
-from nanochat_ray.model.gpt import GPT, GPTConfig
-from nanochat_ray.train import checkpoint
 
 with compare.ray_started_elsewhere():
     print(ray.get(compare._train_there(f"file://{sys.argv[1]}").remote({"depth": 3}, None)))
@@ -130,3 +128,21 @@ def test_a_change_of_rl_is_judged_by_held_out_questions(golden, nanochat_ray_hom
     assert "num_samples=2 against" in (nanochat_ray_home / "runs" / "rl" / "compare.md").read_text()
     runs = [storage.read_json(str(path)) for path in sorted(nanochat_ray_home.glob("runs/rl/*-s*/result.json"))]
     assert [(run["side"], run["seed"], run["answers"]) for run in runs] == [("baseline", 7, 16), ("candidate", 7, 8)]
+
+
+def write_texts(folder: Path, splits: dict[str, list[str]]) -> sources.Source:
+    for split, texts in splits.items():
+        (folder / split).mkdir(parents=True)
+        (folder / split / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return sources.resolve(str(folder))
+
+
+def test_data_must_not_have_what_it_is_scored_on(tmp_path):
+    """A filtered copy that holds out other documents is refused; with the same val/ beside it, it is taken."""
+    texts = [f"document {i} of the baseline" for i in range(100)]
+    baseline = write_texts(tmp_path / "all", {"train": texts[10:], "val": texts[:10]})
+    filtered = write_texts(tmp_path / "filtered", {"train": texts[10:60], "val": texts[:10]})
+    unsplit = write_texts(tmp_path / "unsplit", {".": [*texts[10:60], " document 3 of the baseline\n", *texts[4:6]]})
+    compare.check_held_out([baseline], [baseline, filtered])
+    with pytest.raises(ValueError, match="unsplit has 3 of the 10 documents that both sides are scored on"):
+        compare.check_held_out([baseline], [unsplit])

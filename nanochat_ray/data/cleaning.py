@@ -38,6 +38,7 @@ class Counts:
     kept: int = 0
     dropped: dict[str, Counter] = field(default_factory=dict)  # by step, by reason
     samples: dict[str, list[str]] = field(default_factory=dict)  # by step
+    unreadable: list[str] = field(default_factory=list)  # a line for each damaged file
 
     def drop(self, step: str, reason: str, text: str) -> None:
         self.dropped.setdefault(step, Counter())[reason] += 1
@@ -47,6 +48,7 @@ class Counts:
     def add(self, other: dict) -> None:
         self.documents += other["documents"]
         self.kept += other["kept"]
+        self.unreadable += other["unreadable"]
         for step, reasons in other["dropped"].items():
             self.dropped.setdefault(step, Counter()).update(reasons)
         for step, samples in other["samples"].items():
@@ -73,7 +75,7 @@ def cleaned(source: sources.Source, steps: list[str], tests: str | None = None) 
     shards = [("val", shard) for shard in source.val] + [("train", shard) for shard in source.train]
     parts = [f"{split}_{i:05d}.parquet" for i, (split, _) in enumerate(shards)]
     if not storage.exists(uri):
-        _run(folder, [shard for _, shard in shards], parts, steps, of_tests)
+        _run(folder, source, [shard for _, shard in shards], parts, steps, of_tests)
     manifest = storage.read_json(uri)
     _say(source.name, manifest, folder)
     left: dict[str, list[sources.Shard]] = {"train": [], "val": []}
@@ -90,9 +92,7 @@ def cleaned(source: sources.Source, steps: list[str], tests: str | None = None) 
         train=tuple(left["train"]),
         val=tuple(left["val"]),
         fingerprint=inputs,
-        files=len(shards),
-        unreadable=(),
-        empty=(),
+        unreadable=tuple(dict.fromkeys((*source.unreadable, *manifest["unreadable"]))),
     )
 
 
@@ -118,7 +118,14 @@ def _strings(value) -> Iterator[str]:
             yield from _strings(part)
 
 
-def _run(folder: str, shards: list[sources.Shard], parts: list[str], steps: list[str], of_tests: np.ndarray) -> None:
+def _run(
+    folder: str,
+    source: sources.Source,
+    shards: list[sources.Shard],
+    parts: list[str],
+    steps: list[str],
+    of_tests: np.ndarray,
+) -> None:
     signed = [step for step in steps if step in (EXACT, NEAR)]
     first = storage.join(folder, "first") if signed else folder
     of_tests = ray.put(of_tests)
@@ -127,6 +134,7 @@ def _run(folder: str, shards: list[sources.Shard], parts: list[str], steps: list
     counts, kept = Counts(), [counts["kept"] for counts in of_first]
     for of_shard in of_first:
         counts.add(of_shard)
+    sources.check_unreadable(source.files, sorted({*source.unreadable, *counts.unreadable}))
     if signed:
         uris = [uri for _, uri in jobs]
         again = np.split(find_duplicates(uris, sum(kept), signed), np.cumsum(kept)[:-1])
@@ -144,16 +152,24 @@ def _run(folder: str, shards: list[sources.Shard], parts: list[str], steps: list
 
 
 def _map(jobs: list[tuple], function: Callable[..., dict], doing: str) -> list[dict]:
-    """function(*job) of each in a Ray task, in order, with a line whenever a tenth is done."""
+    """function(*job) of each in a Ray task, in order, with a line whenever a tenth is done.
+
+    An error is returned by the task and raised here: Ray would wrap one clear line in pages of its own trace."""
     items = [{"number": number, "job": pickle.dumps(job)} for number, job in enumerate(jobs)]
 
     def task(row: dict) -> dict:
-        return {"number": row["number"], "result": pickle.dumps(function(*pickle.loads(row["job"])))}
+        try:
+            result = function(*pickle.loads(row["job"]))
+        except (ValueError, OSError) as error:
+            result = (OSError if isinstance(error, OSError) else ValueError)(str(error))
+        return {"number": row["number"], "result": pickle.dumps(result)}
 
     blocks = ray.data.from_items(items, override_num_blocks=len(items)).map(task, num_cpus=1)
     results = {}
     for row in blocks.iter_rows():  # as they end
-        results[row["number"]] = pickle.loads(row["result"])
+        results[row["number"]] = result = pickle.loads(row["result"])
+        if isinstance(result, Exception):
+            raise result
         if 10 * len(results) // len(jobs) > 10 * (len(results) - 1) // len(jobs):
             print(f"clean: {len(results)}/{len(jobs)} shards, {doing}", flush=True)
     return [results[number] for number in range(len(jobs))]
@@ -164,10 +180,10 @@ def write_kept(shard: sources.Shard, uri: str, steps: list[str], of_tests: np.nd
     They are kept beside the file, as .json, and returned at once where they are there."""
     if storage.exists(f"{uri}.json"):
         return storage.read_json(f"{uri}.json")
-    counts, signatures = Counts(), []
+    counts, signatures, reading = Counts(), [], sources.Reading()
 
     def batches() -> Iterator[list[str]]:
-        documents = sources.read_documents(shard, sources.Reading())
+        documents = sources.read_documents(shard, reading)
         while texts := list(islice(documents, BATCH)):
             counts.documents += len(texts)
             kept = apply_rules(texts, steps, of_tests, counts)
@@ -175,6 +191,7 @@ def write_kept(shard: sources.Shard, uri: str, steps: list[str], of_tests: np.nd
             yield kept
 
     counts.kept = _write_texts(uri, batches())
+    counts.unreadable = reading.unreadable
     for step in signatures[0] if signatures else ():
         buffer = io.BytesIO()
         np.save(buffer, np.concatenate([of_batch[step] for of_batch in signatures]))

@@ -163,6 +163,13 @@ def test_prepare_makes_rows_of_what_is_left(source, ray_session, golden, tmp_pat
     assert documents == [43, 40]
 
 
+@pytest.mark.slow
+def test_a_file_that_can_not_be_read_is_named(source, ray_session, tmp_path):
+    (tmp_path / "text" / "part_1.jsonl").write_text("no json\n")
+    with pytest.raises(ValueError, match=r"part_1\.jsonl.*1 of 3 files can't be read"):
+        cleaning.cleaned(source, ["c4"])
+
+
 def test_a_shard_that_is_written_is_not_done_again(source, tmp_path, monkeypatch):
     uri = str(tmp_path / "kept.parquet")
     counts = cleaning.write_kept(source.train[0], uri, ["c4", "exact"], np.zeros(0, np.uint64))

@@ -8,6 +8,7 @@ import threading
 from base64 import b64decode
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors import safe_open
@@ -340,6 +341,7 @@ def test_an_export_is_pushed_to_the_hub(run_dir, tmp_path, monkeypatch):
         server.files, server.url = {}, f"http://127.0.0.1:{server.server_address[1]}"
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # an earlier test may have set it
         options = ExportOptions(run_dir, str(tmp_path / "out"), push="me/model")
         try:
             monkeypatch.setenv("HF_TOKEN", "hf_wrong")

@@ -166,6 +166,6 @@ def test_help_of_every_stage_and_experiment(tmp_path):
 
 @pytest.mark.cluster
 def test_help_of_every_benchmark(tmp_path):
-    started_by_others = {"benchmarks.gpu_checks", "benchmarks.rl_peer"}
+    started_by_others = {"benchmarks.gpu_checks", "benchmarks.rl_peer", "benchmarks.clean_peers"}
     modules = set(modules_with_a_main("benchmarks")) - started_by_others
     check_help(tmp_path / "home", [(module,) for module in sorted(modules)])

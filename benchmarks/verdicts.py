@@ -4,6 +4,7 @@ python -m benchmarks.verdicts          # the tables of docs/experiments.md, a mi
 """
 
 import numpy as np
+import tyro
 
 from experiments import fits, paired
 from experiments.compare import in_turns
@@ -112,6 +113,11 @@ def table(*head: str, rows: list[list]) -> None:
 
 
 def main(draws: int = 500) -> None:
+    """Print the tables.
+
+    Args:
+        draws: Simulated results for each number.
+    """
     rows = [
         [f"{depths} depths, correlation {together}"]
         + [share(draws, any_verdict, effects=[0.0] * depths, seeds=n, together=together) for n in (3, 5)]
@@ -160,4 +166,4 @@ def main(draws: int = 500) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, prog="python -m benchmarks.verdicts")

@@ -42,6 +42,7 @@ DEPTHS = {"cpu": [1, 2], "gpu": [12, 16]}
 SEEDS = [1, 2, 3, 4, 5]
 # Tokens per scaling parameter in the cpu preset: with its 0.3, a run is over before bad learning rates show at depth 2.
 CPU_RATIO = 1.0
+DECIDED = ("run", "seed", "depth", "rows")  # by options of their own
 CODE = ("nanochat_ray", "pyproject.toml")  # what a run needs of a version
 POLL_SECONDS = 2.0
 
@@ -135,6 +136,9 @@ def reinforcement(options: CompareOptions) -> tuple[dict, list[dict], rl.Task]:
     base = sides["baseline"]
     if not base.checkpoint or not base.task:
         raise ValueError("--stage rl compares runs from a chat model on a task: --both checkpoint=… task=…")
+    candidate = sides["candidate"]
+    if options.data or (candidate.checkpoint, candidate.task) != (base.checkpoint, base.task):
+        raise ValueError("--stage rl has one checkpoint and one task for both sides, and no --data")
     start = checkpoint.resolve_checkpoint(storage.absolute(base.checkpoint))
     task = load_task(base)
     depth = checkpoint.read_meta(start)["model_config"]["n_layer"]
@@ -163,9 +167,12 @@ def sides_of(options: CompareOptions) -> dict[str, list[str]]:
 
 
 def with_options(default, given: list[str]):
-    """The dataclass with NAME=VALUE of its options. Raises ValueError for another form; tyro names what is unknown."""
+    """The dataclass with NAME=VALUE of its options. Raises ValueError for another form, and for what the comparison
+    itself decides; tyro names what is unknown."""
     if malformed := [text for text in given if "=" not in text]:
         raise ValueError(f"{malformed[0]!r} is no NAME=VALUE: --both and --change take options of the stage so")
+    if decided := [text for text in given if text.partition("=")[0] in DECIDED]:
+        raise ValueError(f"{decided[0]!r}: {', '.join(DECIDED)} are not among --both and --change, see --help")
     flags = [flag for text in given for flag in (f"--{text.partition('=')[0]}", text.partition("=")[2])]
     config = (tyro.conf.FlagConversionOff,)
     return tyro.cli(type(default), args=flags, default=default, prog="--both and --change, as options:", config=config)

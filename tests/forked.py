@@ -21,6 +21,9 @@ def run(module: str, *args: str, environment: dict[str, str]) -> CompletedProces
         process = FORKSERVER.Process(target=_run, args=(module, args, environment, Path(folder)))
         process.start()
         process.join(120)
+        if process.exitcode is None:
+            process.kill()
+            raise TimeoutError(f"{module} {' '.join(args)} does not end")
         said = [(Path(folder) / name).read_text() for name in ("stdout", "stderr")]
     return CompletedProcess([module, *args], process.exitcode, *said)
 

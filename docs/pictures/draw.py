@@ -7,8 +7,8 @@ HERE = Path(__file__).parent
 CHAR, LINE, PAD, GAP = 7.0, 18, 12, 44  # pixels: a letter, a line of text, a box's border, an arrow
 INK, PAPER, FILL, ACCENT = "#1f2933", "#ffffff", "#e8eefc", "#3451b2"
 
-# Each picture is a row of boxes with arrows between them. A box has a title and lines of text. The second string is
-# what a screen reader says.
+# Each picture is a row of boxes with arrows between them. A box has a title and lines of text. A screen
+# reader says the string before the boxes.
 FLOWS = {
     "prepare": (
         "prepare reads documents, encodes them, packs them and writes row files",

@@ -1,6 +1,6 @@
 """Steps that clean text: rules that drop documents, and signatures by which duplicates are found.
 
-Each rule is a function of one text that returns why it is dropped, or None. Rules and thresholds are those of Gopher
+Each of RULES takes texts and returns for each why it is dropped, or None. Rules and thresholds are those of Gopher
 (arXiv:2112.11446, table A1), C4 (arXiv:1910.10683, section 2.2) and FineWeb (arXiv:2406.17557, section 3.6), duplicates
 are found as FineWeb does it: by MinHash (Broder 1997) over 5-grams of words, 112 hashes in 14 bands of 8.
 """
@@ -27,10 +27,8 @@ MOST_TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
 MOST_REPEATED_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 SHINGLE = 5  # words
-BANDS, BAND_HASHES = (
-    14,
-    8,
-)  # texts of a Jaccard similarity of 0.8 share a band with a probability of 0.92
+# Texts whose Jaccard similarity is 0.8 share a band with a probability of 0.92.
+BANDS, BAND_HASHES = 14, 8
 SHARED_WORDS = 13  # in a row, that a text and a test must not share (GPT-3, arXiv:2005.14165, appendix C)
 BLOCK, MOST_CHARS = 2**16, 2**22  # see blocks
 MOST_CODE = 0x20000  # letters beyond are rare: they count as they are

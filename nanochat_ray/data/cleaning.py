@@ -180,7 +180,7 @@ def write_kept(shard: sources.Shard, uri: str, steps: list[str], of_tests: np.nd
     They are kept beside the file, as .json, and returned at once where they are there."""
     if storage.exists(f"{uri}.json"):
         return storage.read_json(f"{uri}.json")
-    counts, signatures, reading = Counts(), [], sources.Reading()
+    counts, signatures, reading = Counts(), [signatures_of([], steps)], sources.Reading()  # those of no document
 
     def batches() -> Iterator[list[str]]:
         documents = sources.read_documents(shard, reading)
@@ -192,7 +192,7 @@ def write_kept(shard: sources.Shard, uri: str, steps: list[str], of_tests: np.nd
 
     counts.kept = _write_texts(uri, batches())
     counts.unreadable = reading.unreadable
-    for step in signatures[0] if signatures else ():
+    for step in signatures[0]:
         buffer = io.BytesIO()
         np.save(buffer, np.concatenate([of_batch[step] for of_batch in signatures]))
         storage.write_bytes(f"{uri}.{step}.npy", buffer.getvalue())
@@ -223,7 +223,7 @@ def signatures_of(texts: list[str], steps: list[str]) -> dict[str, np.ndarray]:
     if EXACT in steps:
         of_steps[EXACT] = np.frombuffer(b"".join(map(clean.digest, texts)), np.uint64)[:, None]
     if NEAR in steps:
-        of_steps[NEAR] = clean.bands(texts) if texts else np.zeros((0, clean.BANDS), np.uint64)
+        of_steps[NEAR] = clean.bands(texts)
     return of_steps
 
 

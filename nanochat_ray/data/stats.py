@@ -16,7 +16,7 @@ from nanochat_ray.data.mixture import shares
 from nanochat_ray.data.prepare import MAX_TASKS, PrepareOptions, Sample, find_sources, parse_sources
 from nanochat_ray.data.tokenizer import Tokenizer, train
 
-TOKENIZER_CHARS = 5_000_000  # that a tokenizer is trained on where none is named, to say how many tokens there are
+TOKENIZER_CHARS = 5_000_000  # train a quick tokenizer where none is named: it says about how many tokens there are
 SAMPLED, SAMPLED_CHARS = 200, 20_000  # documents whose tokens are counted, and how much of each
 EXAMPLES, EXAMPLE_CHARS = 5, 300
 LENGTHS = 34  # powers of two: the longest document that is told apart has 8 GB

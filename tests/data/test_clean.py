@@ -163,6 +163,18 @@ def test_prepare_makes_rows_of_what_is_left(source, ray_session, golden, tmp_pat
     assert documents == [43, 40]
 
 
+def test_a_shard_of_which_nothing_is_left_has_signatures_too(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "{"}) + "\n")
+    (tmp_path / "b.jsonl").write_text("\n")
+    uris = [str(tmp_path / f"{name}.parquet") for name in "ab"]
+    for name, uri in zip("ab", uris, strict=True):
+        shard = sources.Shard(str(tmp_path / f"{name}.jsonl"), "text")
+        assert cleaning.write_kept(shard, uri, ["c4", "exact", "near"], np.zeros(0, np.uint64))["kept"] == 0
+    for uri in uris:
+        assert np.load(f"{uri}.exact.npy").shape == (0, 1) and np.load(f"{uri}.near.npy").shape == (0, clean.BANDS)
+        assert cleaning.write_without(uri, f"{uri}.out", np.packbits(np.zeros(0, bool)))["kept"] == 0
+
+
 @pytest.mark.slow
 def test_a_file_that_can_not_be_read_is_named(source, ray_session, tmp_path):
     (tmp_path / "text" / "part_1.jsonl").write_text("no json\n")

@@ -103,6 +103,15 @@ def test_options_of_the_stage_are_by_name():
     assert (o.checkpoint, o.task, o.staleness, o.advantage_by_std) == ("a", "b", 1, True)
     with pytest.raises(ValueError, match="'staleness' is no NAME=VALUE"):
         compare.with_options(o, ["staleness"])
+    with pytest.raises(ValueError, match="'seed=3': run, seed, depth, rows are not among"):
+        compare.with_options(o, ["seed=3"])
+
+
+@pytest.mark.parametrize("given", [{"change": ["task=counting"]}, {"change": ["checkpoint=c"]}, {"data": ["text"]}])
+def test_sides_of_rl_do_not_differ_in_what_they_are_judged_by(given):
+    options = compare.CompareOptions(stage="rl", both=["checkpoint=b", "task=letters"], **given)
+    with pytest.raises(ValueError, match="one checkpoint and one task for both sides, and no --data"):
+        compare.reinforcement(options)
 
 
 @pytest.mark.cluster

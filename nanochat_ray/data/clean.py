@@ -1,8 +1,8 @@
-"""Steps that clean text: rules that drop documents, and signatures by which duplicates are found.
+"""Quality rules, duplicate detection and decontamination as pure functions on batches of texts.
 
-Each of RULES takes texts and returns for each why it is dropped, or None. Rules and thresholds are those of Gopher
-(arXiv:2112.11446, table A1), C4 (arXiv:1910.10683, section 2.2) and FineWeb (arXiv:2406.17557, section 3.6), duplicates
-are found as FineWeb does it: by MinHash (Broder 1997) over 5-grams of words, 112 hashes in 14 bands of 8.
+A rule of RULES returns for each text the reason to drop it, or None. The rules and their thresholds come from Gopher
+(arXiv:2112.11446, table A1), C4 (arXiv:1910.10683, section 2.2) and FineWeb (arXiv:2406.17557, section 3.6). Near
+duplicates are found as in FineWeb, by MinHash (Broder 1997) over 5-grams of words: 112 hashes in 14 bands of 8.
 """
 
 import hashlib
@@ -22,16 +22,16 @@ STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 SENTENCE_ENDS = (".", "!", "?", '"', "'", "”", "’", "。", "！", "？", "…")
 BULLETS = ("-", "*", "•", "‣", "◦", "●", "–")
 SENTENCE = re.compile(r"[.!?。！？]+(?:\s|$)")
-# Share of a text's characters that may be in its most frequent n words, and in n words that came before.
-MOST_TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
-MOST_REPEATED_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+# Largest share of a text's characters in its most frequent n-gram, and in all repeated n-grams, by n.
+MAX_TOP_NGRAM_SHARE = {2: 0.20, 3: 0.18, 4: 0.16}
+MAX_REPEATED_NGRAM_SHARE = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
-SHINGLE = 5  # words
-# Texts whose Jaccard similarity is 0.8 share a band with a probability of 0.92.
+SHINGLE_WORDS = 5  # words
+# Two texts with a Jaccard similarity of 0.8 share at least one band with probability 0.92.
 BANDS, BAND_HASHES = 14, 8
-SHARED_WORDS = 13  # in a row, that a text and a test must not share (GPT-3, arXiv:2005.14165, appendix C)
-BLOCK, MOST_CHARS = 2**16, 2**22  # see blocks
-MOST_CODE = 0x20000  # letters beyond are rare: they count as they are
+TEST_NGRAM = 13  # words; a text that shares so long an n-gram with a test is dropped (arXiv:2005.14165, appendix C)
+BLOCK_CHARS, MAX_TEXT_CHARS = 2**16, 2**22  # see blocks
+MAX_CODE_POINT = 0x20000  # characters above are rare: they are not converted to lower case
 
 # Rules
 
@@ -67,9 +67,9 @@ def _repetition(texts: Sequence[str]) -> list[str | None]:
     flat = list(chain.from_iterable(split))
     of_words = Hashes(_mix(pd.factorize(np.array(flat, dtype=object))[0].astype(np.uint64)), np.cumsum(counts))
     lengths = np.array([*map(len, flat)])
-    for n, most in [*MOST_TOP_NGRAM.items(), *MOST_REPEATED_NGRAMS.items()]:
-        repeated = (_top_ngram if n in MOST_TOP_NGRAM else _repeated_ngrams)(of_words, lengths, n)
-        which = "the most frequent" if n in MOST_TOP_NGRAM else "all repeated"
+    for n, most in [*MAX_TOP_NGRAM_SHARE.items(), *MAX_REPEATED_NGRAM_SHARE.items()]:
+        repeated = (_top_ngram if n in MAX_TOP_NGRAM_SHARE else _repeated_ngrams)(of_words, lengths, n)
+        which = "the most frequent" if n in MAX_TOP_NGRAM_SHARE else "all repeated"
         for i in np.flatnonzero(repeated > most * chars):
             why[i] = why[i] or f"more than {most:.0%} of characters in {which} {n} words"
     return why
@@ -88,20 +88,20 @@ def _repeated_lines(text: str) -> str | None:
 
 
 def _top_ngram(of_words: "Hashes", lengths: np.ndarray, n: int) -> np.ndarray:
-    """Characters, by text, in its most frequent n words, if there is one that comes twice."""
+    """Characters that each text's most frequent n-gram covers: int64 (texts,). 0 if no n-gram comes twice."""
     text, start, ngrams = of_words.places(n)
     _, first, times = np.unique(_mix(ngrams + text.astype(np.uint64)), return_index=True, return_counts=True)
     size = np.concatenate([[0], np.cumsum(lengths)])
     chars = np.where(times > 1, times * (size[start[first] + n] - size[start[first]]), 0)
     most = np.zeros(len(of_words.ends), np.int64)
-    # Of equally frequent ones the first: the order of np.lexsort is by times, then by place.
+    # Sort by frequency, then by place, so that the first of equally frequent n-grams is assigned last and wins.
     order = np.lexsort((-first, times))
     most[text[first[order]]] = chars[order]
     return most
 
 
 def _repeated_ngrams(of_words: "Hashes", lengths: np.ndarray, n: int) -> np.ndarray:
-    """Characters, by text, of words in n that came in the text before."""
+    """Characters of each text in n-grams that came earlier in the text: int64 (texts,)."""
     text, start, ngrams = of_words.places(n)
     again = np.ones(len(ngrams), bool)
     again[np.unique(_mix(ngrams + text.astype(np.uint64)), return_index=True)[1]] = False
@@ -113,7 +113,7 @@ def _repeated_ngrams(of_words: "Hashes", lengths: np.ndarray, n: int) -> np.ndar
 
 
 def c4_quality(text: str) -> str | None:
-    """C4's rules for whole documents. Its removal of single lines is left out: they break a text that is kept."""
+    """C4's rules for whole documents. C4 also removes single lines; we don't, because that leaves gaps in the text."""
     lower = text.lower()
     if "lorem ipsum" in lower:
         return "lorem ipsum"
@@ -137,15 +137,16 @@ def fineweb_quality(text: str) -> str | None:
     return None
 
 
-def of_each(rule: Callable[[str], str | None]) -> Callable[[Sequence[str]], list[str | None]]:
+def per_text(rule: Callable[[str], str | None]) -> Callable[[Sequence[str]], list[str | None]]:
+    """Make a rule for one text a rule for a batch."""
     return lambda texts: [rule(text) for text in texts]
 
 
 RULES: dict[str, Callable[[Sequence[str]], list[str | None]]] = {
-    "gopher": of_each(gopher_quality),
+    "gopher": per_text(gopher_quality),
     "repetition": gopher_repetition,
-    "c4": of_each(c4_quality),
-    "fineweb": of_each(fineweb_quality),
+    "c4": per_text(c4_quality),
+    "fineweb": per_text(fineweb_quality),
 }
 
 # Words and n-grams of a batch of texts
@@ -153,29 +154,29 @@ RULES: dict[str, Callable[[Sequence[str]], list[str | None]]] = {
 
 @dataclass(frozen=True)
 class Hashes:
-    """Of the words, or of n of them in a row, of texts one after the other (uint64), and where each text's end."""
+    """Hashes of the words or n-grams of a batch: those of the first text, then those of the second, and so on."""
 
-    values: np.ndarray
-    ends: np.ndarray
+    values: np.ndarray  # uint64
+    ends: np.ndarray  # int64 (texts,): where the hashes of each text end
 
     def ngrams(self, n: int) -> "Hashes":
-        """n values in a row; of a text with fewer, all that it has."""
+        """The hash of every n-gram. A text of fewer than n words has one n-gram of all its words."""
         counts = np.diff(self.ends, prepend=0)
-        of_each = np.where(counts >= n, counts - n + 1, np.minimum(counts, 1))
-        starts = np.repeat(self.ends - counts, of_each) + _ranges(of_each)
+        num_ngrams = np.where(counts >= n, counts - n + 1, np.minimum(counts, 1))
+        starts = np.repeat(self.ends - counts, num_ngrams) + _ranges(num_ngrams)
         padded = np.concatenate([self.values, np.zeros(n, np.uint64)])
-        left = np.repeat(self.ends, of_each) - starts  # values of the text from here on
+        left = np.repeat(self.ends, num_ngrams) - starts  # values of the text from here on
         mixed = np.zeros(len(starts), np.uint64)
         for i in range(n):
             mixed = _mix(mixed + np.where(left > i, padded[starts + i], np.uint64(0)))
-        return Hashes(mixed, np.cumsum(of_each))
+        return Hashes(mixed, np.cumsum(num_ngrams))
 
     def places(self, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(text, first value, hash) of each n in a row. Texts with fewer have none."""
+        """(text, index of the first word, hash) of each n-gram. A text of fewer than n words has none."""
         counts = np.diff(self.ends, prepend=0)
-        of_each = np.maximum(0, counts - n + 1)
-        text = np.repeat(np.arange(len(counts)), of_each)
-        start = np.repeat(self.ends - counts, of_each) + _ranges(of_each)
+        num_ngrams = np.maximum(0, counts - n + 1)
+        text = np.repeat(np.arange(len(counts)), num_ngrams)
+        start = np.repeat(self.ends - counts, num_ngrams) + _ranges(num_ngrams)
         mixed = np.zeros(len(start), np.uint64)
         for i in range(n):
             mixed = _mix(mixed + self.values[start + i])
@@ -183,17 +184,18 @@ class Hashes:
 
 
 def blocks(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """The texts in groups of about BLOCK characters, whose arrays stay in a core's cache: five times as fast as one
-    large batch. Of a longer text the first MOST_CHARS."""
+    """Group texts into blocks of about BLOCK_CHARS characters. Only the first MAX_TEXT_CHARS of a text are used.
+
+    The arrays of a block stay in a core's cache, which is five times as fast as one large batch."""
     ends = np.cumsum([len(text) for text in texts])
-    for group in np.split(np.arange(len(texts)), np.flatnonzero(np.diff(ends // BLOCK)) + 1):
-        yield [texts[i][:MOST_CHARS] for i in group]
+    for group in np.split(np.arange(len(texts)), np.flatnonzero(np.diff(ends // BLOCK_CHARS)) + 1):
+        yield [texts[i][:MAX_TEXT_CHARS] for i in group]
 
 
 def words(texts: Sequence[str]) -> Hashes:
-    """Of the words of texts, in lower case: letters, digits and marks of any script in a row."""
+    """Hashes of the lower-case words of texts. A word is a run of letters, digits and marks of any script."""
     codes = np.frombuffer("\n".join(texts).encode("utf-32-le", "surrogatepass"), np.uint32)
-    letters = np.where(codes < MOST_CODE, _letters()[np.minimum(codes, MOST_CODE - 1)], codes)
+    letters = np.where(codes < MAX_CODE_POINT, _letters()[np.minimum(codes, MAX_CODE_POINT - 1)], codes)
     is_letter = letters != 0
     first = is_letter.copy()
     first[1:] &= ~is_letter[:-1]
@@ -209,9 +211,9 @@ def words(texts: Sequence[str]) -> Hashes:
 
 @cache
 def _letters() -> np.ndarray:
-    """Code point -> that of its lower-case letter, 0 for what is no part of a word."""
-    table = np.zeros(MOST_CODE, np.uint32)
-    for code in range(MOST_CODE):
+    """Map each code point to its lower-case letter's, or to 0 if it is not part of a word."""
+    table = np.zeros(MAX_CODE_POINT, np.uint32)
+    for code in range(MAX_CODE_POINT):
         char = chr(code)
         if char.isalnum() or unicodedata.category(char)[0] == "M":
             table[code] = ord(char.lower()[0])
@@ -224,12 +226,12 @@ def _powers() -> np.ndarray:
 
 
 def _ranges(counts: np.ndarray) -> np.ndarray:
-    """0 … count − 1 for each count."""
+    """0 … count − 1 for each count, one range after the other."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64, after which each bit depends on all."""
+    """The finalizer of splitmix64: each output bit depends on all input bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -239,13 +241,14 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def digest(text: str) -> bytes:
-    """8 bytes that equal texts share, whatever their case and spaces."""
+    """An 8-byte hash of the text. Case and white space do not change it."""
     return hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def minhash(shingles: Hashes) -> np.ndarray:
-    """(texts, BANDS · BAND_HASHES) uint32: the least of a text's shingles, in so many orders. Texts that share a part J
-    of all their shingles share each with probability J. That of a text without words is the largest number."""
+    """MinHash signatures, uint32 (texts, BANDS · BAND_HASHES): the smallest shingle hash in each of so many orders.
+
+    Two texts with Jaccard similarity J agree in each column with probability J. A text without words has 2³² − 1."""
     random = np.random.default_rng(1)
     orders = random.integers(0, 2**32, (BANDS * BAND_HASHES, 2), dtype=np.uint32) | np.uint32([[0, 1]])
     values = (shingles.values >> np.uint64(32)).astype(np.uint32)
@@ -261,22 +264,22 @@ def minhash(shingles: Hashes) -> np.ndarray:
 
 
 def bands(texts: Sequence[str]) -> np.ndarray:
-    """(texts, BANDS) uint64: near duplicates share one of them at least. Texts of fewer words than a shingle have 0."""
+    """LSH bands, uint64 (texts, BANDS). Near duplicates share at least one. A text shorter than a shingle has zeros."""
     return np.concatenate([_bands(block) for block in blocks(texts)])
 
 
 def _bands(texts: Sequence[str]) -> np.ndarray:
     of_texts = words(texts)
-    signature = minhash(of_texts.ngrams(SHINGLE)).astype(np.uint64).reshape(len(texts), BANDS, BAND_HASHES)
+    signature = minhash(of_texts.ngrams(SHINGLE_WORDS)).astype(np.uint64).reshape(len(texts), BANDS, BAND_HASHES)
     keys = np.broadcast_to(np.arange(1, BANDS + 1, dtype=np.uint64), signature.shape[:2])
     for i in range(BAND_HASHES):
         keys = _mix(keys + signature[:, :, i])
-    short = np.diff(of_texts.ends, prepend=0) < SHINGLE
+    short = np.diff(of_texts.ends, prepend=0) < SHINGLE_WORDS
     return np.where(short[:, None], np.uint64(0), keys)
 
 
 def pairs(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(document, the next with the same number) of documents that share one. 0 is shared by none."""
+    """(document, next document with the same number), two int64 arrays. The number 0 matches nothing."""
     order = np.argsort(numbers, kind="stable")
     ordered = numbers[order]
     same = np.flatnonzero((ordered[1:] == ordered[:-1]) & (ordered[1:] != 0))
@@ -284,8 +287,7 @@ def pairs(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def duplicates(paired: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> np.ndarray:
-    """Which of `count` documents are duplicates of one before: (count,) bool. Duplicates of duplicates are, too
-    (connected components); the first of all stays."""
+    """Which of `count` documents to drop, bool (count,): all but the first of each connected component of the pairs."""
     edges = tuple(map(np.concatenate, zip(*paired, strict=True)))
     graph = coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(count, count))
     _, component = connected_components(graph, directed=False)
@@ -298,17 +300,17 @@ def duplicates(paired: Sequence[tuple[np.ndarray, np.ndarray]], count: int) -> n
 
 
 def ngrams_of_tests(texts: Sequence[str]) -> np.ndarray:
-    """Sorted hashes of all SHARED_WORDS in a row of tests; those of shorter tests are in too many other texts."""
-    return np.unique(np.concatenate([words(block).places(SHARED_WORDS)[2] for block in blocks(texts)]))
+    """Sorted uint64 hashes of all 13-grams of the tests. Shorter tests match too many texts and are skipped."""
+    return np.unique(np.concatenate([words(block).places(TEST_NGRAM)[2] for block in blocks(texts)]))
 
 
 def contaminated(texts: Sequence[str], of_tests: np.ndarray) -> np.ndarray:
-    """Which texts share SHARED_WORDS in a row with a test: (texts,) bool."""
+    """Which texts share a 13-gram with a test: bool (texts,)."""
     return np.concatenate([_contaminated(block, of_tests) for block in blocks(texts)])
 
 
 def _contaminated(texts: Sequence[str], of_tests: np.ndarray) -> np.ndarray:
-    text, _, ngrams = words(texts).places(SHARED_WORDS)
+    text, _, ngrams = words(texts).places(TEST_NGRAM)
     hit = np.zeros(len(texts), bool)
     if len(of_tests):
         at = np.minimum(np.searchsorted(of_tests, ngrams), len(of_tests) - 1)

@@ -1,13 +1,14 @@
-"""The Ray Data job of `prepare --clean`: a source's documents -> those that all steps leave, in files of their own.
+"""The Ray Data job of `prepare --clean`: writes the documents of a source that pass all steps to new files.
 
-Each shard is read once, by a task of its own: rules drop documents, those that are left are written down, and beside
-them their signatures. Signatures alone meet those of other shards: a task for each kind of them finds documents that
-share one. Then each shard is written again without the duplicates. A shard that is written is not done again.
+1. One task per shard applies the rules and writes the documents that pass, with their signatures beside them.
+2. One task per kind of signature finds the documents that share one. Only signatures travel, not texts.
+3. One task per shard writes it again without the duplicates.
+
+A run that was interrupted does not repeat finished shards.
 """
 
 import io
 import json
-import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,28 +18,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
-import ray.data
 
 from nanochat_ray import storage
 from nanochat_ray.data import clean, sources
+from nanochat_ray.data.shard_tasks import map_shards
 
 EXACT, NEAR, DECONTAMINATE = "exact", "near", "decontaminate"
-STEPS = (*clean.RULES, DECONTAMINATE, EXACT, NEAR)  # in the order in which they are done
+STEPS = (*clean.RULES, DECONTAMINATE, EXACT, NEAR)  # in the order in which they run
 BATCH = 256  # documents
-SAMPLES, SAMPLE_CHARS = 10, 300  # of what a step dropped
-VERSION = "1"  # counts how often the steps above gave other documents
+SAMPLES, SAMPLE_CHARS = 10, 300  # dropped documents that the manifest quotes per step, and characters of each
+VERSION = "1"  # increase it when a step starts to drop other documents than before
 TEXT = pa.schema([("text", pa.large_string())])
 
 
 @dataclass
 class Counts:
-    """What happened to the documents of a shard, or of all."""
+    """What happened to the documents of one shard, or of all shards."""
 
     documents: int = 0
     kept: int = 0
-    dropped: dict[str, Counter] = field(default_factory=dict)  # by step, by reason
-    samples: dict[str, list[str]] = field(default_factory=dict)  # by step
-    unreadable: list[str] = field(default_factory=list)  # a line for each damaged file
+    dropped: dict[str, Counter] = field(default_factory=dict)  # documents by step and reason
+    samples: dict[str, list[str]] = field(default_factory=dict)  # dropped texts by step
+    unreadable: list[str] = field(default_factory=list)  # one message per damaged file
 
     def drop(self, step: str, reason: str, text: str) -> None:
         self.dropped.setdefault(step, Counter())[reason] += 1
@@ -57,17 +58,17 @@ class Counts:
 
 
 def cleaned(source: sources.Source, steps: list[str], tests: str | None = None) -> sources.Source:
-    """The source with what the steps left of its documents, cleaned now or before.
+    """The source with the documents that the steps keep. Files of an earlier run with the same inputs are reused.
 
-    tests: folder of jsonl files, such as a CORE bundle, whose texts decontaminate looks for.
-    A document of the validation split stays where one like it is in the training split. What each step dropped, with
-    samples, is in manifest.json of the folder. Raises ValueError for a step that isn't there, or when nothing is left.
+    tests: folder of jsonl files, such as a CORE bundle; decontaminate drops documents that quote them.
+    Of a duplicate in both splits the validation document is kept. manifest.json in the folder counts what each step
+    dropped, with samples. Raises ValueError for an unknown step, or when no document is left.
     """
     if unknown := [step for step in steps if step not in STEPS]:
         raise ValueError(f"--clean has no step {unknown[0]!r}; there are {', '.join(STEPS)}")
     steps = [step for step in STEPS if step in steps]
     if (DECONTAMINATE in steps) != (tests is not None):
-        raise ValueError("--clean decontaminate and --tests FOLDER, such as that of a CORE bundle, go together")
+        raise ValueError("--clean decontaminate needs --tests FOLDER, and --tests needs it: name both or neither")
     of_tests = clean.ngrams_of_tests(read_tests(tests)) if tests else np.zeros(0, np.uint64)
     inputs = storage.fingerprint(source.fingerprint, steps, storage.fingerprint(of_tests.tobytes().hex()), VERSION)
     folder = storage.join(storage.home(), "clean", f"{source.name}-{inputs[:8]}")
@@ -77,7 +78,7 @@ def cleaned(source: sources.Source, steps: list[str], tests: str | None = None) 
     if not storage.exists(uri):
         _run(folder, source, [shard for _, shard in shards], parts, steps, of_tests)
     manifest = storage.read_json(uri)
-    _say(source.name, manifest, folder)
+    _print_summary(source.name, manifest, folder)
     left: dict[str, list[sources.Shard]] = {"train": [], "val": []}
     for (split, _), part, kept in zip(shards, parts, manifest["kept_by_shard"], strict=True):
         if kept:
@@ -97,20 +98,21 @@ def cleaned(source: sources.Source, steps: list[str], tests: str | None = None) 
 
 
 def read_tests(folder: str) -> list[str]:
-    """The texts of all jsonl files of a folder and its subfolders: each line's strings, one after the other.
+    """The tests in the jsonl files below a folder. The text of a line is all its strings, joined by spaces.
 
-    Raises FileNotFoundError when it has none."""
+    Raises FileNotFoundError when the folder has no tests."""
     found = []
     for path, _ in storage.walk(storage.absolute(folder)):
         if path.endswith(".jsonl"):
             lines = storage.read_text(storage.join(storage.absolute(folder), path)).splitlines()
             found += [" ".join(_strings(json.loads(line))) for line in lines if line.strip()]
     if not found:
-        raise FileNotFoundError(f"{folder} has no jsonl files: --tests takes a folder of them, such as a CORE bundle")
+        raise FileNotFoundError(f"{folder} has no jsonl files: name a folder that has, such as a CORE bundle")
     return found
 
 
 def _strings(value) -> Iterator[str]:
+    """All strings inside a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, dict)):
@@ -130,7 +132,7 @@ def _run(
     first = storage.join(folder, "first") if signed else folder
     of_tests = ray.put(of_tests)
     jobs = [(shard, storage.join(first, part)) for shard, part in zip(shards, parts, strict=True)]
-    of_first = _map(jobs, lambda shard, uri: write_kept(shard, uri, steps, ray.get(of_tests)), "documents read")
+    of_first = _run_tasks(lambda shard, uri: write_kept(shard, uri, steps, ray.get(of_tests)), jobs, "documents read")
     counts, kept = Counts(), [counts["kept"] for counts in of_first]
     for of_shard in of_first:
         counts.add(of_shard)
@@ -139,9 +141,8 @@ def _run(
         uris = [uri for _, uri in jobs]
         again = np.split(find_duplicates(uris, sum(kept), signed), np.cumsum(kept)[:-1])
         outs = [storage.join(folder, part) for part in parts]
-        of_second = _map(
-            list(zip(uris, outs, map(np.packbits, again), strict=True)), write_without, "duplicates left out"
-        )
+        jobs = list(zip(uris, outs, map(np.packbits, again), strict=True))
+        of_second = _run_tasks(write_without, jobs, "duplicates removed")
         counts.kept, kept = 0, [of_shard["kept"] for of_shard in of_second]
         for of_shard in of_second:
             counts.add(of_shard | {"documents": 0})
@@ -151,36 +152,25 @@ def _run(
         storage.remove(first)
 
 
-def _map(jobs: list[tuple], function: Callable[..., dict], doing: str) -> list[dict]:
-    """function(*job) of each in a Ray task, in order, with a line whenever a tenth is done.
-
-    An error is returned by the task and raised here: Ray would wrap one clear line in pages of its own trace."""
-    items = [{"number": number, "job": pickle.dumps(job)} for number, job in enumerate(jobs)]
-
-    def task(row: dict) -> dict:
-        try:
-            result = function(*pickle.loads(row["job"]))
-        except (ValueError, OSError) as error:
-            result = (OSError if isinstance(error, OSError) else ValueError)(str(error))
-        return {"number": row["number"], "result": pickle.dumps(result)}
-
-    blocks = ray.data.from_items(items, override_num_blocks=len(items)).map(task, num_cpus=1)
+def _run_tasks(function: Callable[..., dict], jobs: list[tuple], doing: str) -> list[dict]:
+    """function(*job) for each job, in the jobs' order. Prints a line for each tenth that is done."""
     results = {}
-    for row in blocks.iter_rows():  # as they end
-        results[row["number"]] = result = pickle.loads(row["result"])
-        if isinstance(result, Exception):
-            raise result
+    for index, result in map_shards(lambda job: function(*job), jobs):
+        results[index] = result
         if 10 * len(results) // len(jobs) > 10 * (len(results) - 1) // len(jobs):
             print(f"clean: {len(results)}/{len(jobs)} shards, {doing}", flush=True)
-    return [results[number] for number in range(len(jobs))]
+    return [results[index] for index in range(len(jobs))]
 
 
 def write_kept(shard: sources.Shard, uri: str, steps: list[str], of_tests: np.ndarray) -> dict:
-    """Write a shard's documents that the rules leave, with the signatures that the steps compare; returns its counts.
-    They are kept beside the file, as .json, and returned at once where they are there."""
+    """Write the documents of a shard that pass the rules, and their signatures. Returns the counts.
+
+    The counts are also written to <uri>.json. If that file exists, the shard is finished and only its counts are read.
+    """
     if storage.exists(f"{uri}.json"):
         return storage.read_json(f"{uri}.json")
-    counts, signatures, reading = Counts(), [signatures_of([], steps)], sources.Reading()  # those of no document
+    # Start with the signatures of no document, so that an empty shard has an array, too.
+    counts, signatures, reading = Counts(), [signatures_of([], steps)], sources.Reading()
 
     def batches() -> Iterator[list[str]]:
         documents = sources.read_documents(shard, reading)
@@ -201,13 +191,13 @@ def write_kept(shard: sources.Shard, uri: str, steps: list[str], of_tests: np.nd
 
 
 def apply_rules(texts: list[str], steps: list[str], of_tests: np.ndarray, counts: Counts) -> list[str]:
+    """The texts that pass the rules and decontamination. Adds the others to `counts`."""
     for step in steps:
         if step in (EXACT, NEAR) or not texts:
             continue
         if step == DECONTAMINATE:
-            why = [
-                "shares 13 words in a row with a test" if hit else None for hit in clean.contaminated(texts, of_tests)
-            ]
+            hits = clean.contaminated(texts, of_tests)
+            why = ["shares 13 words in a row with a test" if hit else None for hit in hits]
         else:
             why = clean.RULES[step](texts)
         for text, reason in zip(texts, why, strict=True):
@@ -218,7 +208,7 @@ def apply_rules(texts: list[str], steps: list[str], of_tests: np.ndarray, counts
 
 
 def signatures_of(texts: list[str], steps: list[str]) -> dict[str, np.ndarray]:
-    """By step, numbers (documents, kinds) uint64, of which duplicates share one of a kind. 0 is shared by none."""
+    """{step: uint64 (documents, kinds)}. Duplicates have the same number in at least one column; 0 matches nothing."""
     of_steps = {}
     if EXACT in steps:
         of_steps[EXACT] = np.frombuffer(b"".join(map(clean.digest, texts)), np.uint64)[:, None]
@@ -228,7 +218,7 @@ def signatures_of(texts: list[str], steps: list[str]) -> dict[str, np.ndarray]:
 
 
 def find_duplicates(uris: list[str], count: int, steps: list[str]) -> np.ndarray:
-    """Which of the documents in these files, one after the other, are duplicates of one before: (count,) bool."""
+    """Which documents are duplicates of an earlier one, bool (count,), in the order of the files and their lines."""
 
     def pairs(step: str, kind: int) -> tuple[np.ndarray, np.ndarray]:
         of_files = (np.load(io.BytesIO(storage.read_bytes(f"{uri}.{step}.npy"))) for uri in uris)
@@ -241,7 +231,7 @@ def find_duplicates(uris: list[str], count: int, steps: list[str]) -> np.ndarray
 
 
 def write_without(uri: str, out: str, again: np.ndarray) -> dict:
-    """Write a file's documents without the duplicates, of which `again` has a bit each; returns its counts."""
+    """Write the documents of a file without its duplicates and return the counts. `again`: bits of find_duplicates."""
     if storage.exists(f"{out}.json"):
         return storage.read_json(f"{out}.json")
     counts, duplicate = Counts(), np.unpackbits(again).astype(bool)
@@ -263,7 +253,7 @@ def write_without(uri: str, out: str, again: np.ndarray) -> dict:
 
 
 def _write_texts(uri: str, batches: Iterator[list[str]]) -> int:
-    """Parquet with one column, whole or not at all; returns how many."""
+    """Write texts as parquet with one column; returns how many. An interrupted write leaves no file."""
     written = 0
     with storage.writing(uri) as sink, pq.ParquetWriter(sink, TEXT, compression="zstd") as writer:
         for texts in batches:
@@ -273,7 +263,7 @@ def _write_texts(uri: str, batches: Iterator[list[str]]) -> int:
     return written
 
 
-def _say(name: str, manifest: dict, folder: str) -> None:
+def _print_summary(name: str, manifest: dict, folder: str) -> None:
     for step, reasons in manifest["dropped"].items():
         print(f"clean: {name}: {step} dropped {sum(reasons.values()):,}", flush=True)
         for reason, count in sorted(reasons.items(), key=lambda pair: -pair[1]):

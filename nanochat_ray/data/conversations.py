@@ -1,4 +1,4 @@
-"""Conversations to finetune on: shuffled, and rendered and packed into rows by Ray tasks, a shard of them each."""
+"""Conversations for finetuning: shuffled, split into shards, then rendered and packed into rows by Ray tasks."""
 
 import hashlib
 import json
@@ -21,14 +21,15 @@ from nanochat_ray.data.loader import write_rows
 from nanochat_ray.data.packing import pack_conversations, split_conversation
 from nanochat_ray.data.tokenizer import Tokenizer
 
-SHARD_BYTES = 8 << 20  # most JSON in a shard, in which conversations are packed: some 500 rows of 2,048 tokens
-PROGRESS_LINES = 20
+SHARD_BYTES = 8 << 20  # JSON in a shard, at most; it gives about 500 rows of 2,048 tokens
+PROGRESS_LINES = 20  # per split
 COUNTS = ("conversations", "rows", "tokens", "dropped_tokens", "learned_tokens", "split_conversations")
 
 
 class Conversations(Sequence):
-    """Conversations in an order in which some may come several times. They are in a temporary file, as there may be
-    gigabytes of them, and in memory when they are asked for."""
+    """A sequence of conversations, some of them several times.
+
+    They are kept in a temporary file, because there may be gigabytes, and are read from it one by one."""
 
     def __init__(self, conversations: Iterable[dict] = ()):
         self.file = tempfile.TemporaryFile()  # noqa: SIM115
@@ -36,7 +37,7 @@ class Conversations(Sequence):
         self.add(conversations)
 
     def add(self, conversations: Iterable[dict], times: float = 1) -> None:
-        """times: how often each comes. 2.5 is twice, and half of them, chosen by a seed, once more."""
+        """times: copies of each. 2.5 adds each twice, and half of them, chosen by a seed, a third time."""
         first = len(self.ends) - 1
         self.file.seek(self.ends[-1])
         for conversation in conversations:
@@ -53,12 +54,12 @@ class Conversations(Sequence):
         random.shuffle(self.order)
 
     def line(self, index: int) -> bytes:
-        """The JSON of the conversation that was added as the index-th."""
+        """The JSON of a conversation, by the order in which they were added."""
         begin, end = self.ends[index], self.ends[index + 1]
         return os.pread(self.file.fileno(), end - begin, begin)
 
     def fingerprint(self) -> str:
-        """Of the contents and the order."""
+        """A hash of the contents and the order."""
         return storage.fingerprint(self.contents.hexdigest(), hashlib.sha256(self.order).hexdigest())
 
     def __len__(self) -> int:
@@ -71,12 +72,12 @@ class Conversations(Sequence):
 
 
 def prepare_conversations(splits: dict[str, Conversations], tokenizer: Tokenizer, sequence_len: int) -> str:
-    """Render and pack conversations into a folder of rows, unless the same ones are there; returns the folder.
+    """Render and pack conversations into a folder of rows, and return the folder. Finished files are reused.
 
-    Each shard of the conversations is a row file, and those that are there already are not made again. A conversation
-    longer than a row goes on in another; no token is dropped, which manifest.json counts. One that is in a split
-    several times is rendered once. The driver holds a few shards of text, and some integers for each conversation.
-    Raises ValueError for a split without conversations, or a malformed one.
+    Each shard of conversations becomes one row file. A conversation longer than a row continues in another row, so no
+    token is dropped; manifest.json counts them. Copies of a conversation are rendered once. The driver holds a few
+    shards of text in memory, and some integers for each conversation.
+    Raises ValueError for a split without conversations, and for a malformed conversation.
     """
     contents = {split: conversations.fingerprint() for split, conversations in splits.items()}
     fingerprint = storage.fingerprint(contents, tokenizer.sha, sequence_len, SHARD_BYTES)
@@ -96,12 +97,12 @@ def prepare_conversations(splits: dict[str, Conversations], tokenizer: Tokenizer
 
 
 def split_into_shards(conversations: Conversations) -> list[np.ndarray]:
-    """The order in parts, by the text's size alone: a conversation is in one of them, as often as it comes.
+    """Split the order into shards of about equal text size. All copies of a conversation are in one shard.
 
-    So each conversation is sent to one task and rendered there once, and the copies are in the shuffled order again."""
+    So each conversation is sent to one task and rendered once. Copies keep their places in the shuffled order."""
     order, lengths = np.array(conversations.order), np.diff(np.array(conversations.ends))
     once, first = np.unique(order, return_index=True)
-    once = once[np.argsort(first)]  # each where it comes first
+    once = once[np.argsort(first)]  # each conversation once, in the order of first copies
     before = np.cumsum(lengths[once]) - lengths[once]
     total = int(lengths[once].sum())
     shard_of = np.empty(len(lengths), dtype=np.int64)
@@ -114,12 +115,12 @@ def split_into_shards(conversations: Conversations) -> list[np.ndarray]:
 def _write_shards(
     split: str, conversations: Conversations, folder: str, tokenizer: Tokenizer, row_len: int
 ) -> list[dict[str, int]]:
-    """The counts of each shard. One task a shard, and of them no more at once than keep all CPUs busy."""
+    """Write the shards in Ray tasks, two per CPU at a time, and return the counts of each."""
     shards = split_into_shards(conversations)
     there = set(storage.listdir(folder))
     left = [number for number in range(len(shards)) if _counts_name(number) not in there]
     if there:
-        print(f"sft: {split} {len(shards) - len(left):,} of {len(shards):,} shards are there already", flush=True)
+        print(f"sft: {split} {len(shards) - len(left):,} of {len(shards):,} shards are finished already", flush=True)
     write, constants = ray.remote(_write_shard), (folder, ray.put(tokenizer), row_len)
     at_once, running = 2 * int(ray.cluster_resources().get("CPU", 1)), deque()
 
@@ -140,7 +141,7 @@ def _write_shards(
         if done * PROGRESS_LINES // len(left) > (done - 1) * PROGRESS_LINES // len(left):
             speed = tokens / (time.monotonic() - began)
             print(f"sft: {split} {done:,}/{len(left):,} shards, {tokens:,} tokens, {speed:,.0f} tokens/s", flush=True)
-    with ThreadPoolExecutor(32) as pool:  # each read of an object store is a round trip
+    with ThreadPoolExecutor(32) as pool:  # a read from an object store is a round trip
         return list(pool.map(storage.read_json, [storage.join(folder, _counts_name(i)) for i in range(len(shards))]))
 
 
@@ -151,14 +152,14 @@ def _counts_name(number: int) -> str:
 def _write_shard(
     lines: list[bytes], copies: np.ndarray, number: int, folder: str, tokenizer: Tokenizer, row_len: int
 ) -> dict[str, int] | Exception:
-    """Render the lines, pack them in the order of `copies`, their indices, and write rows, then counts.
+    """Render the lines, pack them in the order of `copies` (indices of lines), write the rows and then the counts.
 
-    What is wrong is returned: raised, Ray would wrap it."""
+    Errors are returned, because Ray adds pages of its own trace to an error that a task raises."""
     try:
         rendered = [split_conversation(*tokenizer.render_to_numpy(json.loads(line)), row_len) for line in lines]
         pieces = list(chain.from_iterable(rendered[index] for index in copies))
         tokens, mask = pack_conversations(pieces, row_len)
-        # Counted in the rows: a conversation has one bos, its first token, and all others that rows hold are added.
+        # Count tokens in the packed rows. Each conversation has one bos of its own; all other bos are padding.
         packed = int((tokens != tokenizer.bos_id).sum()) + len(copies)
         counts = {
             "conversations": len(copies),
@@ -169,7 +170,7 @@ def _write_shard(
             "split_conversations": sum(len(rendered[index]) > 1 for index in copies),
         }
         write_rows(storage.join(folder, f"rows_{number:05d}.arrow"), tokens, mask)
-        storage.write_json(storage.join(folder, _counts_name(number)), counts)  # after the rows: the shard is finished
+        storage.write_json(storage.join(folder, _counts_name(number)), counts)  # last: it marks the shard as finished
         return counts
     except (ValueError, OSError) as error:
         return error

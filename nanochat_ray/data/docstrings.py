@@ -1,4 +1,4 @@
-"""The docstrings of the standard library and the installed packages, as parquet shards: text without a network."""
+"""Docstrings of the standard library and the installed packages, as parquet shards: text without a network."""
 
 import ast
 import gc
@@ -17,9 +17,9 @@ import ray
 
 from nanochat_ray import storage
 
-MIN_CHARS = 200
+MIN_CHARS = 200  # shorter docstrings are skipped
 SHARDS = 9  # the last is validation
-CHUNK_BYTES = 2_000_000  # of source code in one task: packages differ a hundredfold in size
+CHUNK_BYTES = 2_000_000  # source code per task, because packages differ a hundredfold in size
 SCHEMA = pa.schema([(column, pa.string()) for column in ("module", "name", "text", "origin")])
 LONG_STRING = re.compile(rb"^[ \t]*[rRuU]?(\"\"\"|''').*?\1", re.M | re.S)
 DEFINES = re.compile(rb"^(?:class|def|async def) ", re.M)
@@ -27,9 +27,9 @@ DEFINITION = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def write_docstrings(roots: Sequence[str], place: str) -> None:
-    """Write shard_00000.parquet … and, last, manifest.json to the folder `place`; columns are text and name."""
+    """Write shard_00000.parquet … with columns text and name to the folder `place`, then manifest.json."""
     start = time.monotonic()
-    # The sources travel to the tasks: other nodes may have other packages.
+    # Send the source code to the tasks, because other nodes may have other packages.
     chunks = [ray.put(chunk) for chunk in _python_sources(roots)]
     found = ray.data.from_arrow_refs(chunks).map_batches(_docstrings, batch_format="pyarrow", batch_size=None)
     rows, next_line = [], 0
@@ -47,7 +47,7 @@ def write_docstrings(roots: Sequence[str], place: str) -> None:
         if row["text"]:
             name = f"{_public_module(row['module'], row['name'], importers)}.{row['name']}".rstrip(".")
             names[row["text"]] = min(names.get(row["text"], name), name, key=lambda n: (n.count("."), n))
-    # Sorted by hash: shuffled, and the same whatever order the files were read in.
+    # Sort by hash. This shuffles the texts, and the order does not depend on the order of files.
     texts = sorted(names, key=lambda text: hashlib.sha256(text.encode()).digest())
     if len(texts) < SHARDS:
         raise ValueError(f"only {len(texts)} docstrings in {', '.join(roots)}: use another source")
@@ -62,11 +62,11 @@ def write_docstrings(roots: Sequence[str], place: str) -> None:
 
 
 def _python_sources(roots: Sequence[str]) -> Iterator[pa.Table]:
-    """Tables of (module, is_package, source) of the files that may have docstrings or re-exports."""
+    """Tables of (module, is_package, source) for the Python files below the roots."""
     chunk, size = [], 0
     for root in roots:
         for path, folders, files in os.walk(root):
-            # What has no module name is left out, and tests: a sixth of the work for a fortieth of the text.
+            # Skip tests: they are a sixth of the work and a fortieth of the text. Skip names that can't be imported.
             folders[:] = sorted(f for f in folders if f.isidentifier() and f not in ("__pycache__", "test", "tests"))
             for name in sorted(f.removesuffix(".py") for f in files if f.endswith(".py")):
                 is_package = name == "__init__"
@@ -87,15 +87,15 @@ def _python_sources(roots: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _docstrings(sources: pa.Table) -> pa.Table:
-    """Parse modules: a row for each docstring (text), and one for each name taken from a module beside it (origin)."""
+    """Parse modules. Returns one row per docstring (text), and one per name imported within its package (origin)."""
     rows = []
-    gc.disable()  # a tree has no cycles; looking for them costs a seventh of the time
+    gc.disable()  # syntax trees have no cycles, and looking for them costs a seventh of the time
     for module, is_package, source in zip(*(sources[key].to_pylist() for key in sources.column_names), strict=True):
         long_string = any(len(m[0]) >= MIN_CHARS for m in LONG_STRING.finditer(source))
         if not (long_string or is_package or DEFINES.search(source) is None):
             continue
         try:
-            with warnings.catch_warnings(action="ignore"):  # of invalid escapes in other people's strings
+            with warnings.catch_warnings(action="ignore"):  # about invalid escapes in the parsed source
                 tree = ast.parse(source)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             continue
@@ -103,7 +103,7 @@ def _docstrings(sources: pa.Table) -> pa.Table:
             if not isinstance(node, ast.ImportFrom):
                 text = ast.get_docstring(node) or ""
                 if len(text) >= MIN_CHARS:
-                    # A literal can hold half a surrogate pair, UTF-8 can't.
+                    # A literal can hold half a surrogate pair, but UTF-8 can't.
                     rows.append((module, name, text.encode(errors="replace").decode(), None))
             elif not name and (origin := _origin(node, module, is_package)):
                 rows += [(module, item.name, None, origin) for item in node.names if item.asname in (None, item.name)]
@@ -112,7 +112,7 @@ def _docstrings(sources: pa.Table) -> pa.Table:
 
 
 def _origin(node: ast.ImportFrom, module: str, is_package: bool) -> str | None:
-    """The full name of the module imported from, when it belongs to the same top-level package."""
+    """The full name of the imported module if it belongs to the same top-level package, else None."""
     parts = module.split(".")
     parents = parts[: len(parts) - node.level + is_package] if node.level else []
     origin = ".".join(filter(None, [*parents, node.module]))
@@ -120,7 +120,7 @@ def _origin(node: ast.ImportFrom, module: str, is_package: bool) -> str | None:
 
 
 def _walk(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
-    """The module, its classes and functions with their dotted names, and its `from … import …`."""
+    """The module, classes, functions and `from … import …` nodes, each with its dotted name inside the module."""
     stack = [(tree, "")]
     while stack:
         node, name = stack.pop()
@@ -133,9 +133,9 @@ def _walk(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
 
 
 def _public_module(module: str, name: str, importers: dict[tuple[str, str], set[str]]) -> str:
-    """The highest parent package that `name` can be imported from: numpy for numpy._core.fromnumeric's argsort.
+    """The highest parent package that exports `name`: numpy for argsort of numpy._core.fromnumeric.
 
-    importers: (module, name or "*") -> the modules that say `from module import name`."""
+    importers: {(module, name or "*"): the modules that run `from module import name`}."""
     leaf = name.split(".")[0]
     reached, frontier = {module}, [module] if leaf else []
     while frontier:

@@ -1,4 +1,4 @@
-"""Files over HTTP: several at once, resumed where they stopped, complete under their final name or absent."""
+"""Downloads over HTTP: parallel, resumable, verified. A file has its final name only when it is complete."""
 
 import email.utils
 import errno
@@ -24,17 +24,17 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray import storage
 
-TRANSFERS = 8  # at once on a node, however many CPUs it has: servers limit how much one address asks
-ATTEMPTS = 8  # in a row with no new byte since the first of them
-CONTENT_ATTEMPTS = 2  # of a whole file that comes wrong, or breaks off and can't be resumed
-PATIENCE = 3600.0  # seconds in a row that a server may ask to wait before a new byte comes
-FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds between attempts, doubling
-TIMEOUT = (10, 60)  # seconds to connect, and to wait for the next byte
+TRANSFERS = 8  # parallel downloads per node; servers limit the rate of one address
+ATTEMPTS = 8  # failed requests in a row without a new byte
+CONTENT_ATTEMPTS = 2  # downloads of a whole file whose content is wrong or that can't be resumed
+MAX_WAIT = 3600.0  # seconds that a server may make us wait between two new bytes
+FIRST_DELAY, LONGEST_DELAY = 1.0, 60.0  # seconds between attempts; the delay doubles
+TIMEOUT = (10, 60)  # seconds to connect, and seconds to wait for the next byte
 TRANSIENT = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 
 class Busy(requests.ConnectionError):
-    """The server says when to ask again."""
+    """The server says after how many seconds to try again."""
 
     def __init__(self, message: str, seconds: float):
         super().__init__(message)
@@ -42,11 +42,11 @@ class Busy(requests.ConnectionError):
 
 
 class WrongContent(requests.ConnectionError):
-    """All came that the server sends, and it is not the file; or all was asked for, which is not done for ever."""
+    """The server sent a wrong file, or broke off a file that can't be resumed. Only CONTENT_ATTEMPTS are made."""
 
 
 class Pause:
-    """How long a server wants no request from this address. All transfers of a process keep it."""
+    """How long to send no requests, because the server said so. All transfers of a process share it."""
 
     def __init__(self, say: Callable[[str], None]):
         self.say, self.until, self.lock = say, 0.0, threading.Lock()
@@ -57,19 +57,20 @@ class Pause:
                 self.say(f"download: {why}")
             self.until = max(self.until, until)
 
-    def keep(self) -> None:
+    def wait(self) -> None:
         while (left := self.until - time.monotonic()) > 0:
-            time.sleep(left * random.uniform(1.0, 1.1))  # not all at the same moment
+            time.sleep(left * random.uniform(1.0, 1.1))  # jitter, so that transfers don't restart together
 
 
 def fetch_all(files: list[tuple[str, str]], token: str | None = None) -> None:
-    """Download (url, uri) pairs on all nodes of the cluster; the first permanent error stops the rest."""
+    """Download (url, uri) pairs on all nodes of the cluster. The first permanent error stops all of them."""
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = ([node for node in alive if node["Resources"].get("CPU")] or alive)[: len(files)]
-    shares = {}  # and how many files of each are done
+    shares = {}  # files done, by generator
     for index, node in enumerate(nodes):
-        near = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)  # a lost node's share is fetched by another
-        shares[_fetch_share.options(scheduling_strategy=near).remote(files[index :: len(nodes)], token)] = 0
+        # Soft affinity: if a node is lost, another one downloads its files.
+        on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=True)
+        shares[_fetch_share.options(scheduling_strategy=on_node).remote(files[index :: len(nodes)], token)] = 0
     running = list(shares)
     try:
         while running:
@@ -90,7 +91,7 @@ def fetch_all(files: list[tuple[str, str]], token: str | None = None) -> None:
 
 @ray.remote(num_cpus=0)
 def _fetch_share(files: list[tuple[str, str]], token: str | None) -> Iterator[tuple[int, str | None, Exception | None]]:
-    """Download by threads. Yields (files done, a line to print, an error); it goes on until the caller cancels it."""
+    """Download files in threads. Yields (files done, a line to print, an error). Only the caller stops it on errors."""
     events, done = queue.SimpleQueue(), 0
     pause = Pause(events.put)
 
@@ -110,16 +111,16 @@ def _fetch_share(files: list[tuple[str, str]], token: str | None) -> Iterator[tu
 
 
 def fetch(url: str, uri: str, token: str | None = None, pause: Pause | None = None) -> None:
-    """Download one file. What has arrived is kept under a hidden name, so a later call asks only for the rest.
+    """Download one file. An incomplete file is kept under a hidden name, so a later call asks only for the rest.
 
-    Connection errors, short bodies, 408, 429 and 5xx are retried with exponential backoff and jitter. When the server
-    says how long to wait, all that share the pause do, and it counts as no failure.
+    Connection errors, short bodies, 408, 429 and 5xx are retried with exponential backoff and jitter. If the server
+    says how long to wait, all transfers that share the pause wait, and it does not count as a failure.
     Raises FileNotFoundError on 404, PermissionError on 401 and 403, ConnectionError when retries are used up, and
-    OSError with the disk's state when it is full."""
+    OSError with the free space when the disk is full."""
     partial = _partial_path(uri)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(partial) as file:  # two runs may want the same file
+        with _locked(partial) as file:  # two runs may download the same file
             if not storage.exists(uri):
                 _fetch_with_retries(url, file, token, pause or Pause(print))
                 storage.publish(partial, uri)
@@ -134,12 +135,12 @@ def fetch(url: str, uri: str, token: str | None = None, pause: Pause | None = No
 
 @contextmanager
 def _locked(partial: Path) -> Iterator[BinaryIO]:
-    """The file of what has arrived, for one process at a time. An empty one is not left behind."""
+    """Open the incomplete file for one process at a time. It is removed afterwards if it is empty."""
     while True:
         with open(partial, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             if not (partial.exists() and os.path.samestat(os.fstat(file.fileno()), partial.stat())):
-                continue  # whoever had the lock has deleted or moved it
+                continue  # the process that had the lock has deleted or moved the file
             try:
                 yield file
             finally:
@@ -157,7 +158,7 @@ def _partial_path(uri: str) -> Path:
 def _fetch_with_retries(url: str, file: BinaryIO, token: str | None, pause: Pause) -> None:
     tries, failures, mismatches, arrived, last_byte = 0, 0, 0, file.tell(), time.monotonic()
     while True:
-        pause.keep()
+        pause.wait()
         try:
             return _fetch_rest(url, file, token)
         except TRANSIENT as error:
@@ -166,7 +167,7 @@ def _fetch_with_retries(url: str, file: BinaryIO, token: str | None, pause: Paus
                 tries, failures, last_byte = 0, 0, time.monotonic()
             tries, arrived, mismatches = tries + 1, file.tell(), mismatches + isinstance(error, WrongContent)
             delay = min(LONGEST_DELAY, FIRST_DELAY * 2 ** (tries - 1)) * random.uniform(0.5, 1.5)
-            if isinstance(error, Busy) and time.monotonic() - last_byte + error.seconds < PATIENCE:
+            if isinstance(error, Busy) and time.monotonic() - last_byte + error.seconds < MAX_WAIT:
                 pause.extend(max(error.seconds, delay), error)
                 continue
             failures += 1
@@ -178,16 +179,16 @@ def _fetch_with_retries(url: str, file: BinaryIO, token: str | None, pause: Paus
 
 
 def _fetch_rest(url: str, file: BinaryIO, token: str | None) -> None:
-    """One request for what `file` lacks, appended to it. Returns when it is whole, else raises.
+    """Send one request for the missing bytes and append them to `file`. Raises if the file is then not complete.
 
-    Whole is what has the length and the sha256 that the server names. Without a length it is the end of the stream."""
+    It is complete if it has the length and sha256 that the server names; without a length, when the stream ends."""
     headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {token}"} if token else {})
     start = file.seek(0, os.SEEK_END)
     if start:
         headers["Range"] = f"bytes={start}-"
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
         _raise_for_status(url, response)
-        # A proxy may compress what it was asked to leave alone: lengths and ranges are then of other bytes.
+        # A proxy may compress the body although we asked for identity. Lengths and ranges then count other bytes.
         encoded = response.headers.get("Content-Encoding", "identity").lower() not in ("", "identity")
         span, total = _span_and_total(response, encoded)
         if response.status_code == 206 and (encoded or not span.startswith(f"bytes {start}-")):
@@ -198,7 +199,7 @@ def _fetch_rest(url: str, file: BinaryIO, token: str | None) -> None:
             _empty(file)
             raise requests.ConnectionError(f"the server has nothing after {start:,} bytes and names no length")
         if response.status_code == 200:
-            _empty(file)  # the server sends all of it, Range or not
+            _empty(file)  # the server ignored the range and sends the whole file
         if response.status_code != 416:
             try:
                 for chunk in response.iter_content(1 << 16):
@@ -212,16 +213,16 @@ def _fetch_rest(url: str, file: BinaryIO, token: str | None) -> None:
         file.flush()
         if total is not None and (size := file.tell()) != total:
             if size > total:
-                _empty(file)  # so it was no beginning of this file
+                _empty(file)  # the bytes kept were of another file
             raise requests.ConnectionError(f"{size:,} bytes arrived, the server says {total:,}")
         _verify(file, response, url)
 
 
 def _span_and_total(response: requests.Response, encoded: bool) -> tuple[str, int | None]:
-    """(which bytes come, how many the file has, None where nobody says)."""
-    # "bytes 0-99/200" or, when the server has nothing after `start`, "bytes */200"
+    """(range of the response's bytes, length of the file or None if the server does not name it)."""
+    # Content-Range is "bytes 0-99/200", or "bytes */200" if the server has nothing after `start`.
     span, _, total = response.headers.get("Content-Range", "").partition("/")
-    linked = [r.headers.get("X-Linked-Size", "") for r in [*response.history, response]]  # of the Hub
+    linked = [r.headers.get("X-Linked-Size", "") for r in [*response.history, response]]  # the Hub's header
     length = "" if encoded or response.status_code != 200 else response.headers.get("Content-Length", "")
     return span, next((int(text) for text in (total, *linked, length) if text.isdigit()), None)
 
@@ -242,7 +243,7 @@ def _raise_for_status(url: str, response: requests.Response) -> None:
 
 
 def _seconds_to_wait(response: requests.Response) -> float | None:
-    """From Retry-After, seconds or a date, or from RateLimit: "api";r=0;t=55. None where there is neither."""
+    """Seconds from Retry-After (seconds or a date) or from RateLimit ("api";r=0;t=55). None without either."""
     after = response.headers.get("Retry-After", "").strip()
     if after.isdigit():
         return float(after)
@@ -258,9 +259,9 @@ def _empty(file: BinaryIO) -> None:
 
 
 def _verify(file: BinaryIO, response: requests.Response, url: str) -> None:
-    """The Hub names a large file's sha256; a resumed file that changed in between is caught by it.
+    """Check the sha256 that the Hub names for large files: a file may have changed before it was resumed.
 
-    Of a parquet file without one the end is looked at: an orderly end of a stream may come too early."""
+    Without a sha256, check that a parquet file ends as it should: a stream may end too early without an error."""
     tags = [r.headers.get("X-Linked-ETag", "").strip('"') for r in [*response.history, response]]
     expected = next((tag for tag in tags if len(tag) == 64), None)
     with open(file.name, "rb") as copy:

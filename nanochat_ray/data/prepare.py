@@ -1,8 +1,7 @@
-"""The Ray Data job of `nanochat-ray prepare`: read documents, tokenize, pack, write row files and a manifest."""
+"""The Ray Data job of `nanochat-ray prepare`: reads documents, tokenizes, packs, writes row files and a manifest."""
 
 import errno
 import math
-import pickle
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from itertools import accumulate, chain, islice
 
 import numpy as np
 import ray
-import ray.data
 
 from nanochat_ray import machine, storage
 from nanochat_ray.data import files, sources
@@ -20,14 +18,14 @@ from nanochat_ray.data.cleaning import cleaned
 from nanochat_ray.data.loader import row_files, write_rows
 from nanochat_ray.data.mixture import BLOCK, shares
 from nanochat_ray.data.packing import pack_documents
+from nanochat_ray.data.shard_tasks import map_shards
 from nanochat_ray.data.tokenizer import Tokenizer, compression, pieces, train
 
-CHUNK_CHARS = 200_000  # encoded by one thread at a time: long beside a switch of threads, short beside a shard
-MOST_TOKENS = 60_000_000  # in the rows of a climbmix shard, if none were cropped
-TASK_MEMORY, MEMORY_PER_BYTE = 350e6, 4  # bytes of a task, and for each byte of its file, which is compressed
-MAX_TASKS = 2_000  # of a job, or 8 a CPU
-MAX_LINES = 1_000  # of progress
-PROGRESS_CHARS = 250_000_000  # of a tokenizer's sample, between lines
+CHUNK_CHARS = 200_000  # characters that one thread encodes at a time
+CLIMBMIX_MAX_TOKENS = 60_000_000  # upper bound of the tokens in a climbmix shard
+TASK_MEMORY, MEMORY_PER_BYTE = 350e6, 4  # bytes per task, plus this many per byte of its compressed file
+MAX_PROGRESS_LINES = 1_000
+PROGRESS_CHARS = 250_000_000  # characters that the tokenizer reads between two lines of progress
 COMPRESSION_SAMPLE = 1_000  # validation documents
 COUNTS = ("rows", "tokens", "cropped_tokens", "dropped_tokens", "documents", "bytes", "blank")  # of a shard
 
@@ -35,35 +33,35 @@ COUNTS = ("rows", "tokens", "cropped_tokens", "dropped_tokens", "documents", "by
 @dataclass
 class PrepareOptions:
     source: list[str] = field(default_factory=lambda: ["pydocs"])
-    """One source, or several to mix: pydocs, climbmix, hub:OWNER/NAME of the Hub (with :CONFIG and :SPLIT where it has
-    several), or paths, patterns or URIs of folders or files (parquet, arrow, jsonl, json, csv, txt), with commas
-    between those that are one source. climbmix=0.7 notes=0.3 gives each its share of the training tokens; without
-    weights all text counts the same, so that each has a share by its size."""
+    """One source, or several to mix. A source is pydocs, climbmix, a data set of the Hub (hub:OWNER/NAME, then :CONFIG
+    and :SPLIT if it has several), or a path, pattern or URI of folders or files (parquet, arrow, jsonl, json, csv,
+    txt). Commas join several paths to one source. climbmix=0.7 notes=0.3 sets each source's share of the training
+    tokens. Without weights, shares follow the sources' sizes."""
     text_column: str | None = None
-    """The column with the text; by default text, content, document or body, the first that there is. body.text is a
-    field of a struct, parts[] the strings of a list."""
+    """The column with the text. Default: the first of text, content, document and body that exists. body.text selects
+    a field of a struct, parts[] the strings of a list."""
     shards: int = 8
     """How many files of climbmix, or of each data set of the Hub, to train on."""
     tokens: int | None = None
-    """Take more of those files, if --shards of them give fewer training tokens than this, or than the source's weight
-    in it."""
+    """Training tokens wanted. If --shards files give fewer (of a mixture: fewer than the source's share), take more
+    files."""
     vocab_size: int = 32768
     """Tokens in the vocabulary, special tokens included."""
     sequence_len: int = 2048
     """T: a row holds T+1 tokens."""
     tokenizer: str | None = None
-    """Folder of a tokenizer to use; without it one is trained on the sources."""
+    """Folder of a tokenizer to use. Default: train one on the sources."""
     clean: list[str] = field(default_factory=list)
-    """Steps that drop documents: gopher, repetition, c4 and fineweb are rules of those names, decontaminate drops what
-    shares 13 words in a row with --tests, exact and near drop duplicates. What is left is kept as files; what each step
-    dropped, with samples, is beside them in manifest.json."""
+    """Steps that drop documents. gopher, repetition, c4 and fineweb apply the quality rules of that name, decontaminate
+    drops documents that share 13 words in a row with --tests, exact and near drop duplicates. The kept documents are
+    written to files; manifest.json beside them counts what each step dropped, with samples."""
     tests: str | None = None
-    """Folder of jsonl files, such as that of a CORE bundle, for --clean decontaminate."""
+    """Folder of jsonl files for --clean decontaminate, such as a CORE bundle."""
     max_chars: int = 2_000_000_000
-    """At most this many characters are read to train the tokenizer, as many of each source."""
+    """Most characters to train the tokenizer on. Several sources give equal parts of them."""
     dry_run: bool = False
-    """Read the sources and say what they hold: documents, bytes, tokens, exact duplicates, lengths, and five documents
-    of each. Neither a tokenizer nor rows are made."""
+    """Only read the sources and print documents, bytes, tokens, exact duplicates, lengths, and five documents of each.
+    Don't make a tokenizer or rows."""
 
     def __post_init__(self):
         self.source = [self.source] if isinstance(self.source, str) else self.source
@@ -71,18 +69,18 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class Prepared:
-    rows: str  # folder with train/, val/ and manifest.json; of a mixture with the manifest alone
+    rows: str  # folder with train/, val/ and manifest.json; the folder of a mixture has only the manifest
     tokenizer: str  # folder
     manifest: dict
 
 
 @dataclass(frozen=True)
 class Job:
-    """One shard of documents to one file of rows."""
+    """Make one file of rows from one shard of documents."""
 
     shard: sources.Shard
     split: str
-    uri: str  # of the row file; its counts are kept beside it, as .json
+    uri: str  # the row file; a .json file beside it has the counts
 
     @property
     def counts_uri(self) -> str:
@@ -90,7 +88,8 @@ class Job:
 
 
 def parse_sources(options: PrepareOptions) -> tuple[list[str], list[float] | None]:
-    """(sources, their weights, or None when none has one). Raises ValueError when some have, or one comes twice."""
+    """(sources, weights). Weights are None if no source has one. Raises ValueError if only some have one, or if a
+    source is named twice."""
     texts, weights = zip(*map(sources.parse, options.source), strict=True) if options.source else ((), ())
     if not texts:
         raise ValueError("--source names no source: give pydocs, climbmix, or a folder")
@@ -100,38 +99,38 @@ def parse_sources(options: PrepareOptions) -> tuple[list[str], list[float] | Non
         return list(texts), None
     if None in weights:
         without = texts[weights.index(None)]
-        raise ValueError(f"the source {without} has no weight, but others have: give all one, or none")
+        raise ValueError(f"the source {without} has no weight, but others have: give all sources a weight, or none")
     shares(weights)
     return list(texts), list(weights)
 
 
 def find_sources(options: PrepareOptions) -> list[sources.Source]:
-    """Those --shards that a tokenizer is trained on, of climbmix; `run` gets more if their tokens are too few."""
+    """Find or download the sources' files: the first --shards of climbmix and the Hub. `run` gets more if needed."""
     texts, weights = parse_sources(options)
     found = {}
     wanted = zip(texts, _wanted_tokens(options, weights), strict=True)
-    # Paths first: a wrong one is an error before anything is downloaded.
+    # Paths first, so that a wrong path fails before anything is downloaded.
     for text, tokens in sorted(wanted, key=lambda pair: sources.is_named(pair[0])):
         if text == "climbmix" and tokens:  # check the disk before the first byte
-            sources.check_climbmix_room(max(options.shards, min(tokens // MOST_TOKENS, sources.CLIMBMIX_LAST)))
+            sources.check_climbmix_room(max(options.shards, min(tokens // CLIMBMIX_MAX_TOKENS, sources.CLIMBMIX_LAST)))
         found[text] = sources.resolve(text, text_column=options.text_column, shards=options.shards)
     return [found[text] for text in texts]
 
 
 def _wanted_tokens(options: PrepareOptions, weights: list[float] | None) -> list[int | None]:
-    """Of each source. Without weights those that have more files may have to give them all."""
+    """Training tokens wanted from each source. Without weights, one source may have to give all."""
     if not options.tokens or not weights:
         return [options.tokens] * len(options.source)
     return [math.ceil(options.tokens * share) for share in shares(weights)]
 
 
 def run(options: PrepareOptions, found: list[sources.Source] | None = None) -> Prepared:
-    """Prepare rows, or return those that the same inputs gave before. Unfinished shards alone are done again.
+    """Prepare rows. Rows of an earlier run with the same inputs are reused, and only unfinished shards are processed.
 
-    Each source has rows of its own, and a mixture of several is a manifest that names them and their weights.
+    Each source has its own folder of rows. A mixture is a manifest that names these folders and their weights.
 
-    found: the sources of the options, by one who has looked for them already.
-    Raises ValueError when a split has too little text for one row, and what sources and the tokenizer raise.
+    found: the sources, if the caller has found them already.
+    Raises ValueError if a split has too little text for one row, and the errors of find_sources and the tokenizer.
     """
     if options.sequence_len < 1:
         raise ValueError(f"sequence_len {options.sequence_len}: a row needs at least one token to predict")
@@ -160,10 +159,10 @@ def _clean(source: sources.Source, options: PrepareOptions) -> sources.Source:
 
 
 def _mix(prepared: list[Prepared], weights: list[float] | None) -> Prepared:
-    """Write the manifest of a mixture of sources that are prepared."""
+    """Write the manifest of a mixture of prepared sources."""
     manifests = [one.manifest for one in prepared]
     sizes = [manifest["splits"]["train"]["rows"] for manifest in manifests]
-    if weights is None:  # by size, and of a very small source enough for a row in each block
+    if weights is None:  # shares by size, but a very small source gets at least one row per block
         weights = [max(size, math.ceil(sum(sizes) / (0.9 * BLOCK))) for size in sizes]
     names = [manifest["source"] for manifest in manifests]
     names = [f"{name}-{i}" if names.count(name) > 1 else name for i, name in enumerate(names, 1)]
@@ -181,13 +180,14 @@ def _mix(prepared: list[Prepared], weights: list[float] | None) -> Prepared:
         for split in ("train", "val")
     }
     manifest = {"source_fingerprint": storage.fingerprint(contents), "mixture": parts, **same, "splits": splits}
-    # No source has a + in its name.
+    # Source names have no "+", so joined names stay unique.
     name = "+".join(names) if len("+".join(names)) < 100 else f"{names[0][:90]}+{len(names) - 1}"
     name += f"-{same['tokenizer_sha256'][:8]}-T{same['sequence_len']}-{manifest['source_fingerprint'][:8]}"
     rows_uri = storage.join(storage.parent(prepared[0].rows), name)
-    storage.write_json(storage.join(rows_uri, "manifest.json"), manifest)  # again, as pretrain takes the newest
-    of_each = ", ".join(f"{float(share):.1%} {name}" for share, name in zip(shares(weights), names, strict=True))
-    print(f"prepare: a mixture of {of_each}", flush=True)
+    # Write it even if it exists: pretrain takes the rows with the newest manifest.
+    storage.write_json(storage.join(rows_uri, "manifest.json"), manifest)
+    listed = ", ".join(f"{float(share):.1%} {name}" for share, name in zip(shares(weights), names, strict=True))
+    print(f"prepare: a mixture of {listed}", flush=True)
     return Prepared(rows_uri, prepared[0].tokenizer, manifest)
 
 
@@ -227,21 +227,22 @@ def _prepare(source: sources.Source, tokenizer_uri: str, tokenizer: Tokenizer, s
 
 
 def _shards_for_tokens(source: sources.Source, shards: int, wanted: int | None, prepared: Prepared) -> int:
-    """How many shards give the wanted tokens, by what so many that are prepared gave, as far as there are."""
+    """How many shards give the wanted tokens, at the tokens per shard of those prepared. At most all that exist."""
     tokens = prepared.manifest["splits"]["train"]["rows"] * prepared.manifest["sequence_len"]
     if not wanted or tokens >= wanted:
         return shards
     more = min(math.ceil(shards * wanted / tokens), source.most or shards)
-    then = f"{more} {source.name} shards" if more > shards else f"each is read {wanted / tokens:.1f} times"
-    print(f"prepare: {tokens:,} tokens for {wanted:,}: {then}", flush=True)
+    then = f"taking {more} {source.name} shards" if more > shards else f"each is read {wanted / tokens:.1f} times"
+    print(f"prepare: there are {tokens:,} tokens, {wanted:,} are wanted: {then}", flush=True)
     return more
 
 
 def find_or_train_tokenizer(options: PrepareOptions, found: list[sources.Source]) -> tuple[str, Tokenizer]:
-    """(folder, tokenizer): the one the options name, or the one trained on these sources, now or before.
+    """(folder, tokenizer): the tokenizer that the options name, or one trained on the sources now or in an earlier run.
 
-    It is named by the shards that were read: where max_chars end in the 8th, it serves any number from 8 on. Of several
-    sources it reads as much of each, whatever their weights and their order, so that other weights need no new rows.
+    The name of a trained tokenizer depends only on the shards that were read. If max_chars end within the 8th shard,
+    the same tokenizer serves any number of shards from 8 on. Several sources give equal numbers of characters, whatever
+    their weights and order, so other weights need no new tokenizer and no new rows.
     """
     if options.tokenizer:
         uri = storage.absolute(options.tokenizer)
@@ -271,7 +272,7 @@ def find_or_train_tokenizer(options: PrepareOptions, found: list[sources.Source]
 
 
 class Sample:
-    """The source's first max_chars characters, by document. Counts the shards and characters that were read."""
+    """The first max_chars characters of a source, as documents. Counts the shards and characters that were read."""
 
     def __init__(self, source: sources.Source, max_chars: int):
         self.source, self.max_chars, self.shards, self.chars = source, max_chars, 0, 0
@@ -294,12 +295,12 @@ def _report_compression(tokenizer: Tokenizer, source: sources.Source) -> None:
     texts = sources.read_documents(source.val[0], sources.Reading())
     ratios = compression(tokenizer, list(islice(texts, COMPRESSION_SAMPLE)))
     listed = ", ".join(f"{name} {ratio:.3f}" for name, ratio in ratios.items())
-    note = "" if len(ratios) > 1 else " (gpt2 and cl100k_base are not in tiktoken's cache, so not compared)"
+    note = "" if len(ratios) > 1 else " (not compared: gpt2 and cl100k_base are not in tiktoken's cache)"
     print(f"prepare: bytes per token on validation text: {listed}{note}", flush=True)
 
 
 def plan_jobs(source: sources.Source, rows_uri: str) -> list[Job]:
-    """A file of rows for each shard, in order; where another folder has the shard already, that folder's file."""
+    """One job per shard, in order. If another folder already has the rows of a shard, the job names that file."""
     there = _prepared_shards(rows_uri)
     return [
         Job(shard, split, there.get((split, shard.fingerprint), storage.join(rows_uri, split, f"rows_{i:05d}.arrow")))
@@ -309,7 +310,7 @@ def plan_jobs(source: sources.Source, rows_uri: str) -> list[Job]:
 
 
 def _prepared_shards(rows_uri: str) -> dict[tuple[str, str], str]:
-    """(split, fingerprint of a shard) -> its row file, of complete folders that differ in which shards they have."""
+    """{(split, shard fingerprint): row file} of complete folders with the same source name, tokenizer and length."""
     place, kind = storage.parent(rows_uri), storage.name(rows_uri).rpartition("-")[0]
     found = {}
     for name in storage.listdir(place):
@@ -322,54 +323,44 @@ def _prepared_shards(rows_uri: str) -> dict[tuple[str, str], str]:
 
 
 def unfinished(jobs: list[Job]) -> list[Job]:
-    """Those without counts. One listing of a folder, as each look at an object store takes a round trip."""
+    """The jobs without counts. It lists each folder once, because each request to an object store is a round trip."""
     folders = {storage.parent(job.uri) for job in jobs}
     finished = {storage.join(folder, name) for folder in folders for name in storage.listdir(folder)}
     return [job for job in jobs if job.counts_uri not in finished]
 
 
 def _run_jobs(jobs: list[Job], num_all: int, tokenizer: Tokenizer, row_len: int, source: sources.Source) -> None:
-    """One Ray task a shard or a few. Counts come back: tokens go from the task to the file, past the object store."""
-    cpus = ray.cluster_resources().get("CPU", 1)  # none yet where nodes come when tasks wait for them
-    constants = {"tokenizer": tokenizer, "row_len": row_len, "cpus": cpus}
+    """Run the jobs in Ray tasks. A task writes the rows itself and returns only counts, to spare the object store."""
+    cpus = ray.cluster_resources().get("CPU", 1)  # 1 if an autoscaler has not started any node yet
     start, tokens, unreadable = time.monotonic(), 0, set(source.unreadable)
-    # A task a shard, but of very many shards a task has several: each task costs the driver some milliseconds.
-    # Pickled, because a file's name may be no UTF-8, which Arrow's strings have to be.
-    items = [{"job": pickle.dumps(job), "left": len(jobs) - index} for index, job in enumerate(jobs)]
-    blocks = ray.data.from_items(items, override_num_blocks=min(len(jobs), max(MAX_TASKS, int(8 * cpus))))
-    # A node runs as many tasks at once as its memory holds. One that asked for more than any node has would never run,
-    # and nodes that an autoscaler has yet to bring may not say how much they have.
-    there = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    most = max((node.get("memory", 0) for node in there), default=0)
-    memory = min(TASK_MEMORY + MEMORY_PER_BYTE * max(job.shard.size for job in jobs), most)
-    results = blocks.map(_run_job, fn_kwargs=constants, num_cpus=1, memory=memory).iter_rows()
-    for done, result in enumerate(results, num_all - len(jobs) + 1):
-        if result["error"]:
-            raise ValueError(result["error"])
-        unreadable.update(result["unreadable"])
+    # Memory limits how many tasks a node runs at once. Ask for no more than the largest node has, or no task would ever
+    # run. Nodes that an autoscaler has not started yet are unknown.
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    largest = max((node.get("memory", 0) for node in alive), default=0)
+    memory = min(TASK_MEMORY + MEMORY_PER_BYTE * max(job.shard.size for job in jobs), largest)
+
+    def write(item: tuple[Job, int]) -> dict:
+        job, left = item
+        # The last shards use the cores that have no shard. Twice as many threads as cores, because some end early.
+        num_threads = math.ceil(2 * cpus / left)
+        try:
+            return write_shard(job, tokenizer=tokenizer, row_len=row_len, num_threads=num_threads)
+        except OSError as error:
+            full = f" ({storage.disk(job.uri)})" if error.errno == errno.ENOSPC else ""
+            raise OSError(f"{error}{full}") from None
+
+    results = map_shards(write, [(job, len(jobs) - index) for index, job in enumerate(jobs)], memory=memory)
+    for done, (_, counts) in enumerate(results, num_all - len(jobs) + 1):
+        unreadable.update(counts.get("unreadable", []))
         sources.check_unreadable(source.files, sorted(unreadable))
-        tokens += result["tokens"]
+        tokens += counts["tokens"] + counts["cropped_tokens"] + counts["dropped_tokens"]
         speed = tokens / (time.monotonic() - start)
-        if done % math.ceil(num_all / MAX_LINES) == 0 or done == num_all:
+        if done % math.ceil(num_all / MAX_PROGRESS_LINES) == 0 or done == num_all:
             print(f"prepare: {done}/{num_all} shards, {tokens:,} tokens, {speed:,.0f} tokens/s", flush=True)
 
 
-def _run_job(row: dict, *, cpus: float, **constants) -> dict:
-    """What is wrong with a file is returned, not raised: Ray would wrap one clear line in pages of its own trace."""
-    # The last shards share the cores that have no shard of their own; twice as many threads, as some end early.
-    num_threads = math.ceil(2 * cpus / row["left"])
-    job = pickle.loads(row["job"])
-    try:
-        counts = write_shard(job, num_threads=num_threads, **constants)
-    except (ValueError, OSError) as error:
-        full = f" ({storage.disk(job.uri)})" if getattr(error, "errno", None) == errno.ENOSPC else ""
-        return {"tokens": 0, "error": files.shown(f"{error}{full}"), "unreadable": []}
-    tokens = counts["tokens"] + counts["cropped_tokens"] + counts["dropped_tokens"]
-    return {"tokens": tokens, "error": "", "unreadable": counts.get("unreadable", [])}
-
-
 def write_shard(job: Job, *, tokenizer: Tokenizer, row_len: int, num_threads: int) -> dict:
-    """Tokenize and pack one shard into its row file. Holds the tokens of the shard, its text only by chunks."""
+    """Tokenize and pack one shard into its row file. Holds all tokens of the shard in memory, but not all its text."""
     documents, num_bytes, reading = [], 0, sources.Reading()
     bos = np.array([tokenizer.bos_id], dtype=tokenizer.dtype)
     for encoded, size in _encode(_chunks(sources.read_documents(job.shard, reading)), tokenizer, num_threads):
@@ -390,12 +381,12 @@ def write_shard(job: Job, *, tokenizer: Tokenizer, row_len: int, num_threads: in
         "bytes": num_bytes,
     }
     counts |= {key: value for key, value in asdict(reading).items() if value}
-    storage.write_json(job.counts_uri, counts)  # after the rows: where it is, the shard is finished
+    storage.write_json(job.counts_uri, counts)  # last: the counts mark the shard as finished
     return counts
 
 
 def _chunks(texts: Iterator[str]) -> Iterator[list[tuple[str, bool]]]:
-    """Lists of (text, whether a document begins with it): several short documents, or a part of a very long one."""
+    """Lists of (text, whether it begins a document): several short documents, or a part of a very long one."""
     chunk, chars = [], 0
     for text in texts:
         for number, part in enumerate(pieces(text)):
@@ -411,7 +402,7 @@ def _chunks(texts: Iterator[str]) -> Iterator[list[tuple[str, bool]]]:
 def _encode(
     chunks: Iterator[list[tuple[str, bool]]], tokenizer: Tokenizer, num_threads: int
 ) -> Iterator[tuple[list[tuple[np.ndarray, bool]], int]]:
-    """For each chunk, in order: tokens of its texts, and how many bytes its text has."""
+    """For each chunk, in order: (token arrays of its texts, bytes of UTF-8). Encodes in threads."""
 
     def encode(chunk: list[tuple[str, bool]]) -> tuple[list[tuple[np.ndarray, bool]], int]:
         encoded = [(tokenizer.encode_to_numpy(text).astype(tokenizer.dtype), begins) for text, begins in chunk]
@@ -422,17 +413,16 @@ def _encode(
     with ThreadPoolExecutor(num_threads) as pool:
         for chunk in chunks:
             waiting.append(pool.submit(encode, chunk))
-            if len(waiting) > 2 * num_threads:  # Executor.map would read the whole shard ahead
+            if len(waiting) > 2 * num_threads:  # limits what is read ahead; Executor.map would read the whole shard
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
 
 
 def _collect(jobs: list[Job], rows_uri: str, row_len: int, source: sources.Source) -> dict:
-    """{split: summed counts, rows by file, and fingerprints of the shards in that order}.
+    """{split: summed counts, rows per file, and fingerprints of the shards in that order}.
 
-    Says which files could not be read to their ends. Raises ValueError when those are too many or a split has no rows.
-    """
+    Prints which files are damaged. Raises ValueError if those are too many, or if a split has no rows."""
 
     def named(uri: str) -> str:
         folder = storage.parent(storage.parent(uri))
@@ -440,10 +430,10 @@ def _collect(jobs: list[Job], rows_uri: str, row_len: int, source: sources.Sourc
 
     splits, unreadable = {}, set(source.unreadable)
     for split in ("train", "val"):
-        ours = [job for job in jobs if job.split == split]
+        of_split = [job for job in jobs if job.split == split]
         with ThreadPoolExecutor(32) as pool:
-            read = pool.map(storage.read_json, [job.counts_uri for job in ours])
-            counts = {named(job.uri): counts for job, counts in zip(ours, read, strict=True)}
+            read = pool.map(storage.read_json, [job.counts_uri for job in of_split])
+            counts = {named(job.uri): counts for job, counts in zip(of_split, read, strict=True)}
         total = {key: sum(c.get(key, 0) for c in counts.values()) for key in COUNTS}
         unreadable |= {message for c in counts.values() for message in c.get("unreadable", [])}
         if not total["rows"]:
@@ -452,9 +442,9 @@ def _collect(jobs: list[Job], rows_uri: str, row_len: int, source: sources.Sourc
                 f"{row_len}: use more text or a smaller sequence_len"
             )
         rows = {file: c["rows"] for file, c in counts.items()}
-        splits[split] = {**total, "files": rows, "shards": [job.shard.fingerprint for job in ours]}
+        splits[split] = {**total, "files": rows, "shards": [job.shard.fingerprint for job in of_split]}
     sources.check_unreadable(source.files, sorted(unreadable))
     if unreadable:
-        print(f"prepare: {len(unreadable):,} of {source.files:,} files can't be read, or not to their end:")
+        print(f"prepare: {len(unreadable):,} of {source.files:,} files are damaged; what could be read is used:")
         print("\n".join(f"  {message}" for message in sorted(unreadable)), flush=True)
     return splits

@@ -1,37 +1,36 @@
-"""What sources hold, before anything is made of them: documents, bytes, tokens, duplicates, lengths, examples."""
+"""`prepare --dry-run`: reads the sources and prints documents, bytes, tokens, duplicates, lengths and examples."""
 
 import hashlib
 import heapq
-import pickle
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import ray.data
 from rich.console import Console
 from rich.table import Table
 
 from nanochat_ray.data import sources
 from nanochat_ray.data.files import shown
 from nanochat_ray.data.mixture import shares
-from nanochat_ray.data.prepare import MAX_TASKS, PrepareOptions, Sample, find_sources, parse_sources
+from nanochat_ray.data.prepare import PrepareOptions, Sample, find_sources, parse_sources
+from nanochat_ray.data.shard_tasks import map_shards
 from nanochat_ray.data.tokenizer import Tokenizer, train
 
-TOKENIZER_CHARS = 5_000_000  # train a quick tokenizer where none is named: it says about how many tokens there are
-SAMPLED, SAMPLED_CHARS = 200, 20_000  # documents whose tokens are counted, and how much of each
-EXAMPLES, EXAMPLE_CHARS = 5, 300
-LENGTHS = 34  # powers of two: the longest document that is told apart has 8 GB
+TOKENIZER_CHARS = 5_000_000  # characters to train a tokenizer on for the estimate, if none is named
+SAMPLED, SAMPLED_CHARS = 200, 20_000  # documents whose tokens are counted, and characters of each
+EXAMPLES, EXAMPLE_CHARS = 5, 300  # documents to print, and characters of each
+LENGTHS = 34  # bins by powers of two; the last one holds all documents above 4 GiB
 
 
 @dataclass
 class Counts:
-    """Of a shard, or of a whole source."""
+    """Counts of a shard or of a whole source."""
 
     bytes: int = 0
-    blank: int = 0
-    lengths: np.ndarray = field(default_factory=lambda: np.zeros(LENGTHS, dtype=np.int64))  # up to 2^i bytes
-    hashes: list[np.ndarray] = field(default_factory=list)  # uint64 of every document: 8 bytes each in memory
-    sample: list[tuple[int, str]] = field(default_factory=list)  # documents with the lowest hashes: a random choice
-    unreadable: list[str] = field(default_factory=list)
+    blank: int = 0  # documents without text
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(LENGTHS, dtype=np.int64))  # documents of ≤ 2^i bytes
+    hashes: list[np.ndarray] = field(default_factory=list)  # uint64, one per document
+    sample: list[tuple[int, str]] = field(default_factory=list)  # (hash, text) of the lowest hashes: a random choice
+    unreadable: list[str] = field(default_factory=list)  # one message per damaged file
 
     @property
     def documents(self) -> int:
@@ -49,7 +48,7 @@ class Counts:
 
 
 def run(options: PrepareOptions, found: list[sources.Source] | None = None) -> dict[str, Counts]:
-    """Read all documents by Ray tasks and print what they are; returns the counts by source.
+    """Read all documents in Ray tasks and print the statistics. Returns the counts by source.
 
     Raises what find_sources raises, and ValueError when too many files are unreadable."""
     texts, weights = parse_sources(options)
@@ -63,32 +62,19 @@ def run(options: PrepareOptions, found: list[sources.Source] | None = None) -> d
 
 
 def count(source: sources.Source) -> Counts:
-    """Of the training and the validation documents together."""
-    both = [replace(shard, part="all") for shard in (*source.train, *source.val)]  # one file may serve both splits
-    shards = [pickle.dumps(shard) for shard in dict.fromkeys(both)]
-    blocks = ray.data.from_items(
-        [{"shard": shard} for shard in shards], override_num_blocks=min(len(shards), MAX_TASKS)
-    )
+    """Count the training and the validation documents together."""
+    # One file may hold both splits: count it once.
+    shards = dict.fromkeys(replace(shard, part="all") for shard in (*source.train, *source.val))
     total = Counts(unreadable=list(source.unreadable))
-    for row in blocks.map(_count_shard, num_cpus=1).iter_rows():
-        if row["error"]:
-            raise ValueError(row["error"])
-        total.add(pickle.loads(row["counts"]))
+    for _, counts in map_shards(count_shard, list(shards)):
+        total.add(counts)
         sources.check_unreadable(source.files, sorted(set(total.unreadable)))
     return total
 
 
-def _count_shard(row: dict) -> dict:
-    """What is wrong is returned, not raised: Ray would wrap one clear line in pages of its own trace."""
-    try:
-        return {"counts": pickle.dumps(count_shard(pickle.loads(row["shard"]))), "error": ""}
-    except (ValueError, OSError) as error:
-        return {"counts": b"", "error": shown(str(error))}
-
-
 def count_shard(shard: sources.Shard) -> Counts:
     counts, reading, hashes = Counts(), sources.Reading(), []
-    lowest: list[tuple[int, str]] = []  # as a heap of the negated hashes
+    lowest: list[tuple[int, str]] = []  # a max-heap of the lowest hashes: heapq is a min-heap, so they are negated
     for text in sources.read_documents(shard, reading):
         data = text.encode()
         hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big"))
@@ -104,23 +90,23 @@ def count_shard(shard: sources.Shard) -> Counts:
 
 
 def _tokenizer(options: PrepareOptions, found: list[sources.Source]) -> tuple[Tokenizer | None, str]:
-    """(the one that the options name or a quick one of their size, None where there is too little text, a note)."""
+    """(tokenizer, note). The options' tokenizer, or one trained on little text; None if there is too little text."""
     if options.tokenizer:
         return Tokenizer.load(options.tokenizer), ""
     samples = [Sample(source, TOKENIZER_CHARS // len(found)) for source in found]
     try:
         tokenizer = train((text for sample in samples for text in sample), options.vocab_size)
     except ValueError as error:
-        return None, f"tokens are not known: {error}"
+        return None, f"tokens are not counted: {error}"
     read = sum(sample.chars for sample in samples)
-    return tokenizer, f"tokens are an estimate, by a tokenizer of the first {read:,} characters"
+    return tokenizer, f"tokens are an estimate by a tokenizer that was trained on the first {read:,} characters"
 
 
 def tokens(counts: Counts, tokenizer: Tokenizer) -> int:
-    """About how many the documents have, by those of the sample."""
+    """An estimate of the documents' tokens, from the tokens per byte of the sample."""
     texts = [text for _, text in counts.sample]
     per_byte = sum(map(len, tokenizer.encode_batch(texts))) / max(1, sum(len(text.encode()) for text in texts))
-    return counts.documents + round(counts.bytes * per_byte)  # each begins with one of its own
+    return counts.documents + round(counts.bytes * per_byte)  # each document begins with bos
 
 
 def _print(counted: dict[str, Counts], tokenizer: Tokenizer | None, weights: list[float] | None) -> None:
@@ -138,7 +124,7 @@ def _print(counted: dict[str, Counts], tokenizer: Tokenizer | None, weights: lis
     if len(counted) > 1:
         distinct = [counts.distinct() for counts in counted.values()]
         several = sum(map(len, distinct)) - len(np.unique(np.concatenate(distinct)))
-        console.print(f"{several:,} documents are in several of the sources")
+        console.print(f"{several:,} documents are in more than one source")
     lengths = Table("bytes, up to", *map(shown, counted), title="lengths of documents", title_justify="left")
     all_lengths = sum(counts.lengths for counts in counted.values())
     for power in range(*(np.flatnonzero(all_lengths)[[0, -1]] + [0, 1])):

@@ -91,7 +91,7 @@ def test_a_data_set_of_the_hub_mixed_with_a_folder(ray_session, played, tmp_path
     played.gated.clear()
     wanted = 3 * 32 * sizes[0]
     more = prepare.run(PrepareOptions([f"{hub}=0.5", f"{mine}=0.5"], tokens=2 * wanted, **options))
-    assert f"{32 * sizes[0]:,} tokens for {wanted:,}: 2 web-small shards" in capsys.readouterr().out
+    assert f"there are {32 * sizes[0]:,} tokens, {wanted:,} are wanted: taking 2 web-small shards" in capsys.readouterr().out
     assert len(read_parts(more.rows)) == 2 and read_parts(more.rows)[0].rows != parts[0].rows
 
 

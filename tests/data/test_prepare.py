@@ -117,7 +117,7 @@ def test_climbmix_shards_are_as_many_as_give_the_tokens(ray_session, tmp_path, n
     five = run(PrepareOptions("climbmix", shards=2, tokens=2 * tokens, **size))
     said = capsys.readouterr().out
     train = five.manifest["splits"]["train"]
-    assert f"prepare: {tokens:,} tokens for {2 * tokens:,}: 4 climbmix shards" in said
+    assert f"prepare: there are {tokens:,} tokens, {2 * tokens:,} are wanted: taking 4 climbmix shards" in said
     assert len(train["files"]) in (4, 5)
     assert 2 * tokens <= 16 * train["rows"] < 3 * tokens
     assert list(rows_of(five))[:2] == list(rows_of(two))[:2]
@@ -194,7 +194,7 @@ def test_broken_and_empty_files_are_named_at_the_end_and_not_read_again(ray_sess
     prepared = run(options)
     said = capsys.readouterr().out
     assert "prepare: 1 of 150 files are empty: 008.json" in said
-    assert "prepare: 1 of 150 files can't be read, or not to their end:\n  cannot read" in said
+    assert "prepare: 1 of 150 files are damaged; what could be read is used:\n  cannot read" in said
     assert "007.json: line 1 is not JSON" in said
     splits = prepared.manifest["splits"]
     assert splits["train"]["documents"] + splits["val"]["documents"] == 148

@@ -51,6 +51,8 @@ def test_tokens_are_estimated_by_a_tokenizer_of_the_first_characters(tmp_path):
     write(tmp_path / "words" / "a.jsonl", texts)
     options = PrepareOptions(str(tmp_path / "words"), vocab_size=300)
     tokenizer, note = stats._tokenizer(options, stats.find_sources(options))
-    assert tokenizer.vocab_size == 300 and note.startswith("tokens are an estimate, by a tokenizer of the first ")
+    assert tokenizer.vocab_size == 300 and note.startswith(
+        "tokens are an estimate by a tokenizer that was trained on the first "
+    )
     options.vocab_size = 50_000
-    assert stats._tokenizer(options, stats.find_sources(options))[1].startswith("tokens are not known: vocab_size")
+    assert stats._tokenizer(options, stats.find_sources(options))[1].startswith("tokens are not counted: vocab_size")

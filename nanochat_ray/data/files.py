@@ -1,7 +1,7 @@
-"""Which files hold data: found below a folder, by a pattern or a list; of which kind, split and compression.
+"""Finds data files below a folder, by a pattern or in a list, and their format, split and compression.
 
-Files are searched below a folder. Tables (parquet, arrow, json, csv) are taken before txt, and a licence, a README or a
-checksum is no data. Folders and names such as train/ and validation-00000-of-00001 are splits.
+If a folder has tables (parquet, arrow, json, csv), its txt files are not used. A licence, a README or a checksum is not
+data. Folders and names such as train/ and validation-00000-of-00001 are splits.
 """
 
 import bz2
@@ -23,11 +23,11 @@ KINDS |= {"jsonl": "json", "ndjson": "json", "json": "json", "txt": "txt", "text
 CODECS = {"gz": "gzip", "zst": "zstd", "bz2": "bz2", "xz": "xz"}
 READABLE = ".parquet, .jsonl, .ndjson, .json, .arrow, .csv, .tsv or .txt file (text also as .gz, .zst, .bz2 or .xz)"
 REMEDY = "name a folder or file that does, pydocs, climbmix, or hub:OWNER/NAME"
-# A name without an ending, or with one that counts: what the file holds decides.
+# For a name without an ending, or whose ending is a number, the content decides the format.
 WITHOUT_ENDING = re.compile(r"[^.]+(?:\.c?\d+)?", re.S)
-# Never data: hidden files, what Spark and the Hub put beside data, and the papers of a repository.
+# Never data: hidden files, files that Spark and the Hub put beside data, and the documents of a repository.
 HIDDEN = re.compile(r"[._].*|dataset_infos?\.json", re.I | re.S)
-PAPERS = re.compile(
+REPOSITORY_DOCS = re.compile(
     r"(?:licen[cs]e|readme|copying).*"
     r"|(?:requirements.*|notice|authors|change(?:s|log)|contributing|citation|makefile|dockerfile)(?:\.txt)?",
     re.I | re.S,
@@ -36,14 +36,14 @@ SPLITS = {"train": "train", "training": "train", "test": "test", "testing": "tes
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev", "eval"), "val")
 WORD = "|".join(SPLITS)
 NUMBER = r"(?:[-_. ]\d+)?(?:[-_.]of[-_.]\d+)?(?:-[0-9a-f]{16})?"
-# "train", "wiki.valid", "corpus-test-3", and of the Hub "train_sft-00000-of-00002"
+# Matches "train", "wiki.valid", "corpus-test-3", and the Hub's "train_sft-00000-of-00002".
 SPLIT_NAME = re.compile(rf"(?:.*[-_. ])?({WORD}){NUMBER}|({WORD})_\w+-\d+-of-\d+(?:-[0-9a-f]{{16}})?", re.I | re.S)
 TXT_BESIDE_TABLES = "txt beside tables"
-SAME_BYTES = 64 << 10  # of two files that may be one, compressed and not
-ZSTD_WINDOW = 2**31  # the largest that zstd --long=31 writes
+HEAD_BYTES = 64 << 10  # bytes to compare of a file and its compressed copy, or to detect a format
+ZSTD_WINDOW = 2**31  # bytes; zstd --long=31 writes no larger window
 UNICODE_MARKS = {
     codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16, because it begins with UTF-16's mark
     codecs.BOM_UTF32_BE: "utf-32-be",
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
@@ -51,7 +51,7 @@ UNICODE_MARKS = {
 
 
 class Unreadable(ValueError):
-    """A file that is damaged, or that holds something else than its name says."""
+    """The file is damaged, or its content does not match its name."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +64,21 @@ class DataFile:
 
 @dataclass
 class Found:
-    """The data files that were asked for, in order, and why others beside them are left out: {name: reason}."""
+    """The data files of a folder, a pattern or a list, in order."""
 
     files: list[DataFile] = field(default_factory=list)
-    left_out: dict[str, str] = field(default_factory=dict)
-    is_lone: bool = False  # files that were named one by one
+    left_out: dict[str, str] = field(default_factory=dict)  # {name: reason} of other files beside them
+    is_lone: bool = False  # the files were named one by one
     is_pattern: bool = False
 
 
 def shown(text: str) -> str:
-    """A text that can be printed: names may hold bytes that are no UTF-8."""
+    """The text in printable form. File names may hold bytes that are not UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def some(names: list[str], most: int = 5) -> str:
-    """The first few names, and how many more there are."""
+    """The first names, and the number of the others."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(map(shown, names[:most])) + more
 
@@ -87,10 +87,10 @@ def some(names: list[str], most: int = 5) -> str:
 
 
 def find(source: str) -> list[Found]:
-    """The data files of a file, a folder, a pattern (data/**/*.parquet), or of several of them with commas between.
+    """The data files of a file, a folder, a pattern (data/**/*.parquet), or several of these joined by commas.
 
-    Each folder and each pattern has a Found of its own, and all that are named one by one have one.
-    Raises FileNotFoundError for what does not exist or holds no data."""
+    Returns one Found per folder and per pattern, and one for all files that are named one by one.
+    Raises FileNotFoundError if something does not exist or holds no data."""
     uri = storage.absolute(source)
     if storage.exists(uri):
         found = _choose(uri, storage.walk(uri)) if storage.is_folder(uri) else _lone(uri)
@@ -110,14 +110,14 @@ def find(source: str) -> list[Found]:
 
 
 def _lone(uri: str) -> Found:
-    """A file that was named is data, unless it has the ending of another kind."""
+    """A file that the user names is data, unless it has the ending of an unsupported format."""
     name = storage.name(uri)
     kind = by_ending(name)[0] or (kind_of(uri) if WITHOUT_ENDING.fullmatch(_without_codec(name)) else None)
     return Found([DataFile(uri, name, kind, storage.size(uri))] if kind else [], is_lone=True)
 
 
 def _matching(pattern: str) -> Found:
-    """Files whose path matches: * and ? within a name, ** over folders."""
+    """The files that match a pattern: * and ? match within a name, ** matches any folders."""
     folder = re.match(r"[^*?\[]*/", pattern)[0].rstrip("/") or "/"
     rest = re.split(r"(\*\*/|\*|\?|\[[^]]*\])", pattern[len(folder) :].lstrip("/"))
     meaning = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
@@ -133,18 +133,18 @@ def _choose(folder: str, names: list[tuple[str, int]]) -> Found:
         uri = storage.join(folder, name)
         if any(HIDDEN.fullmatch(part) for part in name.split("/")):
             if not base.startswith("."):
-                found.left_out[name] = "no data"
+                found.left_out[name] = "not data"
         elif size < 0:
-            found.left_out[name] = "a link to nothing"
-        elif kind in (None, "txt") and PAPERS.fullmatch(base):
-            found.left_out[name] = "no data"
+            found.left_out[name] = "a broken link"
+        elif kind in (None, "txt") and REPOSITORY_DOCS.fullmatch(base):
+            found.left_out[name] = "not data"
         elif (place := storage.real(uri)) in links:
-            found.left_out[name] = "a link to another of them"
+            found.left_out[name] = "a link to another of these files"
         elif kind or (WITHOUT_ENDING.fullmatch(_without_codec(base)) and (kind := kind_of(uri))):
             links.add(place)
             found.files.append(DataFile(uri, name, kind, size))
         else:
-            found.left_out[name] = "of a kind that is not read"
+            found.left_out[name] = "not a supported format"
     tables = [file for file in found.files if file.kind != "txt"]
     if tables:
         found.left_out |= {f.name: TXT_BESIDE_TABLES for f in found.files if f.kind == "txt"}
@@ -153,7 +153,7 @@ def _choose(folder: str, names: list[tuple[str, int]]) -> Found:
 
 
 def _without_copies(files: list[DataFile], left_out: dict[str, str]) -> list[DataFile]:
-    """Of a.jsonl and a.jsonl.gz with the same beginning one is left out."""
+    """Leave out a.jsonl.gz if a.jsonl begins with the same bytes."""
     kept = {}
     for file in sorted(files, key=lambda file: len(file.name)):
         first = kept.setdefault(_without_codec(file.name), file)
@@ -165,9 +165,9 @@ def _without_copies(files: list[DataFile], left_out: dict[str, str]) -> list[Dat
 def _beginning(file: DataFile) -> bytes:
     try:
         with opened(file.uri) as f:
-            return f.read(SAME_BYTES)
+            return f.read(HEAD_BYTES)
     except Unreadable:
-        return file.name.encode(errors="surrogateescape")  # equal to no other
+        return file.name.encode(errors="surrogateescape")  # unique, so that it equals no other file's
 
 
 def _without_codec(name: str) -> str:
@@ -176,14 +176,14 @@ def _without_codec(name: str) -> str:
 
 
 def stem(name: str) -> str:
-    """The name without the endings of its kind and compression."""
+    """The name without the endings for format and compression."""
     plain = _without_codec(name)
     stem, _, ending = plain.rpartition(".")
     return stem if stem and ending.lower() in KINDS else plain
 
 
 def by_ending(name: str) -> tuple[str | None, str | None]:
-    """(kind, codec) as far as a name tells. A compressed parquet or arrow file is none that can be read."""
+    """(kind, codec) by the ending of a name. kind is None for compressed parquet and arrow, which we can't read."""
     plain = _without_codec(name)
     codec = CODECS[name.rpartition(".")[2].lower()] if plain != name else None
     kind = KINDS.get(plain.rpartition(".")[2].lower()) if "." in plain else None
@@ -191,13 +191,13 @@ def by_ending(name: str) -> tuple[str | None, str | None]:
 
 
 def kind_of(uri: str) -> str | None:
-    """By the name's ending, else by what is in the file. None for what is not read."""
+    """The format by the name's ending, else by the content. None for an unsupported format."""
     kind, _ = by_ending(storage.name(uri))
     if kind:
         return kind
     try:
         with opened(uri) as f:
-            head = f.read(SAME_BYTES)
+            head = f.read(HEAD_BYTES)
     except Unreadable:
         return None
     if head.startswith(b"PAR1"):
@@ -215,10 +215,10 @@ def kind_of(uri: str) -> str | None:
 
 
 def splits(found: Found, place: str) -> tuple[dict[str, list[DataFile]], dict[str, str]]:
-    """({"train", "val" or neither: files}, why others are left out), where folders or names are those of splits.
+    """({"train": files, "val": files}, {name: why a file is left out}), by names of splits in folders and file names.
 
-    Without both of train and another split, all files are train: the caller holds some out. Without val, test is val.
-    Raises ValueError where several data sets lie side by side in a folder, each with splits of its own."""
+    Without val, test is val. Without train or any other split, all files are train and there is no "val": the caller
+    holds some out. Raises ValueError if a folder holds several data sets, each with its own splits."""
     files, labels, sets = found.files, {}, set()
     for file in files:
         *folders, base = file.name.split("/")
@@ -233,7 +233,7 @@ def splits(found: Found, place: str) -> tuple[dict[str, list[DataFile]], dict[st
     if len(sets) > 1 and not found.is_pattern:
         raise ValueError(
             f"{shown(place)} holds {len(sets)} data sets, {some(sorted(name or '.' for name in sets))}: name the "
-            "folder of one, or several with commas, or a pattern"
+            "folder of one, or several joined by commas, or a pattern"
         )
     by_label = {label: [f for f in files if labels.get(f) == label] for label in ("train", "val", "test", None)}
     train = by_label["train"] or by_label[None]
@@ -241,7 +241,7 @@ def splits(found: Found, place: str) -> tuple[dict[str, list[DataFile]], dict[st
     if not train or not val:
         return {"train": files}, {}
     rest = set(files) - set(train) - set(val)
-    return {"train": train, "val": val}, {f.name: "the test split" if f in labels else "of no split" for f in rest}
+    return {"train": train, "val": val}, {f.name: "the test split" if f in labels else "in no split" for f in rest}
 
 
 # Opening
@@ -249,7 +249,7 @@ def splits(found: Found, place: str) -> tuple[dict[str, list[DataFile]], dict[st
 
 @contextmanager
 def naming(uri: str) -> Iterator[None]:
-    """Turn what a damaged file causes into Unreadable, one line with its name; a store out of reach is no damage."""
+    """Turn the errors of a damaged file into Unreadable, one line that names it. Network errors stay as they are."""
     try:
         yield
     except (Unreadable, ConnectionError, TimeoutError):
@@ -260,9 +260,9 @@ def naming(uri: str) -> Iterator[None]:
 
 @contextmanager
 def opened(uri: str) -> Iterator[io.BufferedReader]:
-    """The file's bytes, decompressed as a stream: any number of members one after the other, cut ones noticed."""
+    """The file's bytes as a decompressed stream. It reads all members, and raises Unreadable if one is cut off."""
     with naming(uri), storage.reading(uri) as f:
-        # Each read of an object store is a request: few large ones.
+        # Each read from an object store is a request, so make few large ones.
         raw = io.BufferedReader(f, 8 << 20) if storage.is_remote(uri) else f
         codec = by_ending(storage.name(uri))[1] or _codec_of(raw.peek(6)[:6])
         streams = {"gzip": _gzip, "bz2": bz2.BZ2File, "xz": lzma.LZMAFile, "zstd": ZstdStream}
@@ -274,13 +274,13 @@ def _gzip(raw: io.BufferedReader) -> pa.CompressedInputStream:
 
 
 def _codec_of(head: bytes) -> str | None:
-    """Of a compressed file without its ending."""
+    """The codec by the first bytes, for a compressed file without its ending."""
     marks = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2", b"\xfd7zXZ\0": "xz"}
     return next((codec for mark, codec in marks.items() if head.startswith(mark)), None)
 
 
 class ZstdStream(io.RawIOBase):
-    """Frame after frame. The libraries' own streams refuse windows above 2^27, or don't notice a cut frame."""
+    """Decompresses all frames of a file. The libraries' streams refuse windows above 2^27, or miss a cut frame."""
 
     def __init__(self, raw: io.BufferedReader):
         self.raw, self.ready, self.frame, self.input = raw, memoryview(b""), None, b""
@@ -310,12 +310,12 @@ class ZstdStream(io.RawIOBase):
 
 
 def unicode_mark(head: bytes) -> tuple[bytes, str]:
-    """(byte order mark, encoding) of a text that begins so; UTF-8 where there is no mark."""
+    """(byte order mark, encoding) by the first bytes; (b"", "utf-8") if there is no mark."""
     return next(((mark, name) for mark, name in UNICODE_MARKS.items() if head.startswith(mark)), (b"", "utf-8"))
 
 
 def text_chunks(uri: str) -> Iterator[str]:
-    """The text, about a MiB at a time, without its byte order mark. Raises Unreadable naming line and encoding."""
+    """The text without its byte order mark, about 1 MiB at a time. Raises Unreadable that names line and encoding."""
     with opened(uri) as f:
         data = f.read(1 << 20)
         mark, encoding = unicode_mark(data)
@@ -338,7 +338,7 @@ def text_chunks(uri: str) -> Iterator[str]:
 
 
 def _utf16_without_mark(head: bytes) -> str | None:
-    """UTF-16 of most languages' letters has a NUL at every other place, which is UTF-8 as well: a text full of NULs."""
+    """Detect UTF-16 by a NUL at every other byte. NULs are valid UTF-8, so decoding would not fail."""
     for place, name in ((1, "UTF-16-LE"), (0, "UTF-16-BE")):
         if len(head) > 3 and head[place::2].count(0) > 0.4 * len(head[place::2]) and head[1 - place :: 2].count(0) == 0:
             return name
@@ -353,7 +353,7 @@ def _looks_like(data: bytes) -> str:
 
 
 def text_lines(uri: str) -> Iterator[str]:
-    """The lines with their ends, each in time linear in its length."""
+    """The lines with their line ends. A line takes time linear in its length, however many chunks it spans."""
     rest: list[str] = []
     for chunk in text_chunks(uri):
         *lines, last = chunk.split("\n")

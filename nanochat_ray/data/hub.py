@@ -1,4 +1,4 @@
-"""Data sets of the Hub by name: the files of their splits, and copies of those in the home.
+"""Data sets of the Hugging Face Hub: lists the files of their splits and downloads them.
 
 Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE.
 """
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from nanochat_ray import storage
 from nanochat_ray.data.download import fetch_all
 
-CONNECTIONS = 4  # to the Hub for one data set, before we give up
+CONNECTION_ATTEMPTS = 4  # per request to the Hub
 URI = re.compile(r"hf://datasets/[^@]+@([^/]+)/(.+)", re.S)
 
 
@@ -25,7 +25,7 @@ class HubFile:
     blob: str  # hash of the content
 
     def copy(self, repository: str) -> str:
-        """URI of its copy in the home. Another commit of the repository has the same one while the content is."""
+        """URI of the local copy. It depends on the content, so commits that don't change the file share the copy."""
         return storage.join(folder(repository), f"{self.blob[:12]}-{posixpath.basename(self.path)}")
 
 
@@ -34,20 +34,20 @@ def folder(repository: str) -> str:
 
 
 def ask(what: str, hint: str, function: Callable, *arguments, **options):
-    """function(…) of the Hub's libraries about a data set. Raises OSError of one line if that fails.
+    """Call a function of the Hub's libraries. Raises OSError with one line that begins with `what` if it fails.
 
-    The libraries repeat requests that the server refuses for now, but not one whose connection breaks off."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # six lines on retries before each error
-    for left in reversed(range(CONNECTIONS)):
+    The libraries retry when the server is busy, but not when a connection breaks off: that is retried here."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it warns six times about retries before each error
+    for left in reversed(range(CONNECTION_ATTEMPTS)):
         try:
             return function(*arguments, **options)
         except Exception as error:
-            # A broken connection is an error of the HTTP library below, neither OSError nor ValueError.
+            # A broken connection is an error of the HTTP library, which is neither OSError nor ValueError.
             if left and not isinstance(error, OSError | ValueError):
                 time.sleep(1)
                 continue
             lines = (str(error).strip() or type(error).__name__).splitlines()
-            listed = 2 if "Config name is missing" in lines[0] else 1  # the second line has those that there are
+            listed = 2 if "Config name is missing" in lines[0] else 1  # the second line names the configs
             reason = " ".join(lines[:listed]).rstrip(".")
             if type(error).__name__ == "RepositoryNotFoundError" or "doesn't exist on the Hub or" in reason:
                 reason = "the Hub has no data set of this name, or it is private: correct the name, or set HF_TOKEN"
@@ -57,16 +57,16 @@ def ask(what: str, hint: str, function: Callable, *arguments, **options):
 
 
 def splits(repository: str, config: str | None) -> dict[str, list[HubFile]]:
-    """The files of each split, in order; those that it had before where the Hub can't be asked now.
+    """The files of each split, in order. If the Hub can't be reached, those of the last listing.
 
-    Raises OSError of one line for a data set that can't be had."""
+    Raises OSError with one line if the data set can't be listed."""
     listing = storage.join(folder(repository), f"{config or 'default'}.json")
     try:
         found = _ask_for_splits(repository, config)
     except OSError as error:
         if not storage.exists(listing):
             raise
-        print(f"source: {error}; its files are taken as they were listed before", flush=True)
+        print(f"source: {error}; using the list of files from an earlier run", flush=True)
         return {split: [HubFile(**file) for file in of_split] for split, of_split in storage.read_json(listing).items()}
     storage.write_json(listing, {split: list(map(asdict, of_split)) for split, of_split in found.items()})
     return found
@@ -82,7 +82,7 @@ def _ask_for_splits(repository: str, config: str | None) -> dict[str, list[HubFi
     if not any(found.values()):
         raise OSError(f"{what}: it has no data files")
     if None in (matches := [match for of_split in found.values() for match in of_split]):
-        raise OSError(f"{what}: there is a folder {repository} here, which is taken first: name it as the source")
+        raise OSError(f"{what}: a local folder {repository} hides the data set: name that folder, or run elsewhere")
     revision, paths = matches[0][1], [match[2] for match in matches]
     below = posixpath.commonpath([posixpath.dirname(path) for path in paths]) or None
 
@@ -100,7 +100,7 @@ def _ask_for_splits(repository: str, config: str | None) -> dict[str, list[HubFi
 
 
 def download(repository: str, wanted: list[HubFile]) -> None:
-    """Copy those files that are not there. Raises OSError when the disk has no room for them."""
+    """Download the files that have no local copy. Raises OSError if the disk has too little space."""
     from huggingface_hub import get_token
 
     place = folder(repository)

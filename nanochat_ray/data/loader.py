@@ -1,4 +1,4 @@
-"""Memory-mapped rows -> batches. The order is a seeded permutation per epoch, and a position in it is one integer."""
+"""Memory-mapped rows -> batches. Each epoch is a seeded permutation of the rows, so a position is one integer."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,9 +31,9 @@ def write_rows(uri: str, tokens: np.ndarray, mask: np.ndarray | None = None) -> 
 
 
 def row_files(folder: str) -> list[str]:
-    """URIs of a split's row files in order: those that prepare's manifest lists, else all rows_*.arrow of the folder.
+    """URIs of a split's row files in order: those in the manifest, else all rows_*.arrow of the folder.
 
-    A manifest lists files of folders beside it, too: rows of 172 climbmix shards take the first 26 from those of 26.
+    A manifest may list files of other folders: 172 climbmix shards reuse the first 26 files of a run with 26 shards.
     """
     rows, split = storage.parent(folder), storage.name(folder)
     manifest_uri = storage.join(rows, "manifest.json")
@@ -48,10 +48,10 @@ def row_files(folder: str) -> list[str]:
 
 
 class Rows:
-    """All row files of a split folder, or of several, as one table of token rows mapped into memory."""
+    """All row files of one or more split folders as one memory-mapped table of token rows."""
 
     def __init__(self, *folders: str):
-        """Raises FileNotFoundError when a folder has no row files, ValueError for a damaged or an odd one."""
+        """Raises FileNotFoundError if a folder has no row files, ValueError if one is damaged or differs in shape."""
         uris, files = [], []
         for folder in folders:
             of_folder = row_files(folder)
@@ -79,7 +79,7 @@ class Rows:
         return self._gather(self.tokens, indices)
 
     def mask(self, indices) -> np.ndarray | None:
-        """int64 (n, T+1), 1 where a token is learned; None when every token is."""
+        """int64 (n, T+1), 1 where a token is learned. None if all tokens are learned."""
         return self._gather(self.masks, indices) if self.masks else None
 
     def _gather(self, files: list[np.ndarray], indices) -> np.ndarray:
@@ -95,7 +95,7 @@ class Rows:
 
     def batch(self, indices) -> tuple["torch.Tensor", "torch.Tensor"]:
         """(idx, targets), each an int64 tensor (n, T); targets are -1 where the mask is 0."""
-        import torch  # here, because prepare's workers write rows without it and it takes seconds to import
+        import torch  # imported here, because it takes seconds and prepare's workers don't need it
 
         rows, mask = torch.from_numpy(self[indices]), self.mask(indices)
         idx, targets = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -104,7 +104,7 @@ class Rows:
 
 def _map_columns(uri: str) -> dict[str, np.ndarray]:
     try:
-        with pa.memory_map(str(localize(uri))) as source:  # arrays keep the mapping, not the file descriptor
+        with pa.memory_map(str(localize(uri))) as source:  # the arrays keep the mapping; the file is closed
             batch = pa.ipc.open_file(source).get_batch(0)
         return {
             name: column.flatten().to_numpy().reshape(-1, column.type.list_size)
@@ -115,11 +115,12 @@ def _map_columns(uri: str) -> dict[str, np.ndarray]:
 
 
 class Loader:
-    """A step takes the next rows_per_step rows of a run, a rank its slice of them.
+    """Each step takes the next rows_per_step rows of the run, and each rank takes its slice of them.
 
-    Row k of a source of n rows is permutation(seed, k // n, source)[k % n]. With weights, one for each of the rows'
-    folders, each folder is a source, and a Mixture says which source has the next row.
-    Rank r of W takes rows ⌊r·R/W⌋ … ⌊(r+1)·R/W⌋ of a step's R: shares differ by one row where W does not divide R.
+    Row k of a source with n rows is permutation(seed, k // n, source)[k % n]. With several weights, each folder of the
+    rows is a source with one weight, and a Mixture decides which source gives the next row.
+    Rank r of W takes rows ⌊r·R/W⌋ … ⌊(r+1)·R/W⌋ − 1 of the R rows of a step. If W does not divide R, slices differ by
+    one row.
     """
 
     def __init__(
@@ -132,22 +133,22 @@ class Loader:
         weights: Sequence[float] = (1,),
     ):
         if rows_per_step < world_size:
-            raise ValueError(f"{rows_per_step} rows a step are too few for {world_size} workers: one each at least")
+            raise ValueError(f"{rows_per_step} rows per step are too few: {world_size} workers need one each")
         self.rows, self.rows_per_step, self.seed = rows, rows_per_step, seed
         self.slice = np.arange(rank * rows_per_step // world_size, (rank + 1) * rows_per_step // world_size)
         self.mixture = Mixture(weights, seed)
         self.sizes = [len(rows)] if len(weights) == 1 else rows.sizes
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # by source: an epoch and its permutation
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}  # {source: (epoch, its permutation)}, the last one used
 
     def step(self, position: int) -> tuple["torch.Tensor", "torch.Tensor"]:
-        """This rank's (idx, targets), int64 (its rows, T), of the step that begins at `position`.
+        """(idx, targets) of this rank for the step that begins at `position`, each int64 (rows of the rank, T).
 
-        position: rows consumed by all ranks since the run began. A step may straddle epochs.
+        position: rows that all ranks have consumed since the run began. A step may span two epochs.
         """
         return self.rows.batch(self.indices(position))
 
     def indices(self, position: int) -> np.ndarray:
-        """int64 (its rows,): which rows this rank takes."""
+        """Global indices of this rank's rows, int64 (rows of the rank,)."""
         sources, numbers = self.mixture.find(position + self.slice)
         found = np.empty_like(numbers)
         for source in np.unique(sources):
@@ -158,7 +159,7 @@ class Loader:
         return found
 
     def epoch(self, position: int) -> float:
-        """How often a row was read, in the mean."""
+        """How often a row was read on average."""
         return position / len(self.rows)
 
     def _permutation(self, source: int, epoch: int) -> np.ndarray:
@@ -169,22 +170,22 @@ class Loader:
 
 
 class DeviceLoader:
-    """A Loader's steps on a device. On a GPU the next step's rows are read by a thread while the GPU computes.
+    """Steps of a Loader on a device. For a GPU, a thread reads the next step's rows while the GPU computes.
 
-    A step travels as one copy of 32-bit ids from page-locked memory, which does not hold up the GPU's queue. There are
-    two such buffers: each is written again two steps later, and a step must have ended before the next but one begins.
+    A step is copied as 32-bit ids from pinned memory, so that the copy does not block the GPU's queue. There are two
+    such buffers, each reused after two steps. So a step must have ended on the GPU before the next but one begins.
     """
 
     def __init__(self, loader: Loader, device: "torch.device", ahead: bool | None = None):
-        """ahead: read in a thread; the default is to do so for GPUs, as on CPUs all cores compute."""
+        """ahead: read the next step in a thread. Default: only for GPUs, because on CPUs all cores compute."""
         self.loader, self.device = loader, device
         self.ahead = device.type == "cuda" if ahead is None else ahead
         self.buffers: list[torch.Tensor] = []
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rows")
-        self.next: tuple[int, Future] | None = None  # the position that is being read, and its rows
+        self.next: tuple[int, Future] | None = None  # (position, rows) of the step being read
 
     def step(self, position: int) -> tuple["torch.Tensor", "torch.Tensor", int]:
-        """This rank's (idx, targets) of the step at `position`, int64, and how many of its targets are learned."""
+        """(idx, targets, number of learned targets) of this rank for the step at `position`. Tensors are int64."""
         if not self.ahead:
             idx, targets = self.loader.step(position)
             return idx.to(self.device), targets.to(self.device), self._learned(targets)
@@ -217,9 +218,9 @@ class DeviceLoader:
 def evaluation_batches(
     rows: Rows, num_rows: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple["torch.Tensor", "torch.Tensor"]]:
-    """A fixed random num_rows of the rows (all, when there are fewer), every world_size-th to this rank, in batches.
+    """Batches of a fixed random sample of num_rows rows, or of all if there are fewer. Each rank takes every W-th row.
 
-    Random, because packing puts rows of long documents first.
+    The sample is random because packing puts rows of long documents first.
     """
     sample = np.random.Generator(np.random.PCG64(0)).permutation(len(rows))[:num_rows]
     mine = sample[rank::world_size]

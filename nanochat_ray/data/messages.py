@@ -1,6 +1,6 @@
-"""Conversations as others write them, in OpenAI's, ShareGPT's and Alpaca's formats, as the tokenizer renders them.
+"""Converts conversations in OpenAI's, ShareGPT's and Alpaca's formats to the format that the tokenizer renders.
 
-The model knows a user and an assistant who take turns, so roles become the same turns here as in the chat service.
+The model knows only a user and an assistant who take turns. Roles are mapped to them as in the chat service.
 """
 
 import json
@@ -10,14 +10,14 @@ ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "model", "function_call"), "ass
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
 KINDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "text"}
 KINDS |= {"python": "python", "python_output": "python_output"}
-CALCULATORS = ("python", "calculator")  # tools that are the model's own
+CALCULATORS = ("python", "calculator")  # names of the tool that is built into the model
 COLUMNS = ("messages", "conversations", "instruction", "input", "output", "system")
 EXPECTED = "messages, conversations, or instruction and output"
-BETWEEN = "\n\n"  # texts that are joined to one turn
+BETWEEN = "\n\n"  # between texts that are joined to one turn
 
 
 def read(record) -> tuple[str, dict]:
-    """(name of the format, {"messages": turns}) of a row or a value of JSON. Raises ValueError saying what is wrong."""
+    """(format's name, {"messages": turns}) of a row or JSON value. Raises ValueError that says what is wrong."""
     if isinstance(record, list):
         record = {"messages": record}
     if not isinstance(record, dict):
@@ -38,10 +38,11 @@ def read(record) -> tuple[str, dict]:
 
 
 def turns(messages: list[dict]) -> dict:
-    """Messages as alternating turns, the user's first and the assistant's last.
+    """Convert messages to alternating turns. The user's turn is first and the assistant's is last.
 
-    Neighbours are joined with a blank line. What a calculator is asked and answers are parts of the assistant's turn;
-    calls of other tools are written as name(arguments), and their results are the user's. Raises ValueError."""
+    Neighbouring messages of one role are joined with a blank line. Calls of the calculator and their results become
+    parts of the assistant's turn. Calls of other tools become text, name(arguments), and their results the user's text.
+    Raises ValueError that says which message is wrong."""
     joined: list[tuple[str, list[dict]]] = [("user", [])]
     for i, message in enumerate(messages):
         name = message.get("role") or message.get("from")
@@ -56,7 +57,7 @@ def turns(messages: list[dict]) -> dict:
             continue
         role = "user" if role == "tool" else role
         if role == "user" and any(part["type"] != "text" for part in parts):
-            raise ValueError(f"message {i}: only the assistant calls a tool")
+            raise ValueError(f"message {i}: only the assistant can call a tool")
         if joined[-1][0] != role:
             joined.append((role, parts))
         elif parts and last and last[-1]["type"] != "python_output":
@@ -69,7 +70,7 @@ def turns(messages: list[dict]) -> dict:
 
 
 def _parts(message: dict, i: int) -> list[dict]:
-    """What a message says, in parts, none of them empty. Raises ValueError for what is no text."""
+    """The parts of a message without empty ones. Raises ValueError if a part is not text."""
     content = message.get("nanochat_parts") or message.get("content")
     content = message.get("value") if content is None else content
     parts = []
@@ -93,7 +94,7 @@ def _parts(message: dict, i: int) -> list[dict]:
 
 
 def _expression(arguments: str) -> str:
-    """The one string among a call's JSON arguments; else the arguments as they are."""
+    """The string among a call's JSON arguments if there is exactly one, else the arguments as they are."""
     try:
         values = [value for value in json.loads(arguments).values() if isinstance(value, str)]
     except (ValueError, AttributeError):
@@ -102,7 +103,7 @@ def _expression(arguments: str) -> str:
 
 
 def _unanswered(parts: list[dict]) -> int | None:
-    """Where the output of the first call without one goes."""
+    """The index at which to insert the output of the first call that has none; None if all have one."""
     for i, part in enumerate(parts, 1):
         if part["type"] == "python" and (i == len(parts) or parts[i]["type"] != "python_output"):
             return i
@@ -110,7 +111,7 @@ def _unanswered(parts: list[dict]) -> int | None:
 
 
 def _content(parts: list[dict]) -> str | list[dict]:
-    """Neighbouring texts as one; a string if that is all."""
+    """The parts with neighbouring texts merged, or a string if there is only text."""
     merged: list[dict] = []
     for part in parts:
         if merged and part["type"] == "text" == merged[-1]["type"] and part.get("weight") == merged[-1].get("weight"):

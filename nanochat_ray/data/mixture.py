@@ -1,4 +1,4 @@
-"""Several sources as one sequence of rows: where each row comes from follows from its position, in closed form."""
+"""Mixes several sources into one sequence of rows. The source of a row has a closed form in its position."""
 
 import math
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ import numpy as np
 
 from nanochat_ray import storage
 
-BLOCK = 1000  # rows; every block has each source's share of them, to one row
+BLOCK = 1000  # rows; each block holds each source's share of rows, rounded to one row
 
 
 @dataclass(frozen=True)
 class Part:
-    """A source of a mixture."""
+    """One source of a mixture."""
 
-    name: str  # for metrics; no other part has it
-    rows: str  # folder that prepare made of this source
-    weight: float  # its share of all weights is its share of the rows
+    name: str  # unique; metrics use it
+    rows: str  # folder of the source's rows
+    weight: float  # the share of rows is weight / sum of weights
 
 
 def read_parts(rows: str) -> list[Part]:
-    """The sources that a folder of rows mixes; of a folder with rows of its own that one, with the weight 1."""
+    """The sources that a folder of rows mixes. A folder with its own rows is one source with weight 1."""
     uri = storage.join(rows, "manifest.json")
     manifest = storage.read_json(uri) if storage.exists(uri) else {}
     own = {"name": manifest.get("source", storage.name(rows)), "rows": storage.name(rows), "weight": 1}
@@ -34,24 +34,24 @@ def read_parts(rows: str) -> list[Part]:
 
 
 def shares(weights: Sequence[float]) -> list[Fraction]:
-    """The weights divided by their sum, exactly. Raises ValueError for a share of less than one row in a block."""
+    """The weights divided by their sum, exactly. Raises ValueError if a share is below one row per block."""
     exact = [Fraction(str(weight)) for weight in weights]
     found = [weight / sum(exact) for weight in exact]
     if min(found) < Fraction(1, BLOCK):
-        raise ValueError(f"a weight of {float(min(found)):.2%} is too small: at least 0.1 %, or leave the source out")
+        raise ValueError(f"a weight of {float(min(found)):.2%} is too small: give 0.1 % or more, or omit the source")
     return found
 
 
 class Mixture:
-    """Rows come in blocks, each of all sources by their weights, in an order of its own that (seed, block) decides."""
+    """Rows come in blocks. Each block holds rows of all sources by their weights, shuffled with the seed (seed, block)."""
 
     def __init__(self, weights: Sequence[float], seed: int):
         self.shares, self.seed = shares(weights), seed
 
     def before_block(self, block: int) -> np.ndarray:
-        """int64 (sources,): rows of each source in all blocks before this one, rounded by largest remainder.
+        """Rows of each source in all blocks before this one, int64 (sources,), rounded by largest remainder.
 
-        No count falls from one block to the next, as a share is at least one row in a block."""
+        Counts never decrease from one block to the next, because each share is at least one row per block."""
         exact = [BLOCK * block * share for share in self.shares]
         counts = [math.floor(count) for count in exact]
         missing = BLOCK * block - sum(counts)
@@ -60,19 +60,19 @@ class Mixture:
         return np.array(counts, dtype=np.int64)
 
     def block(self, block: int) -> np.ndarray:
-        """int64 (1000,): the source of each row of a block."""
+        """The source of each row of a block, int64 (BLOCK,)."""
         counts = self.before_block(block + 1) - self.before_block(block)
-        # Four numbers, as the permutations of a source's rows are seeded by three.
+        # Seed with four numbers, so that it differs from the permutations of rows, which are seeded with three.
         generator = np.random.Generator(np.random.PCG64([self.seed, int(block), 0, 1]))
         return generator.permutation(np.repeat(np.arange(len(counts)), counts))
 
     def before(self, position: int) -> np.ndarray:
-        """int64 (sources,): rows of each source among the first `position` rows."""
+        """Rows of each source among the first `position` rows, int64 (sources,)."""
         block, rest = divmod(position, BLOCK)
         return self.before_block(block) + np.bincount(self.block(block)[:rest], minlength=len(self.shares))
 
     def find(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(source, how many rows of that source come before), int64, for each position."""
+        """(source, number of that source's rows before it) of each position, two int64 arrays."""
         blocks, within = np.divmod(positions, BLOCK)
         sources, numbers = np.empty_like(positions), np.empty_like(positions)
         for block in np.unique(blocks):

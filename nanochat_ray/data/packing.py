@@ -1,26 +1,26 @@
-"""Best-fit packing: documents or conversations of any length into rows of one length."""
+"""Best-fit packing of documents or conversations into rows of equal length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-SPLIT_ROWS = 100  # a document that fills more rows than these is a book or a whole corpus: cropped, most would be lost
+SPLIT_ROWS = 100  # rows; a longer document is split instead of cropped, because cropping would lose most of it
 
 
 @dataclass(frozen=True)
 class PackCounts:
-    """Where the tokens went: used + cropped + dropped is all there were, and a bos for each row split off."""
+    """Where the tokens went. The sum is all tokens of the documents, plus a bos for each row split off."""
 
-    used: int  # in rows
-    cropped: int  # cut off a document's end because nothing fit whole
-    dropped: int  # of the last row, which could not be filled
+    used: int  # tokens in rows
+    cropped: int  # tokens cut off the ends of documents
+    dropped: int  # tokens of the last row, which could not be filled
 
 
 class LengthBuckets:
-    """Items by length. The longest that fits and the shortest are each one operation on an integer used as a bitset.
+    """Items in buckets by length. An integer is the bitset of filled buckets, so each lookup is one operation.
 
-    Items longer than a row share the last bucket, shortest first; equal lengths leave in the order they came.
+    Items longer than a row share the last bucket, shortest first. Items of equal length leave in the given order.
     """
 
     def __init__(self, lengths: np.ndarray, row_len: int):
@@ -31,7 +31,7 @@ class LengthBuckets:
         self.filled = sum(1 << length for length in range(row_len + 2) if self.heads[length] < self.ends[length])
 
     def pop_longest(self, space: int) -> int | None:
-        """Remove the longest item of at most `space` tokens; None when there is none."""
+        """Remove the longest item of at most `space` tokens and return its index; None if there is no such item."""
         fitting = self.filled & ((2 << space) - 1)
         return self._pop(fitting.bit_length() - 1) if fitting else None
 
@@ -47,15 +47,15 @@ class LengthBuckets:
 
 
 def pack_documents(documents: Sequence[np.ndarray], row_len: int) -> tuple[np.ndarray, PackCounts]:
-    """Fill rows with documents (each a token array that begins with bos), the longest that fits first.
+    """Fill rows with documents, each a token array that begins with bos. The longest document that fits comes first.
 
-    When none fits, the shortest one is cropped to fill the row: it has least to lose. A document of more than
-    SPLIT_ROWS rows is first split into rows, each with a bos of its own. A last row that can't be filled is dropped.
-    Returns rows (n, row_len) in the documents' dtype.
+    If none fits, the shortest is cropped to fill the row, because that loses the fewest tokens. A document longer than
+    SPLIT_ROWS rows is first split into rows, each with its own bos. The last row is dropped if it can't be filled.
+    Returns rows (n, row_len) in the documents' dtype, and the counts.
     """
     lengths = np.array([len(document) for document in documents], dtype=np.int64)
     if len(lengths) and lengths.min() == 0:
-        raise ValueError(f"document {int(lengths.argmin())} has no tokens: every document begins with bos")
+        raise ValueError(f"document {int(lengths.argmin())} has no tokens: it must begin with bos")
     if lengths.max(initial=0) > SPLIT_ROWS * row_len:
         documents = [piece for document in documents for piece in _split_document(document, row_len)]
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
@@ -72,13 +72,13 @@ def pack_documents(documents: Sequence[np.ndarray], row_len: int) -> tuple[np.nd
     while space < row_len:
         space += len(pieces.pop())
     dtype = documents[0].dtype if len(documents) else np.uint16
-    # rows have no gaps, so laying the pieces end to end is the whole copy
+    # Rows have no gaps, so concatenating the pieces gives the rows.
     rows = np.concatenate([np.empty(0, dtype), *pieces]).reshape(-1, row_len)
     return rows, PackCounts(used=rows.size, cropped=cropped, dropped=dropped)
 
 
 def _split_document(ids: np.ndarray, row_len: int) -> list[np.ndarray]:
-    """A very long document as documents of one row; any other as it is."""
+    """Split a very long document into documents of one row. Other documents stay whole."""
     if len(ids) <= SPLIT_ROWS * row_len:
         return [ids]
     starts = range(row_len, len(ids), row_len - 1)
@@ -86,10 +86,10 @@ def _split_document(ids: np.ndarray, row_len: int) -> list[np.ndarray]:
 
 
 def split_conversation(ids: np.ndarray, mask: np.ndarray, row_len: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """An (ids, mask) pair, which begins with bos, as pairs that fit into rows; a lone one when it fits whole.
+    """Split an (ids, mask) pair that begins with bos into pairs of at most a row.
 
-    The pairs after the first begin with a bos of their own, mask 0: what follows it is still predicted, where a row's
-    first token would not be.
+    Each further pair begins with another bos with mask 0. So its first token is a target; the first token of a row is
+    not.
     """
     pieces = [(ids[:row_len], mask[:row_len])]
     for start in range(row_len, len(ids), row_len - 1):
@@ -101,14 +101,15 @@ def split_conversation(ids: np.ndarray, mask: np.ndarray, row_len: int) -> list[
 def pack_conversations(
     conversations: Sequence[tuple[np.ndarray, np.ndarray]], row_len: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Fill rows with whole (ids, mask) pairs, the longest that fits first; the rest of a row is bos with mask 0.
+    """Fill rows with whole (ids, mask) pairs, the longest that fits first. Rows are padded with bos, mask 0.
 
-    Returns tokens (n, row_len) in the ids' dtype and mask uint8. Raises ValueError when one is longer than a row.
+    Returns tokens (n, row_len) in the ids' dtype and mask, uint8 (n, row_len). Raises ValueError if one is longer than
+    a row.
     """
     lengths = np.array([len(ids) for ids, _ in conversations], dtype=np.int64)
     if len(lengths) and not 1 <= lengths.min() <= lengths.max() <= row_len:
         wrong = int(np.flatnonzero((lengths < 1) | (lengths > row_len))[0])
-        raise ValueError(f"conversation {wrong} has {lengths[wrong]} tokens, a row holds 1 to {row_len}: split it")
+        raise ValueError(f"conversation {wrong} has {lengths[wrong]} tokens, but a row holds 1 to {row_len}: split it")
     buckets = LengthBuckets(lengths, row_len)
     bos = conversations[0][0][:1] if len(conversations) else np.empty(0, np.uint16)
     ids, masks, space = [bos[:0]], [np.empty(0, np.uint8)], row_len

@@ -1,4 +1,4 @@
-"""Where documents come from: docstrings of this environment, the ClimbMix dataset, any of the Hub's, or own files."""
+"""Sources of documents: docstrings of this environment, ClimbMix, any data set of the Hub, or your own files."""
 
 import importlib.metadata
 import os
@@ -16,32 +16,34 @@ from nanochat_ray.data.download import fetch_all
 from nanochat_ray.data.files import DataFile, Unreadable, shown
 
 TXT_SEPARATOR = "<|endoftext|>"
-VAL_EVERY = 20  # of a source without files for validation, every 20th document
-# The last files are held out: as many as have this part of all bytes, or this many bytes.
+VAL_EVERY = 20  # every 20th document is validation if no file can be held out
+# Hold out the last files: enough for this share of all bytes, or for this many bytes if that is less.
 VAL_SHARE, VAL_BYTES = 0.01, 1e6
-MOST_VAL, MOST_VAL_FILES = 0.8, 0.2  # not held out: a last file with more of the text than this, more files with
-UNREADABLE = 0.01  # part of the files that may be
-FEW_FILES, GROUP_FILES, GROUP_BYTES = 64, 1000, 8 << 20  # above so many, small files are read together, up to these
+# Don't hold out files if the last one, or the last several, would be a larger share of the text than this.
+MAX_VAL_SHARE_ONE, MAX_VAL_SHARE_SEVERAL = 0.8, 0.2
+MAX_UNREADABLE_SHARE = 0.01  # of the files
+# If a source has more than FEW_FILES, small files share a shard, up to these limits.
+FEW_FILES, GROUP_FILES, GROUP_BYTES = 64, 1000, 8 << 20
 THREADS = 16
-READING = "2"  # counts how often the rules above gave other documents
+READING_VERSION = "2"  # increase it when the rules above start to give other documents
 
 CLIMBMIX = "karpathy/climbmix-400b-shuffle"
-CLIMBMIX_LAST = 6542  # the last shard: validation
-CLIMBMIX_TEXT_BYTES, CLIMBMIX_ROW_BYTES = 98_000_000, 93_000_000  # of disk, for each shard
-CLIMBMIX_TOKENS = 34_000_000  # in a shard's rows, about: 250 million characters at 4.8 a token, a third cropped
+CLIMBMIX_LAST = 6542  # number of the last shard, which is validation
+CLIMBMIX_TEXT_BYTES, CLIMBMIX_ROW_BYTES = 98_000_000, 93_000_000  # disk space per shard
+CLIMBMIX_TOKENS = 34_000_000  # per shard, about: 250 million characters, 4.8 per token, a third of them cropped
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A file of documents, or several small ones. part is "all", or "train" or "val" where those share a file."""
+    """One file of documents, or several small ones."""
 
     uri: str
-    text_column: str | None  # or a path to the text, see tables.choose; None for txt
-    part: str = "all"
-    version: str = ""  # another one when the content changes
+    text_column: str | None  # a column or a path to the text, see tables.choose; None for txt
+    part: str = "all"  # "train" or "val" if the two splits share the file
+    version: str = ""  # changes with the content
     size: int = 0  # bytes
-    more: tuple[str, ...] = ()  # files that are read after the first
-    offset: int = 0  # the number of the first document, where every VAL_EVERY-th is validation
+    more: tuple[str, ...] = ()  # further files, read after the first
+    offset: int = 0  # number of the first document, where every VAL_EVERY-th document is validation
 
     @property
     def fingerprint(self) -> str:
@@ -51,34 +53,33 @@ class Shard:
 
 @dataclass(frozen=True)
 class Source:
-    """Documents in order, some held out for validation. The fingerprint changes when the content does."""
+    """Documents in order, some of them held out for validation."""
 
     name: str
     train: tuple[Shard, ...]
     val: tuple[Shard, ...]
-    fingerprint: str
-    files: int = 0  # how many the shards and the next two lists have
-    unreadable: tuple[str, ...] = ()  # a line for each damaged file that is left out
+    fingerprint: str  # changes with the content
+    files: int = 0  # number of files in the shards and in the next two lists
+    unreadable: tuple[str, ...] = ()  # one message per damaged file
     empty: tuple[str, ...] = ()  # names of files without documents
-    most: int | None = None  # training shards that there are, where these are the first of them
+    most: int | None = None  # training shards that exist, if `train` may be only the first of them
 
 
 @dataclass
 class Reading:
-    """What reading met besides documents: rows without text, and what is wrong with files that end too early."""
+    """What a reader found besides documents."""
 
-    blank: int = 0
-    unreadable: list[str] = field(default_factory=list)
+    blank: int = 0  # rows without text
+    unreadable: list[str] = field(default_factory=list)  # one message per damaged file
 
 
 WEIGHT = re.compile(r"(.+)=(\d+\.?\d*|\.\d+)", re.S)
 
 
 def parse(text: str) -> tuple[str, float | None]:
-    """(source, weight) of NAME=0.7; None where there is no weight, or a file or folder has the whole text as its name.
+    """Split NAME=0.7 into (source, weight). The weight is None without "=", or if a file has the whole name.
 
-    Raises FileNotFoundError for a path that is not there, as it is or without the weight, and ValueError for a weight
-    of 0."""
+    Raises FileNotFoundError if neither the text nor the part before "=" exists, and ValueError for a weight of 0."""
     match = WEIGHT.fullmatch(text)
     if not match:
         return text, None
@@ -88,22 +89,22 @@ def parse(text: str) -> tuple[str, float | None]:
         if not storage.exists(storage.absolute(match[1])):
             raise FileNotFoundError(f"neither {shown(text)} nor {shown(match[1])} exists: {files.REMEDY}")
     if not float(match[2]):
-        raise ValueError(f"{shown(text)}: a weight is above 0")
+        raise ValueError(f"{shown(text)}: a weight must be above 0")
     return match[1], float(match[2])
 
 
 def is_named(source: str) -> bool:
-    """Whether it is not a path: it is made or downloaded by Ray."""
+    """Whether the source is made or downloaded, so that it is not a path."""
     return source in ("pydocs", "climbmix") or source.startswith("hub:")
 
 
 def resolve(source: str, *, text_column: str | None = None, shards: int = 8) -> Source:
-    """Find a source's files; pydocs are made, climbmix and the Hub's are downloaded first where missing.
+    """Find a source's files. Makes pydocs, and downloads files of climbmix and the Hub, if they are missing.
 
-    source: "pydocs", "climbmix", "hub:REPOSITORY", "hub:REPOSITORY:CONFIG", "hub:REPOSITORY:CONFIG:SPLIT", or what
-    files.find takes. text_column: see tables.choose. shards: files of climbmix or the Hub to train on; those for
-    validation come on top.
-    Raises FileNotFoundError for what is missing and ValueError for what can't be used, naming the file."""
+    source: "pydocs", "climbmix", "hub:REPOSITORY", "hub:REPOSITORY:CONFIG", "hub:REPOSITORY:CONFIG:SPLIT", or a path as
+    in files.find. text_column: see tables.choose. shards: training files of climbmix or the Hub; validation files are
+    taken in addition.
+    Raises FileNotFoundError for missing files and ValueError for files that can't be used. Messages name the file."""
     if source == "pydocs":
         return pydocs()
     if source == "climbmix":
@@ -114,10 +115,10 @@ def resolve(source: str, *, text_column: str | None = None, shards: int = 8) -> 
 
 
 def folder(source: str, text_column: str | None = None) -> Source:
-    """The data files of a folder and its subfolders, of a pattern or a list, or one file; says which it takes.
+    """The source of a folder with subfolders, a pattern, a list or one file. Prints which files it uses.
 
-    Validation is the split of that name, else the last files; where those are too small or too large a part, every
-    VAL_EVERY-th document."""
+    Validation is the split of that name, else the last files. If these are too large a share, it is every VAL_EVERY-th
+    document."""
     found = files.find(source)
     place = shown(storage.absolute(source) if len(found) == 1 else source)
     splits, left_out = {"train": [], "val": []}, {}
@@ -130,25 +131,25 @@ def folder(source: str, text_column: str | None = None) -> Source:
 
 
 def of_hub(source: str, text_column: str | None, shards: int) -> Source:
-    """The first `shards` files of a split, by default train, of a data set of the Hub.
+    """The first `shards` files of a split of a data set of the Hub, by default of train.
 
-    Validation is the split validation, or else test, of the same config; else the split's last file. Raises OSError of
-    one line for what can't be had, and ValueError for what can't be used."""
+    Validation is the split validation, else test, of the same config, else the last file. Raises OSError with one line
+    if files can't be downloaded, and ValueError if they can't be used."""
     _, repository, config, split, *more = [*source.split(":"), None, None, None][: max(4, source.count(":") + 1)]
     if more or not repository:
         raise ValueError(
-            f"{source}: a source of the Hub is hub:OWNER/NAME, with :CONFIG and :SPLIT where it has several"
+            f"{source}: name a data set of the Hub as hub:OWNER/NAME, then :CONFIG and :SPLIT if it has several"
         )
     if shards < 1:
         raise ValueError(f"{source} needs at least one file to train on, not {shards}: change --shards")
     by_split, split = hub.splits(repository, config or None), split or "train"
     if not by_split.get(split):
-        raise ValueError(f"{source}: it has no split {split}, only {', '.join(by_split)}")
+        raise ValueError(f"{source}: there is no split {split}, only {', '.join(by_split)}")
     of_split, val = by_split[split], (by_split.get("validation") or by_split.get("test") or []) * (split == "train")
     first = min(shards, len(of_split) if val else max(1, len(of_split) - 1))
     train = of_split[:first] if val else [*of_split[:first], *of_split[first:][-1:]]
     if odd := [file.path for file in (*train, *val[:shards]) if not files.by_ending(file.path)[0]]:
-        raise ValueError(f"{source}: its files are no {files.READABLE}: {files.some(odd)}")
+        raise ValueError(f"{source}: a file must be a {files.READABLE}, but there are {files.some(odd)}")
     hub.download(repository, [*train, *val[:shards]])
     copies, versions = {}, {}
     for name, listed in (("train", train), ("val", val[:shards])):
@@ -160,7 +161,7 @@ def of_hub(source: str, text_column: str | None, shards: int) -> Source:
     name = "-".join(filter(None, (repository.rpartition("/")[2], config, split if split != "train" else None)))
     most = len(of_split) - (not val)
     if first < most:
-        print(f"source: {source}: the first {first:,} of {most:,} files; --shards takes more", flush=True)
+        print(f"source: {source}: using the first {first:,} of {most:,} files; --shards sets how many", flush=True)
     return replace(_of_files(name, source, copies, {}, text_column, versions), most=most)
 
 
@@ -172,7 +173,7 @@ def _of_files(
     text_column: str | None,
     versions: dict[DataFile, tuple] | None = None,
 ) -> Source:
-    """splits: "train" and "val". left_out: why others are not used. versions: of the files' content, where known."""
+    """splits: files of "train" and "val". left_out: {name: why it is not used}. versions: of the content, if known."""
     chosen = [*splits["train"], *splits["val"]]
     try:
         look = _look(chosen, text_column, place)
@@ -185,21 +186,21 @@ def _of_files(
     out = {*look.unreadable, *look.empty, *look.without}
     splits = {split: [file for file in of_split if file not in out] for split, of_split in splits.items()}
     if not splits["train"]:
-        raise ValueError(f"{place} has no documents, what it has is empty: {files.some([f.name for f in look.empty])}")
+        raise ValueError(f"{place} has no documents, these files are empty: {files.some([f.name for f in look.empty])}")
     (train, val), part, how = _hold_out(**splits)
     if versions is None:
-        with ThreadPoolExecutor(THREADS) as pool:  # on an object store each look takes a round trip
+        with ThreadPoolExecutor(THREADS) as pool:  # a request to an object store is a round trip
             versions = dict(zip(chosen, pool.map(lambda file: storage.version(file.uri), chosen), strict=True))
     shards = [_shards(files, look.column, part[i], versions) for i, files in enumerate((train, val))]
     if look.column or train is val:
         _check_documents(place, len(chosen), *shards)
-    _say(place, train, val, look.column, how, left_out)
+    _print_files(place, train, val, look.column, how, left_out)
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "source"
     contents = [(file.name, look.column, *versions[file]) for file in chosen if file not in out]
     return Source(
         name,
         *map(tuple, shards),
-        storage.fingerprint(READING, how, contents),
+        storage.fingerprint(READING_VERSION, how, contents),
         files=len(chosen),
         unreadable=tuple(look.unreadable.values()),
         empty=tuple(file.name for file in look.empty),
@@ -207,7 +208,7 @@ def _of_files(
 
 
 def _check_documents(place: str, num_files: int, train: list[Shard], val: list[Shard]) -> None:
-    """Raises ValueError when there is no document to train on."""
+    """Raises ValueError if there is no document to train on."""
 
     def some(shards: list[Shard], reading: Reading) -> bool:
         return any(True for shard in shards for _ in read_documents(shard, reading))
@@ -216,8 +217,8 @@ def _check_documents(place: str, num_files: int, train: list[Shard], val: list[S
     if not some(train, reading):
         check_unreadable(num_files, reading.unreadable)
         if some(val, reading):
-            raise ValueError(f"{place} has one document: at least two are needed, one of them for validation")
-        raise ValueError(f"{place} has no documents: the column of its text is empty in all rows")
+            raise ValueError(f"{place} has only one document: add another, because validation needs one")
+        raise ValueError(f"{place} has no documents: the text column is empty in all rows")
 
 
 def _name(source: str) -> str:
@@ -228,17 +229,17 @@ def _name(source: str) -> str:
 
 @dataclass(frozen=True)
 class Look:
-    """What a first look into all files says."""
+    """What a first look into all files found."""
 
-    column: str | None  # of the text, None for txt
-    unreadable: dict[DataFile, str]  # and what is wrong
+    column: str | None  # the text column; None for txt
+    unreadable: dict[DataFile, str]  # damaged files, and what is wrong with them
     empty: list[DataFile]
-    without: list[DataFile]  # files that lack the column
+    without: list[DataFile]  # files without the text column
 
 
 def _look(chosen: list[DataFile], wanted: str | None, place: str) -> Look:
     def look(file: DataFile) -> tables.Schema | str | None:
-        """Its columns; or what is wrong with it; None for an empty one."""
+        """The file's columns, or what is wrong with it, or None if it is empty."""
         try:
             if file.size == 0:
                 return None
@@ -261,8 +262,8 @@ def _look(chosen: list[DataFile], wanted: str | None, place: str) -> Look:
 
 
 def check_unreadable(num_files: int, unreadable: list[str]) -> None:
-    """Raises ValueError when more than UNREADABLE of the files are, with what is wrong with the first ones."""
-    if len(unreadable) > UNREADABLE * num_files:
+    """Raises ValueError with the first messages if too large a share of the files is unreadable."""
+    if len(unreadable) > MAX_UNREADABLE_SHARE * num_files:
         of = f" ({len(unreadable):,} of {num_files:,} files can't be read)" if num_files > 1 else ""
         raise ValueError("; ".join(unreadable[:3]) + of)
 
@@ -270,20 +271,20 @@ def check_unreadable(num_files: int, unreadable: list[str]) -> None:
 def _hold_out(
     train: list[DataFile], val: list[DataFile]
 ) -> tuple[tuple[list[DataFile], list[DataFile]], tuple[str, str], str]:
-    """((files to train on, to validate on), which part of them each, what validation is)."""
+    """((training files, validation files), (part of each), text that says what validation is)."""
     if val:
         return (train, val), ("all", "all"), "the split of that name"
     total, sizes = sum(file.size for file in train), [file.size for file in reversed(train)]
     held = list(accumulate(sizes))
     count = next(i for i, size in enumerate(held, 1) if size >= min(VAL_BYTES, VAL_SHARE * total))
-    if held[count - 1] > (MOST_VAL if count == 1 else MOST_VAL_FILES) * total:
+    if held[count - 1] > (MAX_VAL_SHARE_ONE if count == 1 else MAX_VAL_SHARE_SEVERAL) * total:
         return (train, train), ("train", "val"), f"every {VAL_EVERY}th document"
     how = "the last file" if count == 1 else f"the last {count} files"
     return (train[:-count], train[-count:]), ("all", "all"), how
 
 
 def _shards(chosen: list[DataFile], column: str | None, part: str, versions: dict) -> list[Shard]:
-    """A shard for each file. Of very many files small ones share one, as each shard's last row is never full."""
+    """One shard per file. If there are many files, small ones share a shard, because a shard's last row is lost."""
     groups, size = [], GROUP_BYTES
     for file in chosen:
         if len(chosen) <= FEW_FILES or size >= GROUP_BYTES or len(groups[-1]) == GROUP_FILES:
@@ -296,17 +297,19 @@ def _shards(chosen: list[DataFile], column: str | None, part: str, versions: dic
             first.uri,
             None if first.kind == "txt" else column,
             part,
-            storage.fingerprint(READING, *(versions[file] for file in (first, *more))),
+            storage.fingerprint(READING_VERSION, *(versions[file] for file in (first, *more))),
             sum(file.size for file in (first, *more)),
             tuple(file.uri for file in more),
-            0 if part == "all" else index,  # else the first document of each file would be validation
+            0 if part == "all" else index,  # without an offset, the first document of each file would be validation
         )
         for index, (first, *more) in enumerate(groups)
     ]
 
 
-def _say(place: str, train: list[DataFile], val: list[DataFile], column: str | None, how: str, left_out: dict) -> None:
-    """Which files are used and how, and which are not."""
+def _print_files(
+    place: str, train: list[DataFile], val: list[DataFile], column: str | None, how: str, left_out: dict
+) -> None:
+    """Print which files are used, and which are not and why."""
 
     def sizes(chosen: list[DataFile]) -> str:
         kinds = "/".join(sorted({file.kind for file in chosen}))
@@ -326,8 +329,8 @@ def _say(place: str, train: list[DataFile], val: list[DataFile], column: str | N
 def read_documents(shard: Shard, reading: Reading | None = None) -> Iterator[str]:
     """Stream the documents that are not empty.
 
-    A txt file is split at <|endoftext|> when it has one, else at blank lines. A file that is damaged raises Unreadable
-    naming it, and the line where there are lines; with `reading` that is noted there and the next file goes on."""
+    A txt file is split at <|endoftext|> if it has one, else at blank lines. A damaged file raises Unreadable that names
+    the file and line; with `reading`, the message is added there and reading continues with the next file."""
     index = shard.offset
     for uri in (shard.uri, *shard.more):
         try:
@@ -351,7 +354,7 @@ def _texts(uri: str, column: str | None) -> Iterator[str]:
         yield from _split_at_marks(uri) if marked else _split_at_blank_lines(uri)
         return
     for text in tables.texts(uri, column):
-        yield text.encode(errors="replace").decode()  # JSON can spell half a surrogate pair, which UTF-8 can't hold
+        yield text.encode(errors="replace").decode()  # JSON can hold half a surrogate pair, but UTF-8 can't
 
 
 def _has(chunks: Iterator[str], mark: str) -> bool:
@@ -364,7 +367,7 @@ def _has(chunks: Iterator[str], mark: str) -> bool:
 
 
 def _split_at_marks(uri: str) -> Iterator[str]:
-    document, end = [], ""  # the end of what was read may be the beginning of a mark
+    document, end = [], ""  # `end`: the last characters read, which may be the beginning of a mark
     for chunk in files.text_chunks(uri):
         *ended, rest = (end + chunk).split(TXT_SEPARATOR)
         for text in ended:
@@ -388,7 +391,7 @@ def _split_at_blank_lines(uri: str) -> Iterator[str]:
 
 
 def climbmix(shards: int) -> Source:
-    """The first `shards` files of the Hub's ClimbMix and its last one; downloads those that are not there.
+    """The first `shards` files of ClimbMix and its last one. Downloads those that are missing from the Hub.
 
     Environment: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE."""
     if not 1 <= shards <= CLIMBMIX_LAST:
@@ -408,7 +411,7 @@ def climbmix(shards: int) -> Source:
 
 
 def check_climbmix_room(shards: int) -> None:
-    """Raises OSError when the disk has no room for those of so many shards that are missing, and for their rows."""
+    """Raises OSError if the disk has too little space for the missing ones of so many shards and their rows."""
     place, _, missing = climbmix_files(shards)
     needed, free = len(missing) * (CLIMBMIX_TEXT_BYTES + CLIMBMIX_ROW_BYTES), storage.free_bytes(place)
     if free is not None and needed > free:
@@ -424,7 +427,7 @@ def climbmix_url(name: str) -> str:
 
 
 def climbmix_files(shards: int) -> tuple[str, list[str], list[str]]:
-    """(folder, names of the training shards and the last one, those that are not there)."""
+    """(folder, names of the training shards and the last one, names of those that are missing)."""
     names = [f"shard_{i:05d}.parquet" for i in (*range(shards), CLIMBMIX_LAST)]
     place = storage.join(storage.home(), "sources", "climbmix")
     present = set(storage.listdir(place))
@@ -434,7 +437,7 @@ def climbmix_files(shards: int) -> tuple[str, list[str], list[str]]:
 def pydocs(roots: Sequence[str] | None = None) -> Source:
     """Docstrings of the standard library and the installed packages, as parquet with columns text and name.
 
-    roots: folders to search, by default this environment's. Nothing is done when the same packages were read before."""
+    roots: folders to search, by default those of this environment. Shards of the same packages are reused."""
     roots = roots or sorted({sysconfig.get_path(key) for key in ("stdlib", "purelib", "platlib")})
     packages = sorted({(d.name, d.version) for d in importlib.metadata.distributions(path=list(roots)) if d.name})
     print_of = storage.fingerprint(packages, platform.python_version(), docstrings.MIN_CHARS, docstrings.SHARDS)

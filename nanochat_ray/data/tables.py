@@ -1,4 +1,4 @@
-"""The columns of data files: their types, which one is the text, and its values as a stream."""
+"""Columns of data files: their types, the choice of the text column, and its values as a stream."""
 
 import csv
 import json
@@ -13,14 +13,14 @@ import pyarrow.parquet as pq
 from nanochat_ray import storage
 from nanochat_ray.data.files import Unreadable, kind_of, naming, shown, text_chunks, text_lines
 
-TEXT_COLUMNS = ("text", "content", "document", "body")  # the first of them that there is
+TEXT_COLUMNS = ("text", "content", "document", "body")  # the first that exists is the default
 JOINT = "\n\n"  # between the strings of a list
-SAMPLE_RECORDS = 20  # of a file of JSON, for its columns
+SAMPLE_RECORDS = 20  # records of a JSON file that are read to find its columns
 BATCH_ROWS = 256
 DELIMITERS = ",\t;|"
 NO_OBJECT = "is not a JSON object (a row is one object)"
-FIRST_LINES = 3  # one of them is JSON where lines are
-# A JSON array of messages, or one such array a line
+FIRST_LINES = 3  # a file is JSON lines if one of its first lines is JSON
+# Matches a file that is one JSON array of messages, or has one such array per line.
 LISTS_OF_MESSAGES = re.compile(r'\s*\[\s*\{(?:\s*"(?:content|value)"|[^{}\[\]]*"(?:role|from)")\s*:')
 SPACES, COMMAS = re.compile(r"\s*"), re.compile(r"[\s,]*")
 
@@ -31,9 +31,9 @@ Schema = dict[str, pa.DataType]
 
 
 def choose(schemas: list[Schema], wanted: str | None, place: str) -> str:
-    """The column of text for a whole data set: `wanted`, else the first of TEXT_COLUMNS.
+    """The text column of a data set: `wanted`, else the first of TEXT_COLUMNS that exists.
 
-    A column is a name or a path: body.text is a field of a struct, parts[] a list's strings, joined.
+    A column is a name or a path: body.text is a field of a struct, parts[] the joined strings of a list.
     Raises ValueError that lists the columns with their types."""
     merged: Schema = {}
     for schema in schemas:
@@ -43,13 +43,13 @@ def choose(schemas: list[Schema], wanted: str | None, place: str) -> str:
         return candidates[0]
     listed = ", ".join(f"{name} ({kind})" for name, kind in merged.items())
     paths = [path for name, kind in merged.items() for path in text_paths(name, kind)]
-    try_paths = f"; {' or '.join(paths[:4])} would do" if paths else ""
+    try_paths = f"; try {' or '.join(paths[:4])}" if paths else ""
     if candidates:
         kind = type_at(merged, candidates[0])
-        what = f"no column {candidates[0]}" if kind is None else f"a column {candidates[0]} that is no text ({kind})"
+        what = f"no column {candidates[0]}" if kind is None else f"a column {candidates[0]} that is not text ({kind})"
     else:
         what = f"no column {', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]}"
-    raise ValueError(shown(f"{place} has {what}: name the text's column with --text-column: {listed}{try_paths}"))
+    raise ValueError(shown(f"{place} has {what}: name the text column with --text-column: {listed}{try_paths}"))
 
 
 def has_text(schema: Schema, column: str) -> bool:
@@ -57,7 +57,7 @@ def has_text(schema: Schema, column: str) -> bool:
 
 
 def is_text(kind: pa.DataType | None, or_bytes: bool = False) -> bool:
-    """Whether values are strings or null. or_bytes: or bytes, which may be anything."""
+    """Whether values are strings or null. or_bytes: accept bytes, too."""
     if kind is None:
         return False
     if pa.types.is_dictionary(kind):
@@ -72,12 +72,12 @@ def is_list(kind: pa.DataType) -> bool:
 
 
 def steps(path: str) -> list[str]:
-    """a.parts[] -> a, parts, []"""
+    """The steps of a path: a.parts[] -> ["a", "parts", "[]"]."""
     return re.findall(r"\[\]|[^.\[\]]+", path)
 
 
 def type_at(schema: Schema, path: str) -> pa.DataType | None:
-    """Of a column or of what a path leads to; None where there is nothing."""
+    """The type of a column, or of the values that a path selects; None if the path selects nothing."""
     if path in schema:
         return schema[path]
     name, *rest = steps(path) or [path]
@@ -94,7 +94,7 @@ def type_at(schema: Schema, path: str) -> pa.DataType | None:
 
 
 def text_paths(name: str, kind: pa.DataType) -> list[str]:
-    """Paths below a struct or list column that lead to strings."""
+    """The paths below a struct or list column that select strings."""
     if is_list(kind):
         below = {f"{name}[]": kind.value_type}
     elif pa.types.is_struct(kind):
@@ -105,7 +105,7 @@ def text_paths(name: str, kind: pa.DataType) -> list[str]:
 
 
 def text_at(value, path: list[str]) -> str:
-    """The text that a path leads to within a value; empty for null. Raises TypeError for what is no text."""
+    """The text that a path selects within a value; "" for null. Raises TypeError if it is not text."""
     if value is None:
         return ""
     if not path:
@@ -128,9 +128,9 @@ def text_at(value, path: list[str]) -> str:
 
 
 def schema(uri: str) -> Schema:
-    """Of a file of parquet, arrow, csv or JSON, whose first records tell. No columns where there are no rows.
+    """The columns of a parquet, arrow, csv or JSON file. JSON's come from the first records. Empty without rows.
 
-    Raises Unreadable when not even that can be read."""
+    Raises Unreadable if even these can't be read."""
     kind = kind_of(uri)
     if kind in ("parquet", "arrow"):
         with naming(uri), storage.reading(uri) as f:
@@ -149,7 +149,7 @@ def schema(uri: str) -> Schema:
             sampled = {**sampled, **{k: merge(sampled.get(k, pa.null()), json_type(v)) for k, v in record.items()}}
             if (found := found + 1) == SAMPLE_RECORDS:
                 break
-    except Unreadable:  # met again, and counted, where the file is read
+    except Unreadable:  # reading the whole file will find the error again and count it
         if not found:
             raise
     return sampled
@@ -169,7 +169,7 @@ def json_type(value) -> pa.DataType:
 
 
 def merge(a: pa.DataType, b: pa.DataType) -> pa.DataType:
-    """The type of values of both: a text where one is, fields of both structs."""
+    """A common type: text if one of them is text, a struct with the fields of both."""
     if pa.types.is_null(a) or a == b:
         return b
     if pa.types.is_struct(a) and pa.types.is_struct(b):
@@ -186,7 +186,7 @@ def merge(a: pa.DataType, b: pa.DataType) -> pa.DataType:
 
 
 def texts(uri: str, column: str) -> Iterator[str]:
-    """The text of each row, "" for null. Raises Unreadable naming the file and the line or row."""
+    """The text of each row; "" for null. Raises Unreadable that names the file and the line or row."""
     path = steps(column)
     for where, name, value in values(uri, column):
         try:
@@ -198,7 +198,7 @@ def texts(uri: str, column: str) -> Iterator[str]:
 
 
 def values(uri: str, column: str) -> Iterator[tuple[str, str, object]]:
-    """(line or row, name of the column, its value) of each row. column: a column, or a path that begins with one."""
+    """(line or row, column name, value) of each row. column: a column, or a path that begins with one."""
     kind = kind_of(uri)
     first = (steps(column) or [column])[0]
     if kind in ("parquet", "arrow"):
@@ -218,10 +218,10 @@ def values(uri: str, column: str) -> Iterator[tuple[str, str, object]]:
 
 
 def records(uri: str, columns: Sequence[str]) -> Iterator[tuple[str, object]]:
-    """(line or row, {column: value}) of each row, with those of the columns that there are; of JSON each whole value.
+    """(line or row, {column: value}) of each row, with the columns that exist. For JSON: (line, whole value).
 
-    A line of JSON lines that is no JSON is an Unreadable, given in its place. A JSON file that is one array of messages
-    is one value; any other array is its elements."""
+    If a line of JSON lines is not JSON, its value is an Unreadable. A JSON file that is one array of messages is one
+    value; of any other array, each element is a value."""
     kind = kind_of(uri)
     if kind == "csv":
         yield from _csv_records(uri)
@@ -245,9 +245,10 @@ def _arrow_values(uri: str, kind: str, column: str, first: str) -> Iterator[tupl
 
 
 def _arrow_batches_of(uri: str, kind: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Those of the columns that there are. Raises Unreadable naming all columns when there are none of them."""
+    """Batches with the columns that exist. Raises Unreadable that lists the file's columns if none exists."""
     with naming(uri), storage.reading(uri) as f:
-        file = pq.ParquetFile(f, pre_buffer=False) if kind == "parquet" else _arrow_reader(f)  # don't buffer all of it
+        # pre_buffer would read the whole file into memory.
+        file = pq.ParquetFile(f, pre_buffer=False) if kind == "parquet" else _arrow_reader(f)
         schema = file.schema_arrow if kind == "parquet" else file.schema
         if not (there := [name for name in dict.fromkeys(columns) if name in schema.names]):
             listed = ", ".join(f"{field.name} ({field.type})" for field in schema)
@@ -259,7 +260,7 @@ def _arrow_batches_of(uri: str, kind: str, columns: Sequence[str]) -> Iterator[p
 
 
 def _arrow_reader(f) -> pa.ipc.RecordBatchFileReader | pa.ipc.RecordBatchStreamReader:
-    """Of either format: with an index at its end, or a stream, as `datasets` writes it."""
+    """A reader for both Arrow formats: files with an index at the end, and streams, which `datasets` writes."""
     head = f.read(6)
     f.seek(0)
     return pa.ipc.open_file(f) if head == b"ARROW1" else pa.ipc.open_stream(f)
@@ -277,7 +278,7 @@ def _csv_header(uri: str) -> list[str]:
 
 
 def _csv_rows(uri: str) -> Iterator[tuple[int, list[str]]]:
-    """(line, fields), the header first. The sign that is most frequent in it separates; of .tsv it is the tab."""
+    """(line, fields), the header first. The delimiter is the one most frequent in the header; a tab for .tsv."""
     lines = text_lines(uri)
     header = next(lines, "")
     is_tsv = ".tsv" in storage.name(uri).lower()
@@ -303,10 +304,10 @@ def _csv_records(uri: str) -> Iterator[tuple[str, dict]]:
 
 
 def json_values(uri: str, split_arrays: bool = True, keep_errors: bool = False) -> Iterator[tuple[int, object]]:
-    """(line, value) of JSON lines, of an array, or of objects of several lines one after the other.
+    """(line, value) of JSON lines, of an array, or of a sequence of objects that span lines.
 
-    split_arrays: the elements of a first array are the values. Raises Unreadable naming the line; with keep_errors
-    that is the value of a line which is no JSON among some that are."""
+    split_arrays: if the file is an array, its elements are the values. Raises Unreadable that names the line. With
+    keep_errors, the Unreadable is the value of a line that is not JSON, if other lines are."""
     opening = next((text.lstrip()[0] for text in text_chunks(uri) if text.strip()), "")
     if opening == "[" and split_arrays:
         yield from _json_sequence(uri, split_arrays)
@@ -335,7 +336,7 @@ def _is_json(line: str) -> bool:
 
 
 def _json_sequence(uri: str, split_arrays: bool) -> Iterator[tuple[int, object]]:
-    """Values wherever they end, with commas between them in an array. Reads twice as much when one is not complete."""
+    """Values separated by white space, or by commas in an array. If one is incomplete, it reads twice as much text."""
     decoder, chunks = json.JSONDecoder(), text_chunks(uri)
     buffer, at, line, wanted, ended, in_array = "", 0, 1, 1 << 20, False, False
     while True:

@@ -16,7 +16,7 @@ import tiktoken
 
 from nanochat_ray import storage
 
-# GPT-4's split pattern, but digits in groups of one or two: a small vocabulary is not spent on numbers.
+# GPT-4's split pattern, but with digits in groups of one or two, so that numbers take few tokens of the vocabulary.
 PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
 )
@@ -33,11 +33,11 @@ SPECIAL_TOKENS = (
 )
 # The regex engines of tiktoken and rustbpe overflow their stack on a run of a million whitespace characters.
 PIECE_CHARS = 500_000
-# Where the split pattern always cuts: before a space, between a line's end and what is visible, and between a letter or
-# digit and a sign. Both sides have the tokens there that they have in the whole text.
+# The split pattern always splits here: before a space, between a line's end and a visible character, and between a
+# letter or digit and a punctuation mark. Cutting a text there changes no token.
 SAFE_CUT = re.compile(r"\S(?= )|[\r\n](?=\S)|[^\W_](?=[!-/:-@\[-`{-~、。，！？；：])")
-LOOK_BACK = 10_000  # characters that are searched first for the last safe cut of a piece
-# Which files tiktoken downloads for an encoding; it keeps each under the sha1 of its address.
+LOOK_BACK = 10_000  # characters at the end of a piece that are searched first for a safe cut
+# The files that tiktoken downloads for an encoding. It caches each under the sha1 of its URL.
 PUBLISHED = {
     "gpt2": (
         "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
@@ -48,10 +48,10 @@ PUBLISHED = {
 
 
 class Tokenizer:
-    """Mergeable ranks 0 … n-1, then the special tokens; encodes with tiktoken. Picklable, so Ray tasks can take it."""
+    """Byte-level BPE with tiktoken: ranks 0 … n-1, then the special tokens. Picklable, so that Ray can send it."""
 
     def __init__(self, ranks: dict[bytes, int], pattern: str = PATTERN, special_tokens: dict[str, int] | None = None):
-        """Raises ValueError when a byte or a special token is missing, or the ids have gaps."""
+        """Raises ValueError if a byte or a special token is missing, or if the ids have gaps."""
         if special_tokens is None:
             special_tokens = {token: len(ranks) + i for i, token in enumerate(SPECIAL_TOKENS)}
         if missing := [token for token in SPECIAL_TOKENS if token not in special_tokens]:
@@ -85,7 +85,7 @@ class Tokenizer:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{meta_path}: expected JSON with pattern and special_tokens ({error!r})") from None
         if "sha256" in meta and meta["sha256"] != hashlib.sha256(content).hexdigest():
-            raise ValueError(f"{path}: its sha256 is not the one in tokenizer.json; the file was changed or damaged")
+            raise ValueError(f"{path}: the sha256 differs from the one in tokenizer.json: restore the original file")
         try:
             lines = (line.split() for line in content.splitlines() if line)
             ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -94,7 +94,7 @@ class Tokenizer:
         return cls(ranks, pattern, special_tokens)
 
     def save(self, folder: str) -> None:
-        """Write tokenizer.tiktoken, then tokenizer.json: whoever finds the second has both."""
+        """Write tokenizer.tiktoken, then tokenizer.json. If the second exists, both are complete."""
         storage.write_bytes(storage.join(folder, "tokenizer.tiktoken"), self._content)
         meta = {"pattern": self.pattern, "special_tokens": self.special_tokens, "sha256": self.sha}
         storage.write_json(storage.join(folder, "tokenizer.json"), meta)
@@ -106,7 +106,7 @@ class Tokenizer:
 
     @property
     def sha(self) -> str:
-        """sha256 of tokenizer.tiktoken, in hex: names the rows made with this tokenizer."""
+        """sha256 of tokenizer.tiktoken in hex. Names of row folders begin with it."""
         return hashlib.sha256(self._content).hexdigest()
 
     def special(self, token: str) -> int:
@@ -116,16 +116,16 @@ class Tokenizer:
         return self.special_tokens[token]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without bos; special tokens written in it are plain text."""
+        """Token ids of a text without bos. Special tokens in the text are encoded as plain text."""
         if len(text) <= PIECE_CHARS:
             return self._encoding.encode_ordinary(text)
         return [token for piece in pieces(text) for token in self._encoding.encode_ordinary(piece)]
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
-        """The ids of `encode` as uint32 (n,): threads don't wait for each other to make a Python integer per token."""
+        """The ids of `encode` as uint32 (n,). It makes no Python integers, so threads don't wait for the GIL."""
         try:
             ids = [self._encoding.encode_to_numpy(piece, disallowed_special=()) for piece in pieces(text)]
-        except UnicodeEncodeError:  # half a surrogate pair, which `encode` replaces
+        except UnicodeEncodeError:  # half a surrogate pair; `encode` replaces it
             return np.array(self.encode(text), dtype=np.uint32)
         return np.concatenate(ids)
 
@@ -136,22 +136,22 @@ class Tokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of the ids; special tokens by name, invalid UTF-8 as U+FFFD."""
+        """The text of the ids. Special tokens become their names, and invalid UTF-8 becomes U+FFFD."""
         return self._encoding.decode(ids)
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return self._encoding.decode_bytes(ids)
 
     def token_bytes(self) -> np.ndarray:
-        """int32 (vocab_size,): how many bytes of text each id stands for; 0 for special tokens."""
+        """Bytes of text of each id, int32 (vocab_size,); 0 for special tokens."""
         counts = np.zeros(self.vocab_size, dtype=np.int32)
         counts[list(self.ranks.values())] = [len(token) for token in self.ranks]
         return counts
 
     def render_conversation(self, conversation: dict, max_tokens: int | None = 2048) -> tuple[list[int], list[int]]:
-        """Ids and mask of {"messages": [{"role", "content"}, …]}; mask 1 on the tokens the assistant is to learn.
+        """(ids, mask) of {"messages": [{"role", "content"}, …]}. The mask is 1 for tokens that the model learns.
 
-        Content is a string or parts {"type": text | python | python_output, "text"}; a part of the assistant's with
+        Content is a string or a list of parts {"type": text | python | python_output, "text"}. An assistant's part with
         "weight" 0 is not learned. Both lists are cut to max_tokens (None: not cut). Raises ValueError for a malformed
         conversation.
         """
@@ -162,7 +162,7 @@ class Tokenizer:
         return ids[:max_tokens], mask[:max_tokens]
 
     def render_to_numpy(self, conversation: dict) -> tuple[np.ndarray, np.ndarray]:
-        """All of render_conversation's ids, in `dtype`, and its mask, uint8."""
+        """render_conversation without a cut, as arrays: ids in `dtype` and mask in uint8."""
         tokens, learned = zip(*self._render(conversation, self.encode_to_numpy), strict=True)
         ids = np.concatenate(tokens, dtype=self.dtype, casting="unsafe")
         return ids, np.repeat(np.array(learned, np.uint8), [len(part) for part in tokens])
@@ -170,7 +170,7 @@ class Tokenizer:
     def _render(
         self, conversation: dict, encode: Callable[[str], Sequence[int]]
     ) -> Iterator[tuple[Sequence[int], int]]:
-        """The tokens in turn, and whether the assistant is to learn them."""
+        """(token ids, mask) of each piece of the conversation, in order."""
 
         def wrap(name: str, text: str, learned: int) -> Iterator[tuple[Sequence[int], int]]:
             yield [self.special(f"<|{name}_start|>")], learned
@@ -190,23 +190,23 @@ class Tokenizer:
                     yield encode(part["text"]), learned
                 elif part["type"] == "python":
                     yield from wrap("python", part["text"], learned)
-                else:  # what the tool said: the model reads it, it does not learn to make it up
+                else:  # tool output: the model reads it, but must not learn to write it
                     yield from wrap("output", part["text"], 0)
             yield [self.special("<|assistant_end|>")], learned
 
     def render_for_completion(self, conversation: dict) -> list[int]:
-        """Ids of a conversation up to and including assistant_start: the assistant speaks next.
+        """Ids of a conversation and assistant_start, so that the assistant speaks next.
 
-        Raises ValueError when the last message is not the user's.
+        Raises ValueError if the last message is not the user's.
         """
         ids, _ = self.render_conversation(conversation, max_tokens=None)
         if (role := conversation["messages"][-1]["role"]) != "user":
-            raise ValueError(f"conversation: the last message is by {role!r}; to be answered it must be the user's")
+            raise ValueError(f"conversation: the last message has role {role!r}, expected 'user'")
         return [*ids, self.special("<|assistant_start|>")]
 
 
 def _turns(conversation: dict) -> list[tuple[str, list[dict]]]:
-    """Alternating (role, parts), the user first; a system message is joined to the first user message."""
+    """Alternating (role, parts), the user's first. A system message is joined to the first user message."""
     messages = conversation.get("messages") if isinstance(conversation, dict) else None
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise ValueError('conversation: expected {"messages": [{"role": …, "content": …}, …]}')
@@ -237,7 +237,7 @@ def _turns(conversation: dict) -> list[tuple[str, list[dict]]]:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """A very long text in parts, cut where that changes no token. A run without such a place is cut anywhere."""
+    """Split a very long text where that changes no token. A text without such a place is cut anywhere."""
     start = 0
     while len(text) - start > PIECE_CHARS:
         cut = _last_safe_cut(text, start, start + PIECE_CHARS)
@@ -254,26 +254,28 @@ def _last_safe_cut(text: str, start: int, end: int) -> int:
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Learn a vocabulary of exactly vocab_size tokens (bytes, merges and the special tokens). Deterministic.
+    """Learn a vocabulary of exactly vocab_size tokens: bytes, merges and special tokens. Deterministic.
 
-    Raises ValueError when vocab_size has no room for the bytes, or the text has too few pairs to merge.
+    Raises ValueError if vocab_size has no room for the bytes, or if the text has too few pairs to merge.
     """
     num_ranks = vocab_size - len(SPECIAL_TOKENS)
     if num_ranks < 256:
         raise ValueError(f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens")
-    # rustbpe rejects lone surrogates, which JSON can smuggle in
+    # Replace half surrogate pairs, which JSON can hold, because rustbpe rejects them.
     parts = (piece.encode(errors="replace").decode() for text in texts for piece in pieces(text))
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(parts, num_ranks, pattern=PATTERN)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < num_ranks:
         most = len(ranks) + len(SPECIAL_TOKENS)
-        raise ValueError(f"vocab_size {vocab_size}: this text gives only {most} tokens, use a smaller one or more text")
+        raise ValueError(
+            f"vocab_size {vocab_size} is too large: this text gives only {most} tokens; lower it or use more text"
+        )
     return Tokenizer(ranks)
 
 
 def compression(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, float]:
-    """Bytes per token of the tokenizer ("ours") and of each published encoding that tiktoken has cached."""
+    """Bytes per token of this tokenizer ("ours") and of each published encoding in tiktoken's cache."""
     num_bytes = sum(len(text.encode(errors="replace")) for text in texts)
     encoders = {"ours": tokenizer.encode}
     encoders |= {name: tiktoken.get_encoding(name).encode_ordinary for name in PUBLISHED if _is_cached(name)}

@@ -135,8 +135,8 @@ def test_links_are_followed_and_nothing_is_read_twice(tmp_path, capsys):
     assert everything(resolve(place)) == ["a", "another b", "b", "c"]
     said = capsys.readouterr().out
     assert "the same as a.jsonl: a.jsonl.gz" in said
-    assert "a link to another of them: latest.jsonl" in said
-    assert "a link to nothing: gone.jsonl" in said
+    assert "a link to another of these files: latest.jsonl" in said
+    assert "a broken link: gone.jsonl" in said
 
 
 @pytest.mark.parametrize(
@@ -215,15 +215,15 @@ def test_one_document_in_twenty_is_validation_where_each_file_has_one(tmp_path):
     [
         (
             {"id": ["a1"], "text": [{"body": "x"}]},
-            r"text that is no text \(struct<body: string>\).*; text\.body would do",
+            r"text that is not text \(struct<body: string>\).*; try text\.body",
         ),
-        ({"id": ["a1"], "text": [["x", "y"]]}, r"text \(list<.*: string>\); text\[\] would do"),
+        ({"id": ["a1"], "text": [["x", "y"]]}, r"text \(list<.*: string>\); try text\[\]"),
         (
             {"uuid": ["a1"], "messages": [[{"role": "user", "content": "x"}]]},
             r"uuid \(string\), messages .*messages\[\]",
         ),
         ({"url": ["http://x"]}, r"no column text, content, document or body: .*--text-column: url \(string\)$"),
-        ({"text": [1, 2]}, r"a column text that is no text \(int64\)"),
+        ({"text": [1, 2]}, r"a column text that is not text \(int64\)"),
     ],
 )
 @pytest.mark.parametrize("kind", ["parquet", "jsonl"])
@@ -274,7 +274,7 @@ def test_null_columns_give_no_documents_and_are_counted(tmp_path):
     assert (read(source.train, reading), read(source.val)) == (["b"], ["c"])
     assert reading.blank == 5
     only = write(tmp_path / "only", {"a.parquet": {"text": nulls}, "b.parquet": {"text": nulls}})
-    with pytest.raises(ValueError, match=r"only has no documents: the column of its text is empty"):
+    with pytest.raises(ValueError, match=r"only has no documents: the text column is empty"):
         resolve(only)
 
 

@@ -56,7 +56,7 @@ def test_a_data_set_of_the_hub_mixed_with_a_folder(ray_session, played, tmp_path
         patch.setenv("HF_TOKEN", played.token)
         source = sources.resolve("hub:acme/web:small", shards=1)
     played.gated.clear()
-    assert "source: hub:acme/web:small: the first 1 of 2 files; --shards takes more" in capsys.readouterr().out
+    assert "source: hub:acme/web:small: using the first 1 of 2 files; --shards sets how many" in capsys.readouterr().out
     assert (source.name, len(source.train), len(source.val), source.most) == ("web-small", 1, 1, 2)
     assert next(iter(sources.read_documents(source.val[0]))).startswith("part2 number 0")  # the split's last file
     assert source.fingerprint == sources.resolve("hub:acme/web:small", shards=1).fingerprint
@@ -87,11 +87,11 @@ def test_a_data_set_of_the_hub_mixed_with_a_folder(ray_session, played, tmp_path
     capsys.readouterr()
     played.gated.add("acme/web")
     assert sources.resolve(hub, shards=1) == source
-    assert "; its files are taken as they were listed before" in capsys.readouterr().out
+    assert "; using the list of files from an earlier run" in capsys.readouterr().out
     played.gated.clear()
     wanted = 3 * 32 * sizes[0]
     more = prepare.run(PrepareOptions([f"{hub}=0.5", f"{mine}=0.5"], tokens=2 * wanted, **options))
-    assert f"there are {32 * sizes[0]:,} tokens, {wanted:,} are wanted: taking 2 web-small shards" in capsys.readouterr().out
+    assert f"{wanted:,} are wanted: taking 2 web-small shards" in capsys.readouterr().out
     assert len(read_parts(more.rows)) == 2 and read_parts(more.rows)[0].rows != parts[0].rows
 
 
@@ -109,10 +109,10 @@ def test_splits_and_columns_are_named(ray_session, played):
         ("hub:acme/none", "hub:acme/none: the Hub has no data set of this name, or it is private"),
         ("hub:acme/web", "hub:acme/web: Config name is missing"),
         ("hub:acme/web:large", "hub:acme/web:large: BuilderConfig 'large' not found"),
-        ("hub:acme/web:small:test", "hub:acme/web:small:test: it has no split test, only train"),
+        ("hub:acme/web:small:test", "hub:acme/web:small:test: there is no split test, only train"),
         ("hub:acme/web:other", "no column text, content, document or body.*body"),
-        ("hub:", "a source of the Hub is hub:OWNER/NAME"),
-        ("hub:a/b:c:d:e", "a source of the Hub is hub:OWNER/NAME"),
+        ("hub:", "name a data set of the Hub as hub:OWNER/NAME"),
+        ("hub:a/b:c:d:e", "name a data set of the Hub as hub:OWNER/NAME"),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_line(ray_session, played, source, said):

@@ -105,7 +105,7 @@ def test_evaluation_is_the_same_rows_every_time(folder):
 
 
 def test_what_is_wrong_is_named(folder, tmp_path):
-    with pytest.raises(ValueError, match="3 rows a step are too few for 4 workers"):
+    with pytest.raises(ValueError, match="3 rows per step are too few: 4 workers need"):
         Loader(Rows(str(folder)), 3, 0, 4)
     with pytest.raises(FileNotFoundError, match=r"no rows_\*\.arrow"):
         Rows(str(tmp_path / "nowhere"))

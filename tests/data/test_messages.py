@@ -131,7 +131,7 @@ def test_formats_are_told_apart_and_become_turns(record, name, expected, golden)
         ({"messages": [QUESTION, {"role": "assistant", "content": ""}]}, "message 1 has no text"),
         ({"messages": [QUESTION, {"role": "assistant", "content": 5}]}, "message 1 has a int where text"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, ANSWER]}, "message 0 .* not text"),
-        ({"messages": [{"role": "user", "content": parts(("python", "1"))}, ANSWER]}, "only the assistant calls"),
+        ({"messages": [{"role": "user", "content": parts(("python", "1"))}, ANSWER]}, "only the assistant can call"),
         ({"instruction": "Add.", "output": None}, "no column"),
     ],
 )

@@ -106,5 +106,5 @@ def test_conversation_layout():
     tokens, mask = pack_conversations(conversations, 6)
     assert tokens.tolist() == [[7, 3, 4, 5, 7, 7], [7, 1, 2, 7, 7, 7]]
     assert mask.tolist() == [[0, 0, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0]]
-    with pytest.raises(ValueError, match="conversation 1 has 4 tokens, a row holds 1 to 3: split it"):
+    with pytest.raises(ValueError, match="conversation 1 has 4 tokens, but a row holds 1 to 3: split it"):
         pack_conversations(conversations, 3)

@@ -147,7 +147,7 @@ def test_bad_input_is_one_line_with_the_files_name(tmp_path, case):
 def test_bad_parquet_is_named(tmp_path):
     path = tmp_path / "x.parquet"
     write_parquet(path, {"a": ["?"], "n": [1], "b": ["?"]})
-    for column, said in ((None, "no column text, content"), ("c", "no column c"), ("n", "a column n that is no text")):
+    for column, said in ((None, "no column text, content"), ("c", "no column c"), ("n", "a column n that is not text")):
         with pytest.raises(
             ValueError, match=rf"x\.parquet has {said}.*-column: a \(string\), n \(int64\), b \(string\)$"
         ):
@@ -156,7 +156,7 @@ def test_bad_parquet_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"x\.parquet has no documents"):
         resolve(str(path))
     write_parquet(path, {"text": ["one document"]})
-    with pytest.raises(ValueError, match=r"x\.parquet has one document"):
+    with pytest.raises(ValueError, match=r"x\.parquet has only one document"):
         resolve(str(path))
     write_parquet(path, {"text": [hashlib.sha256(bytes([i])).hexdigest() for i in range(200)]})
     content = bytearray(path.read_bytes())

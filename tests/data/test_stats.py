@@ -39,7 +39,7 @@ def test_what_sources_hold(ray_session, tmp_path, golden, capsys, nanochat_ray_h
         assert stats.tokens(counts, tokenizer) == pytest.approx(exact, rel=0.1)
     assert (counted[notes].blank, counted[pages].blank) == (2, 0)
     said = capsys.readouterr().out
-    assert "20 (20.0%)" in said and "75.0%" in said and "1 documents are in several" in said
+    assert "20 (20.0%)" in said and "75.0%" in said and "1 documents are in more than one" in said
     examples = [line for line in said.splitlines() if line.startswith("- ")]
     assert len(examples) == 10 and sum("[bold]" in line for line in examples) >= 5
     assert not [path for path in nanochat_ray_home.rglob("*") if path.is_file()]

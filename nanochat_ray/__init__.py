@@ -1,6 +1,6 @@
 """Train a ChatGPT-like model from raw text to a chat answer, on Ray, with one dial: --depth.
 
-As a library: Engine, SamplingParams and load_model, which are imported when they are first asked for.
+The library exports Engine, SamplingParams and load_model. They are imported at first use, because torch takes seconds.
 """
 
 from importlib import import_module

@@ -46,7 +46,7 @@ def pretrain(args: list[str]) -> None:
 
     options = parse("pretrain", Options, args)
     measurement = in_training(options)
-    find_rows(options)  # that there are none is known before Ray starts
+    find_rows(options)  # fail before starting Ray if there are no rows
     start_ray()
     result = run(options, measurement)
     print(f"val/bpb    {bpb(result.val_bpb)}\ncheckpoint {result.checkpoint}")
@@ -66,12 +66,12 @@ def sft(args: list[str]) -> None:
         pass
 
     options = parse("sft", Options, args)
-    base = resolve_checkpoint(options.checkpoint)  # a wrong one is known before anything is downloaded
+    base = resolve_checkpoint(options.checkpoint)  # fail before downloading anything if the checkpoint is wrong
     measurement = in_training(options, options.datasets_dir)
     if options.needs_ray:
         start_ray()
         conversations = sft_conversations(options)
-    else:  # fail before starting Ray if something can't be had
+    else:  # fail before starting Ray if the data can't be downloaded
         conversations = sft_conversations(options)
         start_ray()
     sequence_len = read_meta(base)["model_config"]["sequence_len"]
@@ -81,7 +81,7 @@ def sft(args: list[str]) -> None:
 
 
 def rl(args: list[str]) -> None:
-    """a chat model and a task -> a model that is better at it, by reinforcement learning"""
+    """a chat model and a task -> a model that is better at the task, by reinforcement learning"""
     from nanochat_ray.evals.tasks.rewarded import TaskOptions, load_task
     from nanochat_ray.train.checkpoint import resolve_checkpoint
     from nanochat_ray.train.rl import RlOptions, run
@@ -91,8 +91,8 @@ def rl(args: list[str]) -> None:
         pass
 
     options = parse("rl", Options, args)
-    resolve_checkpoint(options.checkpoint)  # a wrong one is known before anything is downloaded
-    task = None if options.task == "docstrings" else load_task(options)  # those are made by Ray
+    resolve_checkpoint(options.checkpoint)  # fail before downloading anything if the checkpoint is wrong
+    task = None if options.task == "docstrings" else load_task(options)  # making docstrings needs Ray
     start_ray()
     result = run(options, task or load_task(options))
     print(f"checkpoint {result.checkpoint}")
@@ -125,18 +125,18 @@ def evaluate(args: list[str]) -> None:
 
 
 def plan(args: list[str]) -> None:
-    """what a depth decides: sizes, memory, time, cost"""
+    """what a depth implies: sizes, memory, time, cost"""
     from nanochat_ray.train.plan import PlanOptions, run
 
     run(parse("plan", PlanOptions, args))
 
 
 def doctor(args: list[str]) -> None:
-    """whether a cluster's hosts are fit to train: versions, GPUs, disks, storage, network
+    """checks a cluster's hosts before training: versions, GPUs, disks, storage, network
 
-    Every host of the cluster is checked. There is a line for each finding: ok, warning or FAIL, what was found, and
-    the remedy. Exit code 1 means that something fails. For some seconds it sends 64 MB between neighbouring hosts and
-    writes small files to NANOCHAT_RAY_HOME; otherwise it takes nothing from what runs there.
+    It checks every host and prints a line per finding: ok, warning or FAIL, what was found, and the remedy. The exit
+    code is 1 if a check fails. The checks send 64 MB between neighbouring hosts and write small files to
+    NANOCHAT_RAY_HOME, which takes some seconds. They take no CPUs or GPUs from running jobs.
     """
     from nanochat_ray.doctor import DoctorOptions, run
 
@@ -165,10 +165,10 @@ def leaderboard(args: list[str]) -> None:
     run(parse("leaderboard", LeaderboardOptions, args))
 
 
-# Of `nanochat-ray serve`, for Ray Serve: replicas have one event loop each, speak HTTP themselves and gRPC among each
-# other. No load balancer is there for them to wait for when they end, or to keep a port from a successor. Serve's
-# controller looks after them twice a second rather than ten times, which takes 3 % of a CPU from the engines. Replicas
-# have the priority of any program, not the low one that Ray gives its workers.
+# Settings of Ray Serve for `nanochat-ray serve`. Replicas have one event loop each, answer HTTP themselves and use gRPC
+# among each other. They don't wait for a load balancer when they stop, and a new replica may reuse a port at once.
+# Serve's controller polls twice a second instead of ten times, which saves 3 % of a CPU. Replicas run at normal
+# priority, not at the low one of Ray's workers.
 FAST_SERVE = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
@@ -177,7 +177,7 @@ FAST_SERVE = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serving.connections:limit_connections",
     "RAY_worker_niceness": "0",
-    "grpc_proxy": "",  # none, whatever http_proxy says
+    "grpc_proxy": "",  # without it, gRPC would use http_proxy
 }
 
 
@@ -186,31 +186,31 @@ def serve(args: list[str]) -> None:
     import ray
 
     own_ray = "RAY_ADDRESS" not in os.environ
-    if own_ray:  # before Ray Serve is imported; a cluster's processes have settings of their own
+    if own_ray:  # set these before Ray Serve is imported; a cluster's processes have their own settings
         os.environ |= FAST_SERVE
     from serving.app import ServiceOptions, app
     from serving.start import address, check_port, free_port, start, watch
 
     class Options(ServiceOptions):
         host: str = "127.0.0.1"
-        """Address to listen on; 0.0.0.0 for all of the machine's."""
+        """Address to listen on. 0.0.0.0 listens on all addresses of this machine."""
         port: int = 8000
-        """0 for any that is free."""
+        """Port to listen on. 0 takes any free port."""
 
     options = parse("serve", Options, args)
     options.port = options.port or free_port()
-    application = app(options)  # a wrong checkpoint is known before Ray is started
+    application = app(options)  # fail before starting Ray if a checkpoint is wrong
     check_port(options.host, options.port)
     proxy_port = options.port
-    if own_ray:  # ChatService listens on the one port of its range, and Serve's proxy, which nobody asks, on another
+    if own_ray:  # ChatService takes the public port. Serve's proxy is unused but must run, so it gets a free port.
         proxy_port = free_port()
         os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] = str(options.port)
         os.environ["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] = str(options.port + 1)
     start_ray()
     start(application, options.replicas * max(1, len(options.checkpoint)), options.host, proxy_port, not own_ray)
     local = options.host in ("127.0.0.1", "::1", "localhost")
-    known_to = "this machine alone; --host 0.0.0.0 for all" if local else "all that reach it"
-    print(f"serving    http://{address(options.host, options.port)} ({known_to}); Ctrl-C stops it", flush=True)
+    reach = "only from this machine; --host 0.0.0.0 opens it to others" if local else "from all machines that reach it"
+    print(f"serving    http://{address(options.host, options.port)} ({reach}); Ctrl-C stops it", flush=True)
     try:
         watch(options.host, options.port)
     finally:
@@ -220,13 +220,13 @@ def serve(args: list[str]) -> None:
 @dataclass
 class ImportOptions:
     src: Positional[str]
-    """nanochat's checkpoint folder, with model_000600.pt and meta_000600.json."""
+    """nanochat's checkpoint folder, with files such as model_000600.pt and meta_000600.json."""
     out: Positional[str]
     """Folder to write the checkpoint to."""
     tokenizer: str
     """Folder of the tokenizer: nanochat's tokenizer.pkl, or tokenizer.tiktoken and tokenizer.json."""
     step: int | None = None
-    """Which step to import; the newest by default."""
+    """Step to import. Default: the newest."""
 
 
 def import_(args: list[str]) -> None:
@@ -238,7 +238,7 @@ def import_(args: list[str]) -> None:
 
 
 def export(args: list[str]) -> None:
-    """a checkpoint -> files of other programs: Hugging Face's transformers, nanochat"""
+    """a checkpoint -> the format of another program: Hugging Face's transformers, nanochat"""
     from nanochat_ray.export import ExportOptions, run
 
     print(run(parse("export", ExportOptions, args)))
@@ -271,8 +271,8 @@ def usage() -> str:
 
 @one_line_errors
 def main() -> None:
-    # Importing torch and Ray makes half a million objects. With Python's own threshold the garbage collector looks
-    # through them again and again, for a second of each start, and at exit once more.
+    # Importing torch and Ray makes half a million objects. With Python's default threshold, the garbage collector
+    # traverses them repeatedly, which takes a second of each start, and again at exit.
     gc.set_threshold(50_000)
     atexit.register(gc.freeze)
     stage, *args = sys.argv[1:] or ["--help"]
@@ -280,8 +280,9 @@ def main() -> None:
         print(usage())
     elif stage in STAGES:
         own = "RAY_ADDRESS" not in os.environ and not any(arg.startswith("--address") for arg in args)
-        if own:  # before Ray is imported
-            # A Ray of our own listens on all of the machine's addresses: it does what those say who have its token.
+        if own:
+            # A local Ray listens on all addresses of the machine, so it must require a token. Set it before Ray is
+            # imported.
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         STAGES[stage](args)
     else:

@@ -1,4 +1,4 @@
-"""`nanochat-ray doctor`: whether the hosts of a cluster are fit to train together, before they cost money."""
+"""`nanochat-ray doctor`: checks the hosts of a cluster before training starts."""
 
 import os
 import resource
@@ -20,14 +20,14 @@ from dataclasses import dataclass, replace
 import ray
 
 from nanochat_ray import storage
-from nanochat_ray.versions import PATIENCE_SECONDS, REMEDY, THIS_PROCESS, differences, hosts, installed, listed, pinned
+from nanochat_ray.versions import ANSWER_SECONDS, REMEDY, THIS_PROCESS, differences, hosts, installed, listed, pinned
 
 CONNECT_SECONDS = 3.0
-SEND_SECONDS, SEND_BYTES = 2.0, 64 * 2**20  # of a transfer, whichever is reached first
+SEND_SECONDS, SEND_BYTES = 2.0, 64 * 2**20  # a transfer ends at the first of these
 BLOCK = bytes(2**18)
-SLOW_NETWORK = 1e9  # bits/s; also a link with less than half of the median is shown
-OPEN_FILES = 8192
-FULL_DISK = 0.95  # share, above which Ray takes no more objects
+SLOW_NETWORK = 1e9  # bits/s; a link below this, or below half of the median, gets a warning
+MIN_OPEN_FILES = 8192
+FULL_DISK = 0.95  # used share above which Ray stores no more objects
 GIB = 2**30
 NO_GPUS = {"names": [], "usable": 0, "peers": True, "error": ""}
 GPU_PROGRAM = """
@@ -37,26 +37,26 @@ peers = sum(torch.cuda.can_device_access_peer(i, j) for i in range(n) for j in r
 sums = [torch.ones(8, device=f"cuda:{i}").sum().item() for i in range(n)]
 print(torch.cuda.is_available(), sums.count(8.0), peers == n * (n - 1))
 """
-ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # as in versions.py
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # for the reason in versions.py
 
 
 @dataclass
 class DoctorOptions:
     address: str | None = None
-    """The cluster's head, HOST:6379, or auto for one on this machine. By default RAY_ADDRESS, else a Ray of its own."""
+    """The cluster's head, HOST:6379, or auto for a cluster on this machine. Default: RAY_ADDRESS, else a local Ray."""
 
 
 @dataclass(frozen=True)
 class Finding:
     level: str  # "ok", "warning" or "FAIL"
     check: str
-    text: str  # with a {} for each of the values
+    text: str  # has one {} per value
     remedy: str = ""
-    values: tuple[float, ...] = ()  # hosts that differ in these alone share a line
+    values: tuple[float, ...] = ()  # findings that differ only in these share a line
 
 
 class Probe:
-    """An actor on one host. Its server echoes a byte, or takes all that is sent and answers (bytes, seconds)."""
+    """An actor on one host. Its server echoes bytes, or receives a stream and answers (bytes, seconds)."""
 
     def __init__(self, address: str, home: str):
         self.address, self.home = address, home
@@ -81,7 +81,7 @@ class Probe:
         return time.time()
 
     def write_file(self, name: str) -> str:
-        """The error, if any."""
+        """Write a file in the home. Returns the error as one line, or ""."""
         try:
             storage.write_bytes(storage.join(self.home, "doctor", name), name.encode())
         except Exception as error:
@@ -89,7 +89,7 @@ class Probe:
         return ""
 
     def read_files(self, names: list[str]) -> set[str]:
-        """Those that are there, with the right content."""
+        """The names of files that exist and have the right content."""
 
         def read(name: str) -> bool:
             with suppress(Exception):
@@ -104,7 +104,7 @@ class Probe:
             storage.remove(storage.join(self.home, "doctor"))
 
     def listen(self) -> int:
-        """The port, one that the system chose, as it does for Ray's workers, gloo and NCCL."""
+        """Start the server. Returns its port, which the system chooses, as it does for Ray's workers, gloo and NCCL."""
         server = socket.create_server((self.address, 0), backlog=1024)
         threading.Thread(target=self._accept, args=[server], daemon=True).start()
         return server.getsockname()[1]
@@ -115,7 +115,7 @@ class Probe:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, suppress(OSError):
-            connection.settimeout(PATIENCE_SECONDS)
+            connection.settimeout(ANSWER_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             kind = connection.recv(1)
             if kind == b"e":
@@ -138,7 +138,7 @@ class Probe:
             return [place for place, reached in zip(places, pool.map(reach, places), strict=True) if not reached]
 
     def measure(self, place: tuple[str, int]) -> tuple[float, float]:
-        """(bits/s of one TCP stream to there, seconds of a round trip)."""
+        """(bits/s of one TCP stream to the place, seconds of a round trip)."""
         with socket.create_connection(place, CONNECT_SECONDS) as s:
             s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             s.sendall(b"e")
@@ -149,7 +149,7 @@ class Probe:
                 s.recv(1)
                 trips.append(time.perf_counter() - start)
         with socket.create_connection(place, CONNECT_SECONDS) as s:
-            s.settimeout(PATIENCE_SECONDS)
+            s.settimeout(ANSWER_SECONDS)
             s.sendall(b"t")
             deadline = time.monotonic() + SEND_SECONDS
             for _ in range(0, SEND_BYTES, len(BLOCK)):
@@ -162,7 +162,7 @@ class Probe:
 
 
 def gpus() -> dict:
-    """This host's GPUs as its driver names them, and what torch makes of them, in a process that sees them all."""
+    """This host's GPUs according to the driver, and how many torch can use, in a process that sees all of them."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(query, capture_output=True, text=True, timeout=30)
@@ -171,7 +171,7 @@ def gpus() -> dict:
     if told.returncode:
         return NO_GPUS | {"error": (told.stdout + told.stderr).strip().partition("\n")[0]}
     lines = [[part.strip() for part in line.split(",")] for line in told.stdout.strip().splitlines()]
-    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}  # Ray hides them
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}  # Ray hides GPUs
     try:
         ran = subprocess.run([sys.executable, "-c", GPU_PROGRAM], capture_output=True, text=True, timeout=90, env=env)
         words, error = ran.stdout.split(), (ran.stderr.strip().splitlines() or [""])[-1]
@@ -187,7 +187,7 @@ def gpus() -> dict:
 
 
 def run(options: DoctorOptions) -> bool:
-    """Print a line for each finding. Returns whether nothing fails."""
+    """Print a line per finding. Returns True if no check fails."""
     found: dict[Finding, list[tuple[str, tuple]]] = defaultdict(list)  # hosts and values by finding without values
     failed = False
     for host, finding in diagnose():
@@ -211,7 +211,7 @@ def run(options: DoctorOptions) -> bool:
 
 
 def diagnose() -> Iterator[tuple[str, Finding]]:
-    """(host, or "" for what concerns them all, finding) of all checks."""
+    """(host, finding) of all checks. The host is "" if a finding concerns all hosts."""
     home, nodes = storage.home(), hosts()
     actor = ray.remote(Probe)
     probes = {host: actor.options(**pinned(n)).remote(n["NodeManagerAddress"], home) for host, n in nodes.items()}
@@ -233,9 +233,9 @@ def diagnose() -> Iterator[tuple[str, Finding]]:
 
 
 def ask(probes: dict, method: str, arguments: dict | None = None) -> dict:
-    """What each host's probe answers, or the exception that it raises."""
+    """{host: the answer of its probe, or the exception that it raised}."""
     refs = {host: getattr(probe, method).remote(*(arguments or {}).get(host, ())) for host, probe in probes.items()}
-    deadline, answers = time.monotonic() + 2 * PATIENCE_SECONDS, {}
+    deadline, answers = time.monotonic() + 2 * ANSWER_SECONDS, {}
     for host, ref in refs.items():
         try:
             answers[host] = ray.get(ref, timeout=max(0.1, deadline - time.monotonic()))
@@ -268,12 +268,12 @@ def check_host(facts: dict, resources: dict, num_hosts: int) -> Iterator[Finding
         remedy = "free some, or let `ray start --temp-dir` and TMPDIR name a larger disk" * (level != "ok")
         folder = "Ray's folder" if "session_" in folder else f"the cache's disk ({folder})"
         yield Finding(level, "disk", f"{{}} GiB free for {folder}", remedy, (round(free / GIB),))
-    few = 0 < facts["open files"] < OPEN_FILES
-    remedy = f"`ulimit -n {8 * OPEN_FILES}` before `ray start`" * few
+    few = 0 < facts["open files"] < MIN_OPEN_FILES
+    remedy = f"`ulimit -n {8 * MIN_OPEN_FILES}` before `ray start`" * few
     yield Finding("warning" if few else "ok", "open files", "at most {}", remedy, (facts["open files"],))
     if facts["own address"].startswith("127.") and num_hosts > 1:
-        text = f"the host's name means {facts['own address']} there, which no other host reaches; harmless, as training"
-        yield Finding("ok", "hostname", f"{text} uses the interface of Ray's address, but other programs may not,")
+        name = f"the host's name is {facts['own address']}, which others can't reach (training uses Ray's address)"
+        yield Finding("ok", "hostname", name)
 
 
 def check_gpus(gpus: dict, known_to_ray: int) -> Iterator[Finding]:
@@ -297,7 +297,7 @@ def check_gpus(gpus: dict, known_to_ray: int) -> Iterator[Finding]:
 
 def check_clocks(probes: dict) -> Iterator[tuple[str, Finding]]:
     def offset(probe) -> float:
-        """Seconds that the host's clock is surely ahead of or behind this one."""
+        """A lower bound on the difference between the host's clock and this one, in seconds."""
         answers = []
         for _ in range(3):
             before = time.time()
@@ -310,12 +310,12 @@ def check_clocks(probes: dict) -> Iterator[tuple[str, Finding]]:
     with ThreadPoolExecutor(32) as pool:
         for host, seconds in zip(probes, pool.map(offset, probes.values()), strict=True):
             level = "FAIL" if seconds > 300 else "warning" if seconds > 1 else "ok"
-            remedy = "synchronize it (chrony); buckets refuse requests that are minutes off" * (level != "ok")
-            yield host, Finding(level, "clock", "{} s from this one", remedy, (round(seconds, 3),))
+            remedy = "synchronize it (chrony); object stores refuse requests that are minutes off" * (level != "ok")
+            yield host, Finding(level, "clock", "{} s off this host's", remedy, (round(seconds, 3),))
 
 
 def check_home(probes: dict, home: str) -> Iterator[tuple[str, Finding]]:
-    """Each host writes a small file, and all read those of all others."""
+    """Each host writes a small file, and every host reads all of them."""
     files = {f"{os.getpid()}-{number}": host for number, host in enumerate(probes)}
     errors = ask(probes, "write_file", {host: [name] for name, host in files.items()})
     written = [name for name, host in files.items() if not errors[host]]
@@ -343,11 +343,11 @@ def check_token() -> Finding:
     if is_token_auth_enabled():
         return Finding("ok", "token", "Ray asks for one")
     remedy = "start Ray with RAY_AUTH_MODE=token on every host; `ray get-auth-token --generate` makes one"
-    return Finding("warning", "token", "whoever reaches Ray's ports can run code on the hosts", remedy)
+    return Finding("warning", "token", "anyone who reaches Ray's ports can run code on the hosts", remedy)
 
 
 def check_network(probes: dict, addresses: dict[str, str]) -> Iterator[tuple[str, Finding]]:
-    """Ports between all pairs; then bandwidth and latency from each host to the next in a ring, all at once."""
+    """Check ports between all pairs. Then measure bandwidth and latency along a ring of hosts, all links at once."""
     ports = ask(probes, "listen")
     places = {host: (addresses[host], port) for host, port in ports.items() if isinstance(port, int)}
     others = {host: [[place for other, place in places.items() if other != host]] for host in probes}
@@ -356,7 +356,7 @@ def check_network(probes: dict, addresses: dict[str, str]) -> Iterator[tuple[str
     hosts_of = {place: host for host, place in places.items()}
     for host, missed in closed.items():
         what = listed([hosts_of[place] for place in missed]) if isinstance(missed, list) else f"others ({missed})"
-        remedy = "open all TCP ports between the hosts, as NCCL chooses freely"
+        remedy = "open all TCP ports between the hosts, because NCCL may choose any"
         yield host, Finding("FAIL", "ports", f"no connection to ports of {what}", remedy)
     if closed:
         return
@@ -375,7 +375,7 @@ def check_network(probes: dict, addresses: dict[str, str]) -> Iterator[tuple[str
         rate, trip = rates[host]
         if rate < max(SLOW_NETWORK, median / 2):
             text = f"{link}: {rate / 1e6:,.0f} Mbit/s, round trip {1e3 * trip:.2f} ms"
-            remedy = "a step waits for the slowest link: see what it costs by `nanochat-ray plan --nodes --network`"
+            remedy = "a step waits for the slowest link: `nanochat-ray plan --nodes --network` shows the cost"
             yield "", Finding("warning", "network", text, remedy)
         else:
             values = (round(rate / 1e9, 1), round(1e3 * trip, 2))

@@ -1,7 +1,7 @@
-"""What observes a run must not cost it: measurements, samples, logs, reports.
+"""Failures of measurements, samples, logs and reports, which must not stop a run.
 
-One that fails is a line at once. It is kept in `failed`, and the command ends with it, when all else is done, by exit
-status 1 (session.one_line_errors).
+A failure is printed at once and kept in `failed`. When everything else is done, the command ends with these lines and
+exit code 1 (session.one_line_errors).
 """
 
 import threading
@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-QUIET_SECONDS = 30.0  # between two lines of what takes long
+PROGRESS_SECONDS = 30.0  # between two lines of progress
 
-failed: list[str] = []  # of this process, in turn
+failed: list[str] = []  # messages of this process's failures, in order
 
 
 def note(line: str) -> None:
@@ -21,7 +21,7 @@ def note(line: str) -> None:
 
 @contextmanager
 def measuring(what: str, note: Callable[[str], None] = note) -> Iterator[None]:
-    """A block whose failure is noted and does not go on."""
+    """Run a block. If it fails, report that with `note` and continue after the block."""
     try:
         yield
     except Exception as error:
@@ -30,11 +30,11 @@ def measuring(what: str, note: Callable[[str], None] = note) -> Iterator[None]:
 
 @contextmanager
 def patiently(what: str) -> Iterator[None]:
-    """A block that says every QUIET_SECONDS that it is under way still."""
+    """Print every PROGRESS_SECONDS that the block is still running."""
     ended, began = threading.Event(), time.monotonic()
 
     def tell() -> None:
-        while not ended.wait(QUIET_SECONDS):
+        while not ended.wait(PROGRESS_SECONDS):
             print(f"{what}: {time.monotonic() - began:.0f} s so far", flush=True)
 
     thread = threading.Thread(target=tell, daemon=True)
@@ -47,6 +47,6 @@ def patiently(what: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """FileNotFoundError: core.yaml is missing"""
+    """The type and first line of an error, such as "FileNotFoundError: core.yaml is missing"."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

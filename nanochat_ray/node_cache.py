@@ -1,4 +1,4 @@
-"""This node's copies of remote files, to map into memory. They fill a bounded part of the disk."""
+"""A bounded cache of remote files on this node's disk, so that they can be mapped into memory."""
 
 import fcntl
 import os
@@ -16,16 +16,16 @@ from pyarrow import fs as pafs
 from nanochat_ray import storage
 from nanochat_ray.object_store import PIECE_BYTES
 
-TRANSFERS = 8  # requests in flight when a file is downloaded
-CACHE_SHARE = 0.5  # of the disk that copies of remote files may fill, unless NANOCHAT_RAY_CACHE_GB says how much
-CACHE_GRACE_SECONDS = 600.0  # a copy used so recently is kept: its path may have been handed out and not opened yet
+TRANSFERS = 8  # parallel requests when a file is downloaded
+CACHE_SHARE = 0.5  # of the disk; NANOCHAT_RAY_CACHE_GB sets another limit
+CACHE_GRACE_SECONDS = 600.0  # a copy used so recently is kept, because a caller may not have opened it yet
 
 
 def localize(uri: str) -> Path:
-    """A local path with the file's content, to map into memory: the file itself, or a copy in this node's cache.
+    """The path of a local file, or of a copy of a remote file in this node's cache.
 
-    The cache is bounded, see _make_room: map or open the copy soon. Raises FileNotFoundError, and OSError when the
-    file can't be read or the disk is full.
+    The cache is bounded, so map or open the copy within CACHE_GRACE_SECONDS. Raises FileNotFoundError, and OSError if
+    the file can't be read or the disk is full.
     """
     if not storage.is_remote(uri):
         return Path(uri)
@@ -36,7 +36,7 @@ def localize(uri: str) -> Path:
     partial = copy.with_name(f"{copy.name}.partial")
     if not _touch(copy):
         with open(partial, "ab") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)  # of several processes one downloads
+            fcntl.flock(f, fcntl.LOCK_EX)  # only one process downloads
             if not _touch(copy):
                 _make_room(cache, stamp[0])
                 f.truncate(0)
@@ -46,7 +46,7 @@ def localize(uri: str) -> Path:
 
 
 def _touch(file: Path) -> bool:
-    """Note that a copy is used now. False: there is none."""
+    """Mark a copy as used now. Returns False if it does not exist."""
     try:
         os.utime(file)
     except FileNotFoundError:
@@ -55,7 +55,7 @@ def _touch(file: Path) -> bool:
 
 
 def _download(uri: str, file: BinaryIO, size: int) -> None:
-    """Fetch a file by pieces, several at once where the filesystem is pyarrow's own."""
+    """Download a file in pieces. Pieces are fetched in parallel if the filesystem is pyarrow's own."""
     fs, _ = storage.filesystem(uri)
     at_once = 1 if isinstance(fs, pafs.PyFileSystem) else TRANSFERS
     with storage.reading(uri) as source, ThreadPoolExecutor(at_once) as pool, open(file.name, "r+b") as target:
@@ -65,13 +65,13 @@ def _download(uri: str, file: BinaryIO, size: int) -> None:
 
         arrived = sum(pool.map(fetch, range(0, size, PIECE_BYTES)))
     if arrived != size:
-        raise OSError(f"{uri}: {arrived:,} bytes arrived of {size:,}: run again")
+        raise OSError(f"{uri}: only {arrived:,} of {size:,} bytes arrived: run again")
 
 
 def _make_room(cache: Path, needed: int) -> None:
     """Delete the least recently used copies until `needed` bytes fit below the limit.
 
-    Files that a process has mapped or that were asked for a moment ago stay, so the limit may be passed by those.
+    Mapped and recently used files are kept, even if the cache then exceeds the limit.
     """
     gigabytes = os.environ.get("NANOCHAT_RAY_CACHE_GB")
     limit = float(gigabytes) * 2**30 if gigabytes else CACHE_SHARE * shutil.disk_usage(cache).total
@@ -92,9 +92,9 @@ def _make_room(cache: Path, needed: int) -> None:
 
 
 def _mapped_files(cache: Path) -> set[str]:
-    """Names in the cache that a process of this machine has mapped. Empty where there is no /proc."""
+    """Names of cached files that some process has mapped. Empty without /proc."""
     names = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):  # the process ended, or is another user's
+        with suppress(OSError):  # the process has ended or belongs to another user
             names.update(re.findall(rf"{re.escape(str(cache))}/(\S+)", maps.read_text()))
     return names

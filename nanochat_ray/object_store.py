@@ -1,6 +1,6 @@
-"""The object stores that hold files: pyarrow's filesystems, requests that are tried again, errors of one line.
+"""Access to object stores: pyarrow's filesystems, retries, and errors as one line.
 
-storage.py is how the rest of the code reads and writes; this is what it needs for URIs like s3://bucket/path.
+The rest of the code reads and writes through storage.py, which uses this module for URIs like s3://bucket/path.
 """
 
 import ctypes
@@ -23,15 +23,15 @@ from urllib.parse import parse_qsl, urlsplit
 import pyarrow as pa
 from pyarrow import fs as pafs
 
-ATTEMPTS = 8  # of one request to S3, with growing pauses between them
+ATTEMPTS = 8  # per request, with growing pauses
 CONNECT_SECONDS = 5.0
-SILENCE_SECONDS = 15.0  # without a byte, after which a request is tried again
-CALL_SECONDS = 180.0  # upper bound on a call with all its attempts
-PIECE_BYTES = 8 * 2**20  # of one request when large files are copied
-UNSENT_BYTES = 16 * PIECE_BYTES  # an upload keeps at most this much in memory
+REQUEST_SECONDS = 15.0  # a request without a new byte for so long is retried
+CALL_SECONDS = 180.0  # upper bound for a call with all its attempts
+PIECE_BYTES = 8 * 2**20  # per request when large files are copied
+UNSENT_BYTES = 16 * PIECE_BYTES  # an upload holds at most this much in memory
 AWS_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"), ("AWS_REGION", "AWS_DEFAULT_REGION")
 
-# What a store's error says, what is raised for it, and the remedy.
+# (pattern in a store's error, exception to raise, remedy)
 REMEDIES = (
     (
         r"NO_SUCH_BUCKET|NoSuchBucket|bucket does not exist|Bucket '.*' not found"
@@ -54,7 +54,7 @@ REMEDIES = (
         r"(?i)slow_?down|service_?unavailable|internal_?failure|internal_?error"
         r"|(status|code)[ =:]+(5\d\d|429)|\] 50[03]",
         ConnectionError,
-        "the store is overloaded or fails: run again later",
+        "the store is overloaded or broken: run again later",
     ),
     (
         r"(?i)network_connection|curl|connect|resolve host|timed? ?out",
@@ -69,15 +69,15 @@ def is_remote(uri: str) -> bool:
 
 
 def split_query(uri: str) -> tuple[str, str]:
-    """(path, query with its question mark). Local names may hold a question mark: they have no query."""
+    """(path, query with its question mark). A local path has no query, because names may hold a question mark."""
     path, mark, query = str(uri).partition("?") if is_remote(uri) else (str(uri), "", "")
     return path, mark + query
 
 
 def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
-    """(pyarrow filesystem, path in it), as Ray's storage_filesystem and storage_path take them.
+    """(pyarrow filesystem, path in it), for example for Ray's storage_filesystem and storage_path.
 
-    Raises ValueError for a query that the scheme does not know, ImportError for a scheme without its package."""
+    Raises ValueError for an unknown option in the query, and ImportError if the scheme's package is missing."""
     if not is_remote(uri):
         return pafs.LocalFileSystem(), str(uri)
     path, query = split_query(uri)
@@ -86,7 +86,7 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
         place, _, path = path.partition("/")
         store = _store(scheme, place, query, _environment())
         return store, posixpath.join(store.bucket, path).rstrip("/")
-    import fsspec  # pyarrow's own wrapper takes the other schemes
+    import fsspec  # other schemes go through pyarrow's wrapper of fsspec
 
     filesystem, path = fsspec.core.url_to_fs(str(uri))
     filesystem.invalidate_cache()
@@ -94,10 +94,10 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 class _Store:
-    """A store without folder markers. A pickled one is built anew where it is used: pyarrow forgets the retries."""
+    """A store without folder markers. Unpickling builds a new one, because pyarrow's pickles lose the retries."""
 
     def create_dir(self, path, *, recursive=True) -> None:
-        """Nothing: a folder exists when a file is under it. Ray makes folders before it writes into them."""
+        """Do nothing, because folders exist implicitly. Ray calls this before it writes."""
 
     def __reduce__(self):
         return _store, self.made_from
@@ -109,7 +109,7 @@ class S3(_Store, pafs.S3FileSystem):
 
 class GCS(_Store, pafs.GcsFileSystem):
     def get_file_info(self, selector):
-        """With folders. pyarrow lists only those that have a marker, so all that is below is listed here."""
+        """Include folders. pyarrow lists only folders with a marker, so this lists everything below instead."""
         if not isinstance(selector, pafs.FileSelector) or selector.recursive:
             return super().get_file_info(selector)
         folder = selector.base_dir.rstrip("/") + "/"
@@ -121,17 +121,17 @@ class GCS(_Store, pafs.GcsFileSystem):
         return list(found.values())
 
     def delete_dir(self, path) -> None:
-        """What is in it: pyarrow fails at a marker that is not there."""
+        """Delete the content. pyarrow's own method fails if the folder has no marker."""
         self.delete_dir_contents(path, missing_dir_ok=True)
 
 
 class Azure(_Store, pafs.AzureFileSystem):
-    """It shows a file that is being written: empty at first, then what was flushed. upload copies one that is whole."""
+    """Azure shows files while they are written, so `upload` writes to a temporary name and copies the whole file."""
 
 
 @lru_cache
 def _store(scheme: str, place: str, query: str, environment: tuple, attempts: int | None = None) -> pafs.FileSystem:
-    """One client per bucket, so that connections are used again. New credentials in the environment make a new one."""
+    """One client per bucket, so that connections are reused. New credentials in the environment give a new client."""
     made, made.bucket = STORES[scheme](scheme, place, query, dict(environment), attempts or ATTEMPTS)
     made.made_from = scheme, place, query, environment
     return made
@@ -152,7 +152,7 @@ def _s3(scheme: str, bucket: str, query: str, environment: dict[str, str], attem
         scheme=options.get("scheme", "https"),
         endpoint_override=endpoint,
         connect_timeout=CONNECT_SECONDS,
-        request_timeout=SILENCE_SECONDS,
+        request_timeout=REQUEST_SECONDS,
         retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=attempts),
         allow_delayed_open=True,  # small files take one request
     )
@@ -179,7 +179,7 @@ def _azure(scheme: str, place: str, query: str, environment: dict[str, str], _) 
     options |= {name: key for name, key in keys.items() if key}
     if endpoint := said.get("BlobEndpoint"):
         endpoint = urlsplit(endpoint)
-        host = endpoint.netloc.removeprefix(options["account_name"])  # pyarrow puts it before a name that begins with .
+        host = endpoint.netloc.removeprefix(options["account_name"])  # pyarrow adds it before a "."
         for kind in ("blob", "dfs"):
             options[f"{kind}_storage_authority"] = host.replace(".blob.", f".{kind}.")
             options[f"{kind}_storage_scheme"] = endpoint.scheme
@@ -187,7 +187,7 @@ def _azure(scheme: str, place: str, query: str, environment: dict[str, str], _) 
 
 
 def _options(scheme: str, place: str, query: str) -> tuple[str, dict]:
-    """(bucket, what pyarrow's filesystem is made with) of a URI in pyarrow's form."""
+    """(bucket, options of pyarrow's filesystem) of a URI in pyarrow's form."""
     plain, bucket = pafs.FileSystem.from_uri(f"{scheme}://{place}{query}")
     return bucket, {name: value for name, value in plain.__reduce__()[1][0].items() if value}
 
@@ -196,19 +196,19 @@ STORES = {"s3": _s3, "gs": _gcs, "gcs": _gcs, "abfs": _azure, "abfss": _azure}
 
 
 def _environment() -> tuple:
-    """What decides where requests go and who sends them."""
+    """The environment variables that set endpoints and credentials."""
     names = ("AWS_", "AZURE_", "GOOGLE_", "STORAGE_EMULATOR_HOST")
     return tuple(sorted((key, value) for key, value in os.environ.items() if key.startswith(names)))
 
 
 def call(uri: str, function: Callable, *args):
-    """function(*args), which asks the store of `uri`. Raises OSError of one line."""
+    """Run function(*args), which accesses the store of `uri`. Raises OSError with one line."""
     with _clear_errors(uri):
         return _within(CALL_SECONDS, function, *args) if is_remote(uri) else function(*args)
 
 
 def call_again(uri: str, function: Callable, *args):
-    """As call, tried ATTEMPTS times while the store fails or can't be reached, at most CALL_SECONDS long."""
+    """Like `call`, but retries while the store is broken or unreachable: ATTEMPTS times, at most CALL_SECONDS."""
     end = time.monotonic() + CALL_SECONDS
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -220,7 +220,7 @@ def call_again(uri: str, function: Callable, *args):
 
 
 def _within(seconds: float, function: Callable, *args):
-    """The result of a call, or TimeoutError. A call of pyarrow can't be stopped: its thread is left behind."""
+    """The result of function(*args), or TimeoutError. pyarrow's calls can't be stopped, so the thread keeps running."""
     result = Future()
 
     def work() -> None:
@@ -238,11 +238,11 @@ def _within(seconds: float, function: Callable, *args):
 
 @contextmanager
 def _clear_errors(uri: str):
-    """Turn a store's error into one line: the URI, the remedy, and what the store said."""
+    """Turn a store's error into one line: the URI, the remedy, and the store's message."""
     try:
         yield
-    except (OSError, pa.ArrowException) as error:  # Azure's credentials fail with one of Arrow's own
-        if not is_remote(uri) or str(error).startswith(str(uri)):  # said already
+    except (OSError, pa.ArrowException) as error:  # wrong Azure credentials raise an ArrowException
+        if not is_remote(uri) or str(error).startswith(str(uri)):  # it is one line already
             raise
         said = " ".join(str(error).split())
         kind, remedy = next(((kind, r) for pattern, kind, r in REMEDIES if re.search(pattern, said)), (OSError, ""))
@@ -253,7 +253,7 @@ def _clear_errors(uri: str):
 
 
 def open_file(uri: str) -> BinaryIO:
-    """A remote file to read from any position. Raises FileNotFoundError, and OSError when it can't be read."""
+    """Open a remote file for reading, with seek. Raises FileNotFoundError, and OSError if it can't be read."""
     fs, path = filesystem(uri)
     if isinstance(fs, S3):
         fs = _store(*fs.made_from, attempts=1)
@@ -262,10 +262,10 @@ def open_file(uri: str) -> BinaryIO:
 
 
 class RemoteFile(io.RawIOBase):
-    """A remote file whose reads are tried again here.
+    """A remote file that retries reads itself.
 
-    When a connection is cut in the middle of an answer, pyarrow's own attempts go on with a buffer that is half full,
-    and fail. Only a new read has a new buffer, so pyarrow is told to try once.
+    If a connection breaks within an answer, pyarrow's own retries continue with a half full buffer and fail. A new read
+    has a new buffer, so pyarrow makes one attempt per read.
     """
 
     def __init__(self, source, uri: str):
@@ -310,10 +310,10 @@ class RemoteFile(io.RawIOBase):
 
 
 def upload(pieces: Iterator[bytes], uri: str) -> None:
-    """Write a remote file. pyarrow sends large ones in parts, several at once, and the last call completes them.
+    """Write a remote file. pyarrow sends a large file in parallel parts, and close() completes it.
 
-    A stream that failed is never freed: pyarrow would complete the upload then, and half a file would be seen. The
-    bucket's rule for incomplete uploads deletes its parts.
+    A stream that failed is never freed, because pyarrow would then complete the upload with half a file. The bucket's
+    rule for incomplete uploads deletes the parts.
     """
     fs, path = filesystem(uri)
     target = path
@@ -327,15 +327,15 @@ def upload(pieces: Iterator[bytes], uri: str) -> None:
             call(uri, sink.write, piece)
             unsent += len(piece)
             if unsent >= UNSENT_BYTES:
-                call(uri, sink.flush)  # waits for the parts that are under way
+                call(uri, sink.flush)  # wait for the parts in flight
                 unsent = 0
         call(uri, sink.close)
         if path != target:
-            call(uri, fs.copy_file, path, target)  # by the store, at once
+            call(uri, fs.copy_file, path, target)  # the store copies the whole file atomically
     except BaseException:
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(sink))
         raise
     finally:
         if path != target:
             with suppress(OSError):
-                call(uri, fs.delete_dir, folder)  # delete_file takes a lease, whose end may be waited for 7 seconds
+                call(uri, fs.delete_dir, folder)  # delete_file takes a lease and may wait 7 seconds for its end

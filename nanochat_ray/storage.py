@@ -4,8 +4,8 @@ The home is NANOCHAT_RAY_HOME. Credentials, region and endpoint come from the cl
 (AWS_ENDPOINT_URL and so on) or from the URI's query: s3://bucket/x?endpoint_override=host:9000&scheme=http&region=r.
 Schemes that pyarrow lacks (memory://, hf://) go through fsspec.
 
-Object stores have no folders and cannot append or rename. A folder exists there while a file is under it, and a file
-is seen whole or not at all. Whatever goes wrong with a store is raised as an OSError of one line with the remedy.
+Object stores have no folders and cannot append or rename. A folder exists there while a file is under it, and readers
+never see half a file. Every error of a store is raised as an OSError with one line and the remedy.
 """
 
 import hashlib
@@ -27,12 +27,12 @@ from nanochat_ray.object_store import PIECE_BYTES, call, filesystem, is_remote, 
 
 
 def home() -> str:
-    """The root of everything written: NANOCHAT_RAY_HOME, by default ~/.cache/nanochat_ray."""
+    """The folder for all output: NANOCHAT_RAY_HOME, by default ~/.cache/nanochat_ray."""
     return absolute(os.environ.get("NANOCHAT_RAY_HOME") or "~/.cache/nanochat_ray")
 
 
 def absolute(uri: str) -> str:
-    """A local path in full, as Ray's workers have another working directory; a URI without a slash at its end."""
+    """The absolute local path, because Ray's workers have another working directory. A URI without its last slash."""
     uri = uri.removeprefix("file://")
     if not is_remote(uri):
         return os.path.abspath(os.path.expanduser(uri))
@@ -41,7 +41,7 @@ def absolute(uri: str) -> str:
 
 
 def join(uri: str, *parts: str) -> str:
-    """A path or URI of something below `uri`. A URI's query stays at its end."""
+    """The path or URI of something below `uri`. A URI's query stays at the end."""
     path, query = split_query(uri)
     return posixpath.join(path, *parts) + query
 
@@ -58,14 +58,14 @@ def name(uri: str) -> str:
 
 def _info(uri: str) -> pafs.FileInfo:
     fs, path = filesystem(uri)
-    return call(uri, fs.get_file_info, path if is_remote(uri) else os.fsencode(path))  # a name may be no UTF-8
+    return call(uri, fs.get_file_info, path if is_remote(uri) else os.fsencode(path))  # a name may not be UTF-8
 
 
 def exists(uri: str) -> bool:
-    """Whether there is a file or a folder. On an object store a folder exists while something is in it."""
+    """Whether a file or folder exists. On an object store, a folder exists while something is in it."""
     found = _info(uri).type
     if found == pafs.FileType.Directory and is_remote(uri):
-        return bool(listdir(uri))  # pyarrow leaves an empty marker of a folder when it deletes what was in it
+        return bool(listdir(uri))  # pyarrow leaves an empty marker when it deletes the content of a folder
     return found != pafs.FileType.NotFound
 
 
@@ -80,7 +80,7 @@ def modified(uri: str) -> datetime:
         raise FileNotFoundError(f"{uri} does not exist")
     if info.mtime is not None:
         return info.mtime
-    fs, path = filesystem(uri)  # a HEAD request of S3 has the time in its headers, and fsspec under many names
+    fs, path = filesystem(uri)  # for S3 the time is in a header; fsspec has a method for its many names
     if isinstance(fs, pafs.PyFileSystem):
         return call(uri, fs.handler.fs.modified, path)
     with reading(uri) as f:
@@ -96,21 +96,21 @@ def size(uri: str) -> int:
 
 
 def version(uri: str) -> tuple[int, str]:
-    """Size, and an object store's tag of the content or else the time of writing. Raises FileNotFoundError."""
+    """(bytes, an object store's tag of the content, or else the time of writing). Raises FileNotFoundError."""
     if is_remote(uri):
         with reading(uri) as f:
             metadata = f.metadata() or {}
-            if tag := metadata.get("ETag") or metadata.get("generation"):  # of Google
+            if tag := metadata.get("ETag") or metadata.get("generation"):  # Google names a generation
                 return f.size(), tag.decode()
     try:
         return size(uri), str(modified(uri))
-    except NotImplementedError:  # a web server says what it says
+    except NotImplementedError:  # a web server without modification times: use everything that it says
         fs, path = filesystem(uri)
         return size(uri), fingerprint(call(uri, fs.handler.fs.info, path))
 
 
 def free_bytes(uri: str) -> int | None:
-    """Room on the disk of a folder that need not be there yet; None for an object store."""
+    """Free bytes on the disk of a folder, which may not exist yet. None for an object store."""
     return None if is_remote(uri) else shutil.disk_usage(_mount(uri)).free
 
 
@@ -122,7 +122,7 @@ def _mount(path: str) -> Path:
 
 
 def disk(uri: str) -> str:
-    """Where a folder is mounted and how full that is, for a message."""
+    """The mount point of a folder and its free space, for a message."""
     if is_remote(uri):
         return uri
     mount = _mount(uri)
@@ -131,7 +131,7 @@ def disk(uri: str) -> str:
 
 
 def listdir(uri: str) -> list[str]:
-    """Sorted names in a folder; empty when there is no such folder. Never a cached listing."""
+    """Sorted names in a folder; empty if the folder does not exist. The listing is never cached."""
     if not is_remote(uri):
         return sorted(os.listdir(uri)) if os.path.isdir(uri) else []
     return sorted(info.base_name for info in _list(uri))
@@ -143,9 +143,9 @@ def _list(uri: str) -> list[pafs.FileInfo]:
 
 
 def walk(uri: str) -> list[tuple[str, int]]:
-    """(path below the folder, bytes) of all files below it, sorted; −1 bytes for a link to nothing.
+    """(path below the folder, bytes) of all files below it, sorted. A broken link has −1 bytes.
 
-    Links to folders are followed, into each folder once. Raises OSError when a folder can't be listed."""
+    Follows links to folders, but enters each folder once. Raises OSError if a folder can't be listed."""
     if is_remote(uri):
         fs, path = filesystem(uri)
         below = call(uri, fs.get_file_info, pafs.FileSelector(path, recursive=True))
@@ -170,13 +170,13 @@ def walk(uri: str) -> list[tuple[str, int]]:
 
 
 def real(uri: str) -> str:
-    """The path without links; a URI is itself."""
+    """The path with links resolved. A URI is returned as it is."""
     return uri if is_remote(uri) else os.path.realpath(uri)
 
 
 @contextmanager
 def reading(uri: str) -> Iterator[BinaryIO]:
-    """A file to read from any position. Raises FileNotFoundError, and OSError when it can't be read."""
+    """Open a file for reading, with seek. Raises FileNotFoundError, and OSError if it can't be read."""
     if not is_remote(uri):
         with open(uri, "rb") as f:
             yield f
@@ -186,28 +186,28 @@ def reading(uri: str) -> Iterator[BinaryIO]:
 
 
 def read_bytes(uri: str) -> bytes:
-    """Raises FileNotFoundError, and OSError when it can't be read."""
+    """The content of a file. Raises FileNotFoundError, and OSError if it can't be read."""
     with reading(uri) as f:
         return f.read()
 
 
 def read_text(uri: str) -> str:
-    """Raises FileNotFoundError, OSError when it can't be read, and UnicodeDecodeError."""
-    return read_bytes(uri).decode("utf-8-sig")  # a byte order mark is no text
+    """The text of a UTF-8 file without a byte order mark. Raises UnicodeDecodeError, and what read_bytes raises."""
+    return read_bytes(uri).decode("utf-8-sig")
 
 
 def read_json(uri: str):
-    """Raises FileNotFoundError, OSError when it can't be read, and ValueError for what is no JSON."""
+    """The value in a JSON file. Raises ValueError if it is not JSON, and what read_bytes raises."""
     return json.loads(read_text(uri))
 
 
 def write_json(uri: str, value) -> None:
-    """Write JSON so that a reader finds the old file or the new one, never half of it. Raises OSError."""
+    """Write JSON. A reader finds the old file or the new one, never half a file. Raises OSError."""
     write_bytes(uri, (to_json(value, indent=2) + "\n").encode())
 
 
 def to_json(value, **options) -> str:
-    """JSON that every reader takes: null for NaN and Infinity, which JSON has no words for."""
+    """Valid JSON, with null for NaN and Infinity, which JSON can't express."""
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
@@ -223,7 +223,7 @@ def _finite(value):
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Write a file whole or not at all. Raises OSError."""
+    """Write a whole file, or none if it fails. Raises OSError."""
     if is_remote(uri):
         upload(iter([data]), uri)
         return
@@ -233,10 +233,10 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 @contextmanager
 def writing(uri: str) -> Iterator[BinaryIO]:
-    """A file to write, which is at `uri` when the block ends well, and gone when it does not. OSErrors name it.
+    """Open a file for writing. It appears at `uri` when the block ends, and not at all after an error.
 
-    A remote file is uploaded from a temporary one when the block has ended well, so that an error in the block leaves
-    nothing: pyarrow can't abort an upload (apache/arrow#40502).
+    A remote file is uploaded from a temporary file after the block, because pyarrow can't abort an upload
+    (apache/arrow#40502). OSErrors name the file.
     """
     folder = None if is_remote(uri) else os.path.dirname(uri)
     if folder:
@@ -247,7 +247,7 @@ def writing(uri: str) -> Iterator[BinaryIO]:
             yield f
             f.flush()
             if not is_remote(uri):
-                os.fsync(f.fileno())  # some disks say only now that they are full
+                os.fsync(f.fileno())  # some disks report only now that they are full
         if is_remote(uri):
             _upload_file(temporary, uri)
         else:
@@ -263,17 +263,17 @@ def writing(uri: str) -> Iterator[BinaryIO]:
 
 
 def publish(local_file: str | Path, uri: str) -> None:
-    """Move a finished local file to its final place, whole or not at all. Raises OSError."""
+    """Move a finished local file to `uri`. Readers never see half a file. Raises OSError."""
     if is_remote(uri):
         _upload_file(local_file, uri)
         os.unlink(local_file)
         return
     os.makedirs(os.path.dirname(uri), exist_ok=True)
-    staged = uri + ".tmp"  # the source may be on another disk: copy beside the target, then rename
+    staged = uri + ".tmp"  # the source may be on another disk, so copy it beside the target, then rename
     try:
         shutil.move(str(local_file), staged)
         os.replace(staged, uri)
-    except OSError:  # half a copy would keep a full disk full
+    except OSError:  # delete half a copy, which would fill the disk
         if os.path.exists(local_file):
             Path(staged).unlink(missing_ok=True)
         raise
@@ -285,7 +285,7 @@ def _upload_file(local_file: str | Path, uri: str) -> None:
 
 
 def remove(uri: str) -> None:
-    """Delete a file, or a folder with all that is in it. Raises FileNotFoundError, or OSError if it can't be done."""
+    """Delete a file, or a folder with its content. Raises FileNotFoundError, and OSError if that fails."""
     fs, path = filesystem(uri)
     found = _info(uri).type
     if found == pafs.FileType.NotFound:
@@ -294,5 +294,5 @@ def remove(uri: str) -> None:
 
 
 def fingerprint(*parts) -> str:
-    """16 hex digits of a sha256 over the parts' JSON: the same inputs give the same name."""
+    """16 hex digits of the sha256 of the parts' JSON. Equal inputs give equal names."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]

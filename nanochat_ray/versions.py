@@ -1,4 +1,4 @@
-"""Which versions the hosts of a cluster run. They must be the same on all of them."""
+"""Checks that all hosts of a cluster run the same versions of Python, Ray, torch and this code."""
 
 import hashlib
 import importlib.util
@@ -12,20 +12,21 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 PACKAGES = ("nanochat_ray", "serving", "experiments")
-PATIENCE_SECONDS = 60.0  # for a host to answer
+ANSWER_SECONDS = 60.0  # timeout for a host's answer
 THIS_PROCESS = "this process"
-REMEDY = "install the same on every host, or send the code along with `ray job submit --working-dir .`"
+REMEDY = "install the same versions on every host, or send the code with `ray job submit --working-dir .`"
 
 # Send this module's functions as code: a host may have another version of the module, or none.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def installed() -> dict[str, str]:
-    """Versions on this host. That of nanochat_ray is a hash of its code, as a checkout has no other."""
+    """Versions on this host. nanochat_ray's version is a hash of its code, because a checkout has no version."""
     versions = {"Python": platform.python_version()}
     for name in ("ray", "torch"):
         try:
-            versions[name] = version(name).partition("+")[0]  # a head without GPUs may have torch's build for CPUs
+            # Ignore the build, such as +cpu: a head without GPUs may have torch's build for CPUs.
+            versions[name] = version(name).partition("+")[0]
         except PackageNotFoundError:
             versions[name] = "missing"
     digest, missing = hashlib.sha256(), True
@@ -40,7 +41,7 @@ def installed() -> dict[str, str]:
 
 
 def hosts() -> dict[str, dict]:
-    """Ray's nodes by a name that a person knows: the hostname, with the address where several have the same."""
+    """{hostname: Ray's node}. If several nodes share a hostname, the address is added."""
     nodes = [node for node in ray.nodes() if node["Alive"]]
     nodes.sort(key=lambda node: (node["NodeManagerHostname"], node["NodeManagerAddress"]))
     names = [node["NodeManagerHostname"] for node in nodes]
@@ -49,12 +50,12 @@ def hosts() -> dict[str, dict]:
 
 
 def pinned(node: dict) -> dict:
-    """Options of a task or actor that runs on this node and takes nothing from others."""
+    """Options for a task or actor that runs on this node and needs no CPU."""
     return {"num_cpus": 0, "scheduling_strategy": NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)}
 
 
 def differences(versions: dict[str, dict[str, str]]) -> list[str]:
-    """What differs, from the versions by host: "torch: 2.13.0 on a, b; 2.12.1 on c", the most common first."""
+    """One line per difference: "torch: 2.13.0 on a, b; 2.12.1 on c", the most common version first."""
     lines = []
     for what in ("Python", "ray", "torch", "nanochat_ray"):
         found = defaultdict(list)
@@ -72,9 +73,9 @@ def listed(names: list[str], most: int = 5) -> str:
 
 
 def check() -> None:
-    """Raises ValueError, naming the hosts, when they and this process don't run the same versions. A tiny task a host.
+    """Raises ValueError that names the hosts if they or this process run different versions. Runs one task per host.
 
-    A host that does not answer is left to Ray, which will not run tasks there either.
+    A host that does not answer is ignored, because Ray will not run other tasks there either.
     """
     nodes = hosts()
     if len(nodes) < 2:
@@ -82,7 +83,7 @@ def check() -> None:
     task = ray.remote(max_retries=0)(installed)
     refs = {task.options(**pinned(node)).remote(): host for host, node in nodes.items()}
     found = {THIS_PROCESS: installed()}
-    for ref in ray.wait(list(refs), num_returns=len(refs), timeout=PATIENCE_SECONDS)[0]:
+    for ref in ray.wait(list(refs), num_returns=len(refs), timeout=ANSWER_SECONDS)[0]:
         try:
             found[refs[ref]] = ray.get(ref)
         except ray.exceptions.RayError:

@@ -60,7 +60,7 @@ def test_a_measurement_that_failed_is_the_exit_status_of_a_command_that_did_all_
         print("checkpoint saved")
 
     with pytest.raises(
-        SystemExit, match=r"^error: all else is done, but CORE of step 20 failed: .*core\.yaml is missing$"
+        SystemExit, match=r"^error: everything else is done, but CORE of step 20 failed: .*core\.yaml is missing$"
     ):
         session.one_line_errors(command)()
     warned, done = capsys.readouterr().out.splitlines()

@@ -52,7 +52,7 @@ def store(proxy, monkeypatch, tmp_path):
 def few_attempts(monkeypatch):
     """Give up early, as these tests are about how."""
     monkeypatch.setattr(object_store, "ATTEMPTS", 2)
-    monkeypatch.setattr(object_store, "SILENCE_SECONDS", 1.0)
+    monkeypatch.setattr(object_store, "REQUEST_SECONDS", 1.0)
     object_store._store.cache_clear()
     yield
     object_store._store.cache_clear()
@@ -185,7 +185,7 @@ def test_faults_are_survived(store, proxy, fault):
 ERRORS = {
     "expired": (lambda *_: s3.EXPIRED, PermissionError, "expired or wrong: renew"),
     "denied": (lambda *_: s3.DENIED, PermissionError, "no permission: allow"),
-    "overloaded": (lambda *_: s3.SLOW_DOWN, ConnectionError, "is overloaded or fails: run again later"),
+    "overloaded": (lambda *_: s3.SLOW_DOWN, ConnectionError, "is overloaded or broken: run again later"),
     "silent": (lambda *_: s3.SILENT, ConnectionError, "the endpoint can't be reached: check"),
 }
 

@@ -43,7 +43,7 @@ def shares(weights: Sequence[float]) -> list[Fraction]:
 
 
 class Mixture:
-    """Rows come in blocks. Each block holds rows of all sources by their weights, shuffled with the seed (seed, block)."""
+    """Rows come in blocks. Each block has rows of all sources by their weights, in an order seeded by (seed, block)."""
 
     def __init__(self, weights: Sequence[float], seed: int):
         self.shares, self.seed = shares(weights), seed

@@ -29,7 +29,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as autoscaling
 
 from nanochat_ray import storage, versions
-from nanochat_ray.measuring import QUIET_SECONDS
+from nanochat_ray.measuring import PROGRESS_SECONDS
 from nanochat_ray.train.failing import Place, described, good_rooms, hold_gpus
 
 RESIZE_SECONDS = 30.0  # between looks at whether a returned node lets a run have more workers again
@@ -109,7 +109,7 @@ def wait_for_hosts(request: Request, scaling: ray.train.ScalingConfig, stage: st
     try:
         while (there := room(scaling)) < scaling.max_workers and time.monotonic() < deadline:
             asking.maybe_send_resource_request(scaling, scaling.max_workers)
-            if there != said or time.monotonic() > told + QUIET_SECONDS:
+            if there != said or time.monotonic() > told + PROGRESS_SECONDS:
                 then = "starts with fewer" if there else "gives up"
                 limit = f"{then} after {request.wait_minutes:g} minutes (--wait-minutes)"
                 print(f"{stage}: waiting for {wanted(scaling)}: {there} there; {limit}", flush=True)
@@ -133,7 +133,7 @@ def until_started(starting: list, stage: str, kind: str = "GPU") -> None:
         free, there = (resources().get(kind, 0) for resources in (ray.available_resources, ray.cluster_resources))
         waited = f"{time.monotonic() - began:.0f} s so far"
         print(f"{stage}: waiting for a {kind}, {free:g} of {there:g} are free, {waited}", flush=True)
-        patience = QUIET_SECONDS
+        patience = PROGRESS_SECONDS
 
 
 def room(scaling: ray.train.ScalingConfig) -> int:
@@ -166,7 +166,7 @@ def check_rows(rows: str) -> None:
     task = ray.remote(max_retries=0)(os.path.isdir)
     refs = {task.options(**versions.pinned(node)).remote(rows): host for host, node in nodes.items()}
     lacking = []
-    for ref in ray.wait(list(refs), num_returns=len(refs), timeout=versions.PATIENCE_SECONDS)[0]:
+    for ref in ray.wait(list(refs), num_returns=len(refs), timeout=versions.ANSWER_SECONDS)[0]:
         try:
             lacking += [] if ray.get(ref) else [refs[ref]]
         except ray.exceptions.RayError:  # a host that is lost is not trained on

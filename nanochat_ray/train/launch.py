@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.controller.state import PreemptingState, R
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray import measuring, storage
-from nanochat_ray.measuring import QUIET_SECONDS
+from nanochat_ray.measuring import PROGRESS_SECONDS
 from nanochat_ray.model.gpt import GPTConfig
 from nanochat_ray.train import checkpoint, lease, network
 from nanochat_ray.train.failing import Failing, Place, described
@@ -521,7 +521,7 @@ def show_progress(
     report: Callable | None = None,
 ) -> None:
     """One live line on a terminal; elsewhere a line whenever a twentieth of the run is done and at least one in
-    QUIET_SECONDS; or what report does.
+    PROGRESS_SECONDS; or what report does.
 
     Ends with the thread, or when a stop was asked for and nothing is left to save: so it is before the first step, and
     in `measuring_saved`.
@@ -567,7 +567,7 @@ def show_progress(
 
 def patience(began: float) -> float:
     """Seconds after which there is a line again: few at the start."""
-    return min(QUIET_SECONDS, max(5.0, (time.monotonic() - began) / 4))
+    return min(PROGRESS_SECONDS, max(5.0, (time.monotonic() - began) / 4))
 
 
 def progress_line(m: dict, c: TrainConfig) -> str:

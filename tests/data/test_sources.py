@@ -111,7 +111,7 @@ BAD = {
     "missing": (None, None, "does not exist"),
     "nothing usable": ("notes.md", b"x", "holds no .parquet, .jsonl"),
     "wrong suffix": ("notes.md", b"x", "holds no .parquet, .jsonl"),
-    "empty": ("x.jsonl", b"", "is empty"),
+    "empty": ("x.jsonl", b"", "are empty"),
     "only blank lines": ("x.jsonl", b"\n\n", "has no documents"),
     "empty gz": ("x.txt.gz", gzip.compress(b""), "has no documents"),
     "not parquet": ("x.parquet", b"PAR1 but not really", "cannot read"),

@@ -119,7 +119,7 @@ def test_train_survives_odd_text():
 def test_train_refuses_impossible_sizes():
     with pytest.raises(ValueError, match="vocab_size 200 is too small"):
         train(iter(["hello"]), 200)
-    with pytest.raises(ValueError, match="vocab_size 5000: this text gives only 269 tokens"):
+    with pytest.raises(ValueError, match="vocab_size 5000 is too large: this text gives only 269 tokens"):
         train(iter(["hello"]), 5000)
 
 
@@ -174,7 +174,7 @@ def test_render_for_completion(tokenizer):
     assert ids[-1] == tokenizer.special("<|assistant_start|>")
     assert whole[len(ids) :] == [*tokenizer.encode("Hello"), tokenizer.special("<|assistant_end|>")]
     assert messages[1] == USER == {"role": "user", "content": "Hi"}  # the caller's conversation is not changed
-    with pytest.raises(ValueError, match="last message is by 'assistant'"):
+    with pytest.raises(ValueError, match="last message has role 'assistant'"):
         tokenizer.render_for_completion({"messages": [USER, ASSISTANT]})
 
 

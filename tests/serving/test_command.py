@@ -154,7 +154,7 @@ def sigterm_ends_all_processes_as_ctrl_c_does(command):
     command.process.send_signal(signal.SIGTERM)
     assert command.process.wait(60) == 130
     said = command.process.stdout.read()
-    assert f"serving    {command.url} (this machine alone" in said and "Ctrl-C stops it" in said
+    assert f"serving    {command.url} (only from this machine" in said and "Ctrl-C stops it" in said
     assert "warning    no engine of model answers: its checkpoint is gone" in said
     _, alive = psutil.wait_procs(processes, timeout=30)
     assert alive == []

@@ -1,14 +1,14 @@
-"""Is a change better? The same runs with and without it, side by side, with a paired test.
+"""Tests whether a change is better: the same runs with and without it, and a paired test.
 
     python -m experiments.compare --baseline main --candidate HEAD --depths 1 2 --seeds 1 2 3
     ray job submit --working-dir . -- python -m experiments.compare --baseline FOLDER --candidate FOLDER
     python -m experiments.compare --baseline HEAD --stage rl --both checkpoint=RUN task=letters --change num_samples=8
     python -m experiments.compare --candidate main --source TEXT --data FILTERED     # is other text better?
 
-The change is one of the code, of options, or of both. A version is a git revision, or a folder with a checkout, changes
-and all. Its code goes to the cluster as a Ray runtime environment; this process only tells it what to train. Baseline
-and candidate take turns on the same nodes, in alternating order, so that what else these do weighs on both. The verdict
-is printed, and written as compare.md for a pull request.
+The change may be in the code, in options, or in both. A version is a git revision, or the folder of a checkout with its
+uncommitted changes. Its code is sent to the cluster as a Ray runtime environment. Baseline and candidate take turns on
+the same nodes, in alternating order, so that other load on the nodes affects both. The verdict is printed, and written
+to compare.md for a pull request.
 """
 
 import contextlib
@@ -40,45 +40,45 @@ from nanochat_ray.train.pretrain import PretrainOptions, read_manifest
 
 DEPTHS = {"cpu": [1, 2], "gpu": [12, 16]}
 SEEDS = [1, 2, 3, 4, 5]
-# Tokens per scaling parameter in the cpu preset: with its 0.3, a run is over before bad learning rates show at depth 2.
+# Tokens per scaling parameter. The cpu preset's 0.3 is too short for bad learning rates to show at depth 2.
 CPU_RATIO = 1.0
-DECIDED = ("run", "seed", "depth", "rows")  # by options of their own
-CODE = ("nanochat_ray", "pyproject.toml")  # what a run needs of a version
+DECIDED = ("run", "seed", "depth", "rows")  # set by options of compare, so not by --both or --change
+CODE = ("nanochat_ray", "pyproject.toml")  # the parts of a version that a run needs
 POLL_SECONDS = 2.0
 
 
 @dataclass(kw_only=True)
 class RlTrial(TaskOptions, rl.RlOptions):
-    """What --both and --change name with --stage rl."""
+    """The options that --both and --change can set with --stage rl."""
 
 
 @dataclass
 class CompareOptions(sweep.SweepOptions):
     stage: Literal["pretrain", "rl"] = "pretrain"
-    """pretrain trains at each depth from nothing, rl trains one checkpoint on one task."""
+    """pretrain trains new models at each depth. rl trains one checkpoint on one task."""
     baseline: str = "main"
-    """A git revision, or a folder with a checkout."""
+    """A git revision, or the folder of a checkout."""
     candidate: str = "HEAD"
-    """A git revision, or a folder with a checkout."""
+    """A git revision, or the folder of a checkout."""
     both: list[str] = field(default_factory=list)
-    """NAME=VALUE of the stage's options, for all runs; rl needs checkpoint=… and task=…."""
+    """NAME=VALUE options of the stage for all runs. rl needs checkpoint=… and task=…."""
     change: list[str] = field(default_factory=list)
-    """NAME=VALUE of the stage's options, for the candidate's runs alone."""
+    """NAME=VALUE options of the stage for the candidate's runs only."""
     data: list[str] | None = None
-    """Sources that the candidate trains on, with weights if there are to be, in place of --source. Both sides have the
-    tokenizer of --source, and are scored on its validation rows."""
+    """Sources for the candidate in place of --source, with or without weights. Both sides use the tokenizer of --source
+    and are scored on its validation rows."""
     depths: list[int] | None = None
-    """Of pretraining; the default is 1 and 2 in the cpu preset, and 12 and 16 in the gpu preset."""
+    """Depths to pretrain. Default: 1 and 2 in the cpu preset, 12 and 16 in the gpu preset."""
     seeds: list[int] | None = None
-    """One run of each side for each: of weights and order of rows, or of order of questions and answers. The default is
-    1 to 5."""
+    """Each side runs once per seed. A seed sets the weights and the order of rows, or of questions and answers.
+    Default: 1 to 5."""
     ratio: float | None = None
-    """Training tokens per scaling parameter; the default is 1 in the cpu preset, and the gpu preset's own."""
+    """Training tokens per scaling parameter. Default: 1 in the cpu preset, the preset's own in the gpu preset."""
 
 
 def run(options: CompareOptions) -> str:
-    """Train both sides; returns the uri of compare.md. Raises ValueError for a version or an option that isn't there,
-    and what run_trials raises."""
+    """Train both sides and return the URI of compare.md. Raises ValueError for an unknown version or option, and what
+    run_trials raises."""
     sides = {"baseline": archive(options.baseline), "candidate": archive(options.candidate)}
     hashes = {side: storage.fingerprint(code.hex())[:8] for side, (code, _) in sides.items()}
     labels = {side: describe(getattr(options, side), sides[side][1]) for side in sides}
@@ -107,7 +107,7 @@ def run(options: CompareOptions) -> str:
 
 
 def pretraining(options: CompareOptions) -> tuple[dict, list[dict], None]:
-    """(inputs, trials, no task): a pair of runs of each depth and seed."""
+    """(inputs, trials, None): a pair of runs for each depth and seed."""
     preset = sweep.preset_of(options)
     if preset.name == "cpu" and options.ratio is None:
         preset = replace(preset, ratio=CPU_RATIO)
@@ -131,14 +131,14 @@ def pretraining(options: CompareOptions) -> tuple[dict, list[dict], None]:
 
 
 def reinforcement(options: CompareOptions) -> tuple[dict, list[dict], rl.Task]:
-    """(inputs, trials, the task): a pair of runs of each seed, from one checkpoint."""
+    """(inputs, trials, the task): a pair of runs for each seed, from one checkpoint."""
     sides = {side: with_options(RlTrial(checkpoint="", task=""), given) for side, given in sides_of(options).items()}
     base = sides["baseline"]
     if not base.checkpoint or not base.task:
-        raise ValueError("--stage rl compares runs from a chat model on a task: --both checkpoint=… task=…")
+        raise ValueError("--stage rl needs a chat model and a task: add --both checkpoint=… task=…")
     candidate = sides["candidate"]
     if options.data or (candidate.checkpoint, candidate.task) != (base.checkpoint, base.task):
-        raise ValueError("--stage rl has one checkpoint and one task for both sides, and no --data")
+        raise ValueError("--stage rl uses one checkpoint and one task for both sides, and no --data: remove them")
     start = checkpoint.resolve_checkpoint(storage.absolute(base.checkpoint))
     task = load_task(base)
     depth = checkpoint.read_meta(start)["model_config"]["n_layer"]
@@ -162,25 +162,25 @@ def reinforcement(options: CompareOptions) -> tuple[dict, list[dict], rl.Task]:
 
 
 def sides_of(options: CompareOptions) -> dict[str, list[str]]:
-    """NAME=VALUE of the stage's options by side."""
+    """{side: NAME=VALUE options of the stage}."""
     return {"baseline": options.both, "candidate": [*options.both, *options.change]}
 
 
 def with_options(default, given: list[str]):
-    """The dataclass with NAME=VALUE of its options. Raises ValueError for another form, and for what the comparison
-    itself decides; tyro names what is unknown."""
+    """The dataclass with the NAME=VALUE options set. Raises ValueError if the form is wrong, or if compare sets the
+    option itself. tyro reports unknown names."""
     if malformed := [text for text in given if "=" not in text]:
-        raise ValueError(f"{malformed[0]!r} is no NAME=VALUE: --both and --change take options of the stage so")
+        raise ValueError(f"{malformed[0]!r} is not NAME=VALUE: give --both and --change options in this form")
     if decided := [text for text in given if text.partition("=")[0] in DECIDED]:
-        raise ValueError(f"{decided[0]!r}: {', '.join(DECIDED)} are not among --both and --change, see --help")
+        raise ValueError(f"{decided[0]!r}: --both and --change can't set {', '.join(DECIDED)}; see --help")
     flags = [flag for text in given for flag in (f"--{text.partition('=')[0]}", text.partition("=")[2])]
     config = (tyro.conf.FlagConversionOff,)
     return tyro.cli(type(default), args=flags, default=default, prog="--both and --change, as options:", config=config)
 
 
 def in_turns(trials: list[dict]) -> list[dict]:
-    """By seed, then depth, the two sides of a pair one after the other. Which side is first alternates over seeds and
-    over depths, so that a machine that slows down or speeds up favours neither."""
+    """Sort by seed, then depth, with the two sides of a pair together. The first side alternates over seeds and depths,
+    so that neither gains if the machine becomes slower or faster."""
     pairs = [(t["options"]["seed"], t["options"].get("depth", 0)) for t in trials]
     seeds, depths = ({value: i for i, value in enumerate(sorted(set(values)))} for values in zip(*pairs, strict=True))
 
@@ -201,11 +201,11 @@ def describe(version: str, commit: str | None) -> str:
 
 
 def candidate_rows(options: CompareOptions, preset: sweep.Preset, baseline: str, tokens: float) -> str:
-    """The folder of rows of --data, made with the baseline's tokenizer, and prepared unless it is there.
+    """The folder of rows of --data, prepared with the baseline's tokenizer. Existing rows are reused.
 
-    Raises ValueError when its training text has documents that both sides are scored on."""
+    Raises ValueError if the training text contains validation documents, on which both sides are scored."""
     if options.rows:
-        raise ValueError("--data goes with --source, not with --rows, which don't say what text they are of")
+        raise ValueError("--data can't be used with --rows, because rows don't name their text: use --source")
     same = {"tokens": int(tokens), "vocab_size": preset.vocab_size, "sequence_len": preset.sequence_len}
     theirs = prepare.PrepareOptions(preset.source, **same)
     ours = prepare.PrepareOptions(options.data, tokenizer=read_manifest(baseline)["tokenizer"], **same)
@@ -215,9 +215,9 @@ def candidate_rows(options: CompareOptions, preset: sweep.Preset, baseline: str,
 
 
 def check_held_out(baseline: list[sources.Source], candidate: list[sources.Source]) -> None:
-    """Raises ValueError when the candidate trains on validation documents of the baseline.
+    """Raises ValueError if the candidate trains on validation documents of the baseline.
 
-    A source that both have is not read, as it holds out the same documents for both."""
+    Sources that both sides use are skipped, because they hold out the same documents for both."""
     held_out = {document for source in baseline for document in hashes(source.val)}
     both = {source.fingerprint for source in baseline} & {source.fingerprint for source in candidate}
     for source in candidate:
@@ -226,12 +226,12 @@ def check_held_out(baseline: list[sources.Source], candidate: list[sources.Sourc
         if seen := held_out.intersection(hashes(source.train)):
             raise ValueError(
                 f"{source.name} has {len(seen):,} of the {len(held_out):,} documents that both sides are scored on: "
-                "take them out of it, for instance with the same val/ folder beside both"
+                "remove them, for example by putting the same val/ folder beside both"
             )
 
 
 def hashes(shards: Sequence[sources.Shard]) -> Iterator[int]:
-    """Of the documents, without the space around them."""
+    """Hashes of the documents without leading and trailing white space."""
     for shard in shards:
         for text in sources.read_documents(shard, sources.Reading()):
             yield hash(text.strip())
@@ -241,16 +241,16 @@ def hashes(shards: Sequence[sources.Shard]) -> Iterator[int]:
 
 
 def archive(version: str) -> tuple[bytes, str | None]:
-    """(a zip of the version's code in one folder, its commit). The same code gives the same bytes.
+    """(zip of the version's code, its commit). Equal code gives equal bytes.
 
-    Raises ValueError for what is neither a folder with this package nor a revision of this repository.
+    Raises ValueError if the version is neither a folder with this package nor a revision of this repository.
     """
     if os.path.isdir(version):
         return zip_folder(Path(version)), commit_of(version)
     here = Path(__file__).parents[1]
     commit = git(here, "rev-parse", "--short=12", "--verify", f"{version}^{{commit}}")
     if commit is None:
-        raise ValueError(f"{version!r} is no folder, and no revision of the git repository in {here}")
+        raise ValueError(f"{version!r} is neither a folder nor a revision of the git repository in {here}: name one")
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "tree.zip"
         if git(here, "archive", f"--output={tree}", commit, *CODE) is None:
@@ -260,7 +260,7 @@ def archive(version: str) -> tuple[bytes, str | None]:
 
 
 def zip_folder(folder: Path) -> bytes:
-    """CODE of a folder under one top folder, as Ray wants it, with neither times nor caches in it."""
+    """Zip CODE of a folder under one top folder, as Ray expects, without times and caches."""
     files = [f for part in CODE for f in ([folder / part] if (folder / part).is_file() else (folder / part).rglob("*"))]
     files = sorted(f for f in files if f.is_file() and "__pycache__" not in f.parts)
     if not any(f.name == "pretrain.py" for f in files):
@@ -288,7 +288,7 @@ def git(folder: Path, *command: str) -> str | None:
 
 
 def train_version(config: dict, task: rl.Task | None) -> None:
-    """Train with the version's own code, and score and write down the result with this one's. task: RL's."""
+    """Train with the version's own code. Score it and write the result with this code. task: only for RL."""
     given = config["trial"]
     os.environ["NANOCHAT_RAY_HOME"] = given["home"]
     kind = rl.RlOptions if task else PretrainOptions
@@ -302,7 +302,7 @@ def train_version(config: dict, task: rl.Task | None) -> None:
         if task:
             write_rl_result(run_dir, given)
             return
-        if given["scored_on"]:  # other rows than those that it held out itself
+        if given["scored_on"]:  # the baseline's validation rows
             given["columns"] |= {"val_bpb": score(trained, given["scored_on"], options)}
         sweep.finish_trial(given, options, trained, run_dir, notes=[])
     except Exception as error:
@@ -310,14 +310,14 @@ def train_version(config: dict, task: rl.Task | None) -> None:
 
 
 def _train_there(code: str):
-    """The task that trains with another version of the code, and returns the checkpoint."""
+    """A Ray task that trains with another version of the code and returns the checkpoint."""
 
-    # Defined in here so that it is sent by value: by its name, the other version's module would be imported.
+    # A nested function is pickled by value. A module's function would be imported from the other version by name.
     def train_there(options: dict, task) -> str:
         from nanochat_ray.train import pretrain
 
         if not os.path.samefile(os.path.dirname(pretrain.__file__), "nanochat_ray/train"):
-            raise ImportError(f"{pretrain.__file__} was imported and not {os.getcwd()}: see ray_started_elsewhere")
+            raise ImportError(f"imported {pretrain.__file__} instead of {os.getcwd()}: see ray_started_elsewhere")
         if task is None:
             return pretrain.run(pretrain.PretrainOptions(**options)).checkpoint
         from nanochat_ray.train import rl
@@ -329,7 +329,7 @@ def _train_there(code: str):
 
 
 def write_rl_result(run_dir: str, given: dict) -> None:
-    """A finished run's line of results.csv, from metrics.jsonl, into result.json."""
+    """Write result.json of a finished RL run, its line in results.csv, from metrics.jsonl."""
     options, lines = given["options"], read_metrics(run_dir)
     rewards = [line["rl/reward"] for line in lines if "rl/reward" in line]
     scores = [line for line in lines if "pass@1" in line]
@@ -340,7 +340,7 @@ def write_rl_result(run_dir: str, given: dict) -> None:
         "seed": options["seed"],
         "workers": options["workers"],
         "answers": given["num_iterations"] * options["prompts_per_step"] * options["num_samples"],
-        "reward": mean(rewards[-max(1, len(rewards) // 4) :]),  # of the last quarter of the steps
+        "reward": mean(rewards[-max(1, len(rewards) // 4) :]),  # over the last quarter of the steps
         "pass@1_before": scores[0]["pass@1"],
         "pass@1": scores[-1]["pass@1"],
         f"pass@{options['eval_samples']}": scores[-1][f"pass@{options['eval_samples']}"],
@@ -349,7 +349,7 @@ def write_rl_result(run_dir: str, given: dict) -> None:
 
 
 def score(checkpoint: str, rows: str, options: PretrainOptions) -> float:
-    """Bits per byte on the validation rows of a folder, measured where a training worker would have room."""
+    """Bits per byte on the validation rows of a folder, measured with the resources of a training worker."""
     scaling = hosts.scaling_config(1, options.use_gpu)
     device = "cuda" if scaling.use_gpu else "cpu"
     given = bpb.BpbOptions(checkpoint, rows, options.eval_tokens, device=device, dtype=options.dtype)
@@ -357,7 +357,7 @@ def score(checkpoint: str, rows: str, options: PretrainOptions) -> float:
 
 
 def watch(result: ray.ObjectRef, run_dir: str) -> str:
-    """Wait for a run, and tell Tune meanwhile how far it is."""
+    """Wait for a run and report its progress to Tune."""
     shown = None
     while not ray.wait([result], timeout=POLL_SECONDS)[0]:
         steps = [line for line in read_metrics(run_dir) if "train/loss" in line]
@@ -369,8 +369,10 @@ def watch(result: ray.ObjectRef, run_dir: str) -> str:
 
 @contextlib.contextmanager
 def ray_started_elsewhere() -> Iterator[None]:
-    """Unless a job has a working directory, Ray puts the one that it is started from first on its workers' path: before
-    the code of a version, too. So that is an empty one, which has to stay, as workers start in it."""
+    """Start Ray from an empty directory, which must exist while Ray runs.
+
+    Without a job's working directory, Ray puts the current directory first on its workers' path, before a version's
+    code. So it must not contain this package."""
     with tempfile.TemporaryDirectory() as empty:
         with contextlib.chdir(empty):
             start_ray()

@@ -1,4 +1,4 @@
-"""What a sweep's results say, by its kind: sentences, tables and figures, from its folder alone."""
+"""Reads the folder of a sweep and describes its results in sentences, a table and figures, by the kind of sweep."""
 
 import math
 from bisect import bisect_left
@@ -14,14 +14,14 @@ from experiments.sweep import read_results
 from nanochat_ray import storage
 from nanochat_ray.model.scaling import RunPlan, plan_run
 
-MOST_EXTRAPOLATION = 100  # times the FLOPs of the largest run, beyond which no prediction is made
-DEEPEST = 200
-MIN_FOR_FLOOR = 5  # depths that a law with a floor takes: with fewer its interval holds nearly all
-MIN_SCORED = 5  # depths that a prediction of CORE takes
-CORE_SCATTER = 0.01  # by which CORE of equal runs differs
-WIDE = 0.2  # interval of an exponent near 0.5, beyond which it says little
+MAX_EXTRAPOLATION = 100  # no prediction above this multiple of the largest run's FLOPs
+MAX_DEPTH = 200
+MIN_DEPTHS_FOR_FLOOR = 5  # for a law with a floor; with fewer depths, its interval is too wide to be useful
+MIN_DEPTHS_FOR_CORE = 5  # for a prediction of CORE
+CORE_SCATTER = 0.01  # difference of CORE between equal runs
+WIDE_INTERVAL = 0.2  # an interval of an exponent near 0.5 that is wider says little
 
-# Which parameters are a model's size N.
+# Definitions of a model's size N: the parameters that count.
 COUNTED = {
     "transformer + lm_head": ("params_transformer_matrices", "params_lm_head"),
     "all": ("params_total",),
@@ -29,7 +29,7 @@ COUNTED = {
 }
 
 
-# Of results.csv, what comes first on a page and what is left out, being on the pages of the runs.
+# Columns of results.csv that come first in the table, and columns left out of it, which are in the runs' own tables.
 FIRST = (
     "side", "depth", "flops", "val_bpb", "core_metric", "pass@1", "reward", "train_time_sec", "tok_per_sec", "mfu",
     "peak_memory_mb",
@@ -44,13 +44,13 @@ FORMS = {"flops": "{:.3g}"} | {column: form for column, (_, form, _) in paired.M
 class Findings:
     title: str
     sentences: list[str] = field(default_factory=list)
-    figures: list[tuple[str, Markup]] = field(default_factory=list)  # with captions
+    figures: list[tuple[str, Markup]] = field(default_factory=list)  # (caption, SVG)
     columns: list[str] = field(default_factory=list)
     table: list[list] = field(default_factory=list)
 
 
 def read(folder: str) -> Findings | None:
-    """The findings of a sweep's folder; None for any other folder."""
+    """The findings of a sweep's folder. None if it is not the folder of a sweep."""
     uri = storage.join(folder, "sweep.json")
     if not storage.exists(uri):
         return None
@@ -66,7 +66,7 @@ def read(folder: str) -> Findings | None:
     else:
         found = Findings(about["kind"], ["no run has ended with a number"])
     found.sentences += [
-        f"{row['run']} is left out: {row.get('notes') or f'{decides} is no number'}"
+        f"{row['run']} is left out: {row.get('notes') or f'{decides} is not a number'}"
         for row in rows
         if row not in measured
     ]
@@ -87,17 +87,17 @@ def miniseries(rows: list[dict], about: dict, folder: str) -> Findings:
     found = Findings("Miniseries")
     flops, bpb = ([row[key] for row in rows] for key in ("flops", "val_bpb"))
     if len(rows) >= 2:
-        floored = len(rows) >= MIN_FOR_FLOOR
+        floored = len(rows) >= MIN_DEPTHS_FOR_FLOOR
         law = fits.power_law(flops, bpb, with_floor=floored)
         floor = f"{law.floor} + " if floored else ""
         found.sentences.append(f"val_bpb = {floor}{_law(law, 'FLOPs')}, over {len(rows)} depths")
         if not floored:
             found.sentences[-1] += (
-                f", if there is no floor: whether there is takes {MIN_FOR_FLOOR} depths, and this is not to extrapolate"
+                f", assuming no floor: {MIN_DEPTHS_FOR_FLOOR} depths are needed to fit one, so don't extrapolate"
             )
         found.figures.append(("Bits per byte against training FLOPs", _series_figure(rows, "val_bpb", law, bpb)))
     else:
-        found.sentences.append("one depth is finished: a law takes two, and its intervals three")
+        found.sentences.append("only one depth is finished: a law needs two, and its intervals need three")
     scored = [row for row in rows if row.get("core_metric") is not None]
     found.sentences.append(predict_depth(scored, dial_of(folder, rows[0]["run"])))
     if len(scored) >= 2:
@@ -108,33 +108,33 @@ def miniseries(rows: list[dict], about: dict, folder: str) -> Findings:
 
 
 def predict_depth(scored: list[dict], dial: dict) -> str:
-    """A line on the depth that reaches GPT-2's CORE, or on why the data don't tell. dial: plan_run's arguments."""
+    """The depth that reaches GPT-2's CORE, or why it can't be predicted, as a sentence. dial: plan_run's arguments."""
     goal = f"CORE {GPT2_CORE}"
     reached = [row for row in scored if row["core_metric"] >= GPT2_CORE]
     if reached:
         first = min(reached, key=lambda row: row["depth"])
         near = first["core_metric"] < GPT2_CORE + CORE_SCATTER
         return f"{goal} is reached at depth {first['depth']} (CORE {first['core_metric']:.4f})" + (
-            f", by less than the {CORE_SCATTER:g} that equal runs differ by: train it with more seeds" if near else ""
+            f", but equal runs differ by {CORE_SCATTER:g}: train it with more seeds" if near else ""
         )
     unknown = f"the depth that reaches {goal} can't be predicted from these runs: "
-    if len(scored) < MIN_SCORED:
-        return unknown + f"{len(scored)} of them have a CORE score, and a prediction takes {MIN_SCORED}"
+    if len(scored) < MIN_DEPTHS_FOR_CORE:
+        return unknown + f"{len(scored)} of them have a CORE score, and a prediction needs {MIN_DEPTHS_FOR_CORE}"
     law = fits.power_law([row["flops"] for row in scored], [1 - row["core_metric"] for row in scored])
     if law.exponent.high >= 0:
-        return unknown + f"CORE does not clearly rise with FLOPs, 1 - CORE has the exponent {law.exponent}"
+        return unknown + f"CORE does not clearly rise with FLOPs (exponent of 1 - CORE: {law.exponent})"
     flops = law.solve(1 - GPT2_CORE)
     most = max(row["flops"] for row in scored)
-    if flops.value > MOST_EXTRAPOLATION * most:
-        return unknown + f"it would take {flops} FLOPs, and the largest run had {most:.3g}"
+    if flops.value > MAX_EXTRAPOLATION * most:
+        return unknown + f"it would need {flops} FLOPs, but the largest run had {most:.3g}"
     depth, low, high = (depth_of(f, dial) for f in (flops.value, flops.low, flops.high))
-    ends = f"[{low}, {high if high < DEEPEST else 'no end'}]"
+    ends = f"[{low}, {high if high < MAX_DEPTH else 'no end'}]"
     return f"{goal} is predicted at depth {depth} {ends}, of {flops} FLOPs, if 1 - CORE = {_law(law, 'FLOPs')}"
 
 
 def depth_of(flops: float, dial: dict) -> int:
     """The smallest depth whose run takes at least so many FLOPs."""
-    return 1 + bisect_left(range(1, DEEPEST), flops, key=lambda depth: plan_of_depth(depth, dial).total_flops)
+    return 1 + bisect_left(range(1, MAX_DEPTH), flops, key=lambda depth: plan_of_depth(depth, dial).total_flops)
 
 
 def plan_of_depth(depth: int, dial: dict) -> RunPlan:
@@ -142,7 +142,7 @@ def plan_of_depth(depth: int, dial: dict) -> RunPlan:
 
 
 def dial_of(folder: str, run: str) -> dict:
-    """What plan_run was given for a run, but for its depth and horizon."""
+    """The arguments of plan_run for a run, without its depth and horizon."""
     config = storage.read_json(storage.join(folder, run, "config.json"))
     model = config["plan"]["config"]
     return {
@@ -154,15 +154,15 @@ def dial_of(folder: str, run: str) -> dict:
 
 
 def _law(law: fits.PowerLaw, x: str) -> str:
-    error = "" if math.isnan(law.relative_error) else f" (points lie {law.relative_error:.2%} about it)"
+    error = "" if math.isnan(law.relative_error) else f" (points scatter by {law.relative_error:.2%})"
     return f"{law.coefficient} · {x}^{law.exponent}{error}"
 
 
 def _series_figure(rows: list[dict], key: str, law: fits.PowerLaw, values: list[float]) -> Markup:
-    """Results by depth with their law; CORE's is one of 1 - CORE."""
+    """Results by depth with their law. CORE's law is one of 1 - CORE."""
     figure, axes = empty_figure(5.6, 3.6)
     flops = np.array([row["flops"] for row in rows])
-    beyond = 1 if law.floor is None and key == "val_bpb" else 3  # without a floor a law is not to extrapolate
+    beyond = 1 if law.floor is None and key == "val_bpb" else 3  # don't extrapolate a law without a floor
     x = np.geomspace(flops.min() / min(beyond, 1.5), flops.max() * beyond, 60)
     y, (low, high) = law(x), law.band(x)
     if key == "core_metric":
@@ -188,14 +188,14 @@ def _series_figure(rows: list[dict], key: str, law: fits.PowerLaw, values: list[
 
 def scaling_laws(rows: list[dict], about: dict, folder: str) -> Findings:
     found = Findings("Scaling laws")
-    for row in rows:  # what was asked for; whole steps give a little more or less
+    for row in rows:  # the requested FLOPs; a whole number of steps gives a little more or less
         row["budget"] = _budget(row["flops"], about["budgets"])
     fitted = {name: iso_flop(rows, name) for name in COUNTED}
     lawful = {name: fit for name, fit in fitted.items() if fit.size}
     for name, fit in fitted.items():
         found.sentences += [f"N = {name}: {sentence}" for sentence in _sentences(fit)]
     if not lawful:
-        found.sentences.append("no law: that takes two budgets with a minimum inside their sizes")
+        found.sentences.append("no law: it needs two budgets with a minimum inside their range of sizes")
     for name, fit in fitted.items():
         found.figures.append((f"Loss at equal FLOPs, N = {name}", _iso_figure(rows, name, fit)))
     if name := next(iter(lawful), None):
@@ -233,20 +233,20 @@ def _sentences(fit: fits.IsoFlop) -> list[str]:
         )
         if not all(best.fitted):
             left_out = best.fitted.count(False)
-            lines[-1] += f"; {left_out} points are more than a factor {fits.FIT_RANGE} off and left out (hollow)"
+            lines[-1] += f"; {left_out} points (hollow) are left out, more than a factor {fits.FIT_RANGE} away"
         if best.near_edge:
-            lines[-1] += "; it is beside the smallest or the largest size, so likely too far inside: train more depths"
+            lines[-1] += "; it is near the smallest or largest size, so the estimate is biased: train more depths"
     if fit.size:
         lines.append(
             f"optimal N = {_law(fit.size, 'FLOPs')}, D = {_law(fit.tokens, 'FLOPs')}, D/N = {_law(fit.ratio, 'FLOPs')}"
         )
-        if math.isfinite(fit.size.exponent.width) and fit.size.exponent.width > WIDE:
-            lines[-1] += "; intervals this wide can't tell whether N or D should grow faster"
+        if math.isfinite(fit.size.exponent.width) and fit.size.exponent.width > WIDE_INTERVAL:
+            lines[-1] += "; the intervals are too wide to tell whether N or D should grow faster"
     return lines
 
 
 def _iso_figure(rows: list[dict], counted: str, fit: fits.IsoFlop) -> Markup:
-    """A parabola a budget: filled points were fitted, hollow ones lie outside; a cross marks an optimum."""
+    """A parabola per budget. Filled points were fitted, hollow ones lie outside, and a cross marks the optimum."""
     figure, axes = empty_figure(5.6, 3.8)
     axes.set_xscale("log")
     for i, best in enumerate(fit.optima):
@@ -360,14 +360,14 @@ def mixtures(rows: list[dict], about: dict, folder: str) -> Findings:
 def _best_mixture(
     depth: int, fit: mixing_laws.Fit, names: list[str], points: dict[str, dict], rows: list[dict]
 ) -> list[str]:
-    """What is best at a depth, how much is gained by it, and what the runs that checked it gave."""
+    """The best mixture of a depth, its gain, and the results of the runs that checked it."""
     shares = ", ".join(
         f"{name} {share.value:.0%} [{share.low:.0%}, {share.high:.0%}]"
         for name, share in zip(names, fit.shares, strict=True)
     )
     lines = [
         f"depth {depth}: the best mixture is {shares}: target_bpb {fit.loss(fit.best)} by the law "
-        f"(points lie {fit.relative_error:.2%} about it)"
+        f"(points scatter by {fit.relative_error:.2%})"
     ]
     for label, words in (("equal", "the equal mixture"), ("size", "the mixture by size")):
         if label in points:
@@ -379,8 +379,8 @@ def _best_mixture(
         if row["mixture"] not in points:
             shares_there, _ = mixing_laws.measured([row], names)
             measured += (
-                f"; a run with the smallest depth's best has {row['target_bpb']:.4f}, "
-                f"for which the law says {fit.loss(shares_there[0])}"
+                f"; a run with the smallest depth's best mixture has {row['target_bpb']:.4f}, "
+                f"and the law predicts {fit.loss(shares_there[0])}"
             )
     return [*lines, f"depth {depth}, measured: {measured}"]
 
@@ -396,7 +396,7 @@ def _gain(gain: fits.Estimate, than: str) -> str:
 def _transfer(
     smaller: int, larger: int, fitted: dict[int, mixing_laws.Fit], points: dict[int, dict[str, dict]]
 ) -> list[str]:
-    """Whether the order of the mixtures, and the best of them, is the same at the next depth."""
+    """Whether the order of the mixtures and the best mixture are the same at the next depth."""
     both = [label for label in points[smaller] if label in points[larger]]
     same, pairs, p = mixing_laws.same_order(
         *([points[depth][label]["target_bpb"] for label in both] for depth in (smaller, larger))
@@ -404,11 +404,11 @@ def _transfer(
     small, large = fitted[smaller], fitted[larger]
     equal = np.full(len(small.best), 1 / len(small.best))
     lost = large.gain(large.best, small.best)
-    holds = "holds" if large.gain(small.best, equal).low > 0 else "can't be said to hold"
+    holds = "holds" if large.gain(small.best, equal).low > 0 else "is not shown to hold"
     return [
-        f"depths {smaller} and {larger} put {same} of {pairs} pairs of mixtures in one order (Kendall's p {p:.2g})",
-        f"the best mixture of depth {smaller} {holds} at depth {larger}: by the law there it "
-        f"{_gain(large.gain(small.best, equal), 'the equal mixture')}, and {lost.value:.2%} above the best",
+        f"depths {smaller} and {larger} order {same} of {pairs} pairs of mixtures the same way (Kendall's p {p:.2g})",
+        f"the best mixture of depth {smaller} {holds} at depth {larger}: by the law of that depth it "
+        f"{_gain(large.gain(small.best, equal), 'the equal mixture')}, and is {lost.value:.2%} above the best",
     ]
 
 

@@ -1,6 +1,6 @@
-"""Laws fitted to results, with 95 % intervals: power laws, and the optimum of each budget of an iso-FLOP grid.
+"""Fits laws to results, with 95 % intervals: power laws, and the optimum of each budget of an iso-FLOP grid.
 
-Pure functions of numbers. Every fit is in logarithms, where the noise of a loss is about the same at every size.
+Pure functions of numbers. All fits are in logarithms, where the noise of a loss is about the same at every size.
 """
 
 import math
@@ -10,13 +10,13 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-FIT_RANGE = 8  # a parabola is fitted to the points within this factor of the lowest one's size, it bends away beyond
-BOOTSTRAPS = 1000
+FIT_RANGE = 8  # fit a parabola to sizes within this factor of the best; farther points don't follow it
+BOOTSTRAPS = 1000  # resamples
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its 95 % interval, which is infinite when the data leave no freedom to tell."""
+    """A number and its 95 % interval, which is infinite if there are too few data for one."""
 
     value: float
     low: float
@@ -34,15 +34,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = floor + coefficient·x^exponent. `relative_error` is the standard deviation of y about it, as a share of y."""
+    """y = floor + coefficient·x^exponent. relative_error: standard deviation of y around the law, as a share of y."""
 
     coefficient: Estimate
     exponent: Estimate
     floor: Estimate | None
     relative_error: float
-    x_range: tuple[float, float]  # it was fitted over
-    _laws: np.ndarray  # (S, 3) of log coefficient, exponent, floor: the edge of the confidence set, or bootstrap draws
-    _tails: tuple[float, float]  # the quantiles of laws that end an interval
+    x_range: tuple[float, float]  # of the fitted points
+    _laws: np.ndarray  # (S, 3): log coefficient, exponent, floor on the edge of the confidence set, or of resamples
+    _tails: tuple[float, float]  # quantiles of these laws at the ends of an interval
 
     def __call__(self, x):
         floor = self.floor.value if self.floor else 0.0
@@ -58,7 +58,7 @@ class PowerLaw:
         return low.reshape(x.shape), high.reshape(x.shape)
 
     def solve(self, y: float) -> Estimate:
-        """The x at which the law reaches y; NaN where it never does."""
+        """The x at which the law reaches y; NaN if it never does."""
         floor = self.floor.value if self.floor else 0.0
         if y <= floor or self.exponent.value == 0:
             return Estimate(math.nan, math.nan, math.nan)
@@ -68,7 +68,7 @@ class PowerLaw:
         log_a, b, floors = self._laws.T
         with np.errstate(all="ignore"):
             xs = np.exp((np.log(y - floors) - log_a) / b)
-        xs = np.where(np.isnan(xs), np.inf, xs)  # a law that never gets there
+        xs = np.where(np.isnan(xs), np.inf, xs)  # this law never reaches y
         return Estimate(value, *np.quantile(xs, self._tails, method="nearest").tolist())
 
 
@@ -76,20 +76,20 @@ QUANTILES = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
 
 
 def power_law(x, y, with_floor: bool = False) -> PowerLaw:
-    """Fit by least squares of log y. x, y: positive.
+    """Fit a law by least squares of log y. x, y: positive, (n,).
 
-    Intervals are by profile likelihood: the laws whose sum of squares is within the bound of the F distribution, and of
-    these the smallest and the largest. Without a floor this is Student's t. A floor's interval ends at 0.
+    Intervals are by profile likelihood. They span the laws whose sum of squares is within the bound of the F
+    distribution. Without a floor this equals Student's t. A floor is at least 0.
 
-    Raises ValueError for fewer different x than parameters, or numbers that are not positive.
+    Raises ValueError for fewer different x than parameters, and for numbers that are not positive.
     """
     x, y = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     parameters = 3 if with_floor else 2
     if len(np.unique(x)) < parameters:
         raise ValueError(f"{len(np.unique(x))} points for {parameters} parameters: measure more")
     if not ((x > 0).all() and (y > 0).all()):
-        raise ValueError("a power law needs positive numbers")
-    center = np.log(x).mean()  # of log x: the coefficient and the exponent are then nearly independent
+        raise ValueError(f"a power law needs positive numbers, but the lowest are x {x.min()}, y {y.min()}")
+    center = np.log(x).mean()  # centering log x makes the coefficient and the exponent nearly independent
     u = np.log(x) - center
     freedom = len(x) - parameters
     bound = stats.f.ppf(LEVEL, 1, freedom) / freedom if freedom else 0.0
@@ -120,8 +120,8 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
-FLOORS, ZOOMS = 100, 3  # floors that are tried, and how often again between those within the bound
-ANGLES = 48  # laws on the edge of the confidence set of each floor
+FLOORS, ZOOMS = 100, 3  # floors in a grid, and grids, each between the floors within the bound
+ANGLES = 48  # laws on the edge of the confidence set, per floor
 STEPS = 8  # of Gauss-Newton
 
 
@@ -129,9 +129,9 @@ STEPS = 8  # of Gauss-Newton
 class _AtFloors:
     """The best line of log (y - floor) against u for each of F floors, by least squares of log y."""
 
-    line: np.ndarray  # (F, 2) of height at u = 0, slope
+    line: np.ndarray  # (F, 2): height at u = 0, slope
     covariance: np.ndarray  # (F, 2, 2), for a variance of 1
-    squares: np.ndarray  # (F,), summed
+    squares: np.ndarray  # (F,): sum of squared residuals
 
 
 def _fit_at_floors(u: np.ndarray, y: np.ndarray, floors: np.ndarray) -> _AtFloors:
@@ -152,7 +152,7 @@ def _fit_at_floors(u: np.ndarray, y: np.ndarray, floors: np.ndarray) -> _AtFloor
 
 
 def _edge(fit: _AtFloors, inside: np.ndarray, most: float, floors: np.ndarray) -> np.ndarray:
-    """(S, 3) of height, slope, floor on the edge of the set of laws whose squares sum to at most `most`."""
+    """(S, 3): height, slope, floor of laws whose sum of squares is `most`, the edge of the confidence set."""
     angles = np.linspace(0, 2 * np.pi, ANGLES, endpoint=False)
     circle = np.stack([np.cos(angles), np.sin(angles)])
     radius = np.sqrt((most - fit.squares[inside]).clip(0))
@@ -168,22 +168,22 @@ def _edge(fit: _AtFloors, inside: np.ndarray, most: float, floors: np.ndarray) -
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best size of one budget. `note` says why it is not used, if it is not."""
+    """The best size of one budget. `note` says why it is not used, else it is ""."""
 
     flops: float
     size: Estimate
     tokens: Estimate
     ratio: Estimate
     loss: float
-    curve: tuple[float, float, float] | None  # of log size, as np.polyval takes it
-    fitted: list[bool]  # which of the budget's points the parabola was fitted to
+    curve: tuple[float, float, float] | None  # coefficients in log size, for np.polyval
+    fitted: list[bool]  # whether the parabola was fitted to each of the budget's points
     note: str = ""
-    near_edge: bool = False  # whether it lies beyond all sizes but the smallest or the largest
+    near_edge: bool = False  # whether it lies outside all sizes but the smallest or the largest
 
 
 @dataclass(frozen=True)
 class IsoFlop:
-    """Optima by budget, and against compute the optimal size, tokens and ratio; None with fewer than two optima."""
+    """The optima of all budgets, and the laws of optimal size, tokens and ratio. None with fewer than two optima."""
 
     optima: list[Optimum]
     size: PowerLaw | None
@@ -192,14 +192,14 @@ class IsoFlop:
 
 
 def parabola(sizes, losses) -> tuple[np.ndarray | None, np.ndarray, str]:
-    """(coefficients in log size, which points it was fitted to, why there is no optimum or "").
+    """(coefficients in log size, bool mask of fitted points, why there is no optimum or "").
 
-    Raises nothing: a budget without an optimum is a result, too.
+    It raises no errors, because a budget without an optimum is a result, too.
     """
     log_n, losses = np.log(np.asarray(sizes, dtype=float)), np.asarray(losses, dtype=float)
     near = np.abs(log_n - log_n[losses.argmin()]) <= math.log(FIT_RANGE)
     if near.sum() < 3:
-        return None, near, f"{near.sum()} points within a factor {FIT_RANGE} of the lowest: a parabola takes 3"
+        return None, near, f"{near.sum()} points within a factor {FIT_RANGE} of the lowest: a parabola needs 3"
     curve = np.polyfit(log_n[near], losses[near], 2)
     lowest = losses.argmin()
     if lowest in (log_n.argmin(), log_n.argmax()):
@@ -215,10 +215,10 @@ def vertex(curve) -> float:
 
 
 def isoflop(flops, sizes, tokens, losses, seed: int = 0) -> IsoFlop:
-    """The optimum of each budget, by a parabola of loss in log size, and the laws that optima follow.
+    """The optimum of each budget, by a parabola of loss in log size, and the laws of these optima.
 
-    flops, sizes, tokens, losses: one of each for every run; equal flops are one budget. Intervals are by bootstrap: the
-    residuals of all parabolas are drawn again around them, and everything is fitted again.
+    flops, sizes, tokens, losses: (n,), one value per run. Runs with equal flops are one budget. Intervals are by
+    bootstrap: the residuals of all parabolas are resampled, and everything is fitted again.
     """
     flops, sizes, tokens, losses = (np.asarray(v, dtype=float) for v in (flops, sizes, tokens, losses))
     budgets = []
@@ -244,7 +244,7 @@ class _Budget:
 
     @property
     def optimum(self) -> tuple[float, float]:
-        """(log size, log tokens), these between the budget's runs, as FLOPs per token are not just 6·size."""
+        """(log size, log tokens). Tokens are interpolated between runs, because FLOPs per token are not just 6·size."""
         return vertex(self.curve), float(np.interp(vertex(self.curve), self.log_n, self.log_d))
 
 
@@ -264,7 +264,7 @@ def _optimum(b: _Budget, used: list[_Budget], scattered: np.ndarray | None) -> O
 
 
 def _bootstrap(used: list[_Budget], seed: int) -> np.ndarray | None:
-    """(S, budgets, 2) of log size and log tokens at the optimum; None when parabolas go through all their points."""
+    """(S, budgets, 2): log size and log tokens at the optimum. None if all parabolas fit their points exactly."""
     if not used or all(b.near.sum() == 3 for b in used):
         return None
     scattered = [_residuals(b) for b in used]
@@ -284,9 +284,9 @@ def _bootstrap(used: list[_Budget], seed: int) -> np.ndarray | None:
 
 
 def _residuals(b: _Budget) -> np.ndarray:
-    """Of a budget's own parabola, as short runs are noisier; none where it goes through all its points.
+    """Residuals of one budget's parabola, because short runs are noisier. Empty if it fits its points exactly.
 
-    Least squares leave residuals smaller than the noise, and few of them a narrower spread than Student's t.
+    They are scaled up, because least squares make residuals smaller than the noise, and by Student's t for few points.
     """
     freedom = int(b.near.sum()) - 3
     if not freedom:
@@ -315,7 +315,7 @@ def _laws(
 
 
 def _law(log_x: np.ndarray, log_y: np.ndarray, drawn: np.ndarray | None) -> PowerLaw:
-    """A power law through optima, with the intervals of the bootstrap's laws."""
+    """A power law through the optima. Its intervals come from the resampled laws."""
     slope, height = np.polyfit(log_x, log_y, 1)
     residuals = log_y - np.polyval([slope, height], log_x)
     freedom = len(log_x) - 2

@@ -1,4 +1,4 @@
-"""Questions like those of finetuning that it has not seen: how many of each kind the model answers right."""
+"""Asks a model held-out questions like those in finetuning, and counts its right answers by kind."""
 
 from nanochat_ray.evals import chat
 from nanochat_ray.evals.tasks import arithmetic, pydocs, spelling
@@ -7,7 +7,7 @@ from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.inference.text import KINDS
 from nanochat_ray.train import checkpoint
 
-EACH = 100  # questions of a kind
+QUESTIONS = 100  # of each kind
 JUDGES = {
     "arithmetic": arithmetic.judge,
     "spelling": spelling.judge,
@@ -17,29 +17,29 @@ JUDGES = {
 
 
 def questions(pydocs_shards: list[str]) -> dict[str, list[dict]]:
-    """Conversations by kind; docstrings only of the shards, if there are any.
+    """Conversations by kind. Docstrings are included only if shards of them are given.
 
-    A letter is in the word not at all, once, or more often in a third of the questions each: most often it is once,
-    and a model that always says so would look as if it could count.
+    In counting letters, the count is 0, 1 or more in a third of the questions each. Otherwise most counts would be 1,
+    and a model that always says 1 would look as if it could count.
     """
     spelled, counted = [], {"0": [], "1": [], "more": []}
-    for conversation in spelling.conversations("val", 10 * EACH):
+    for conversation in spelling.conversations("val", 10 * QUESTIONS):
         answer = conversation["messages"][-1]["content"]
         if isinstance(answer, str):
             spelled.append(conversation)
         else:
             (count,) = (part["text"] for part in answer if part["type"] == "python_output")
             counted[count if count in counted else "more"].append(conversation)
-    thirds = [questions[: -(-EACH // 3)] for questions in counted.values()]
+    thirds = [questions[: -(-QUESTIONS // 3)] for questions in counted.values()]
     return {
-        "arithmetic": arithmetic.conversations("val", EACH),
-        "spelling": spelled[:EACH],
-        "counting letters": [question for questions in zip(*thirds, strict=True) for question in questions][:EACH],
-    } | ({"docstrings": pydocs.conversations(pydocs_shards, "val", EACH)} if pydocs_shards else {})
+        "arithmetic": arithmetic.conversations("val", QUESTIONS),
+        "spelling": spelled[:QUESTIONS],
+        "counting letters": [question for questions in zip(*thirds, strict=True) for question in questions][:QUESTIONS],
+    } | ({"docstrings": pydocs.conversations(pydocs_shards, "val", QUESTIONS)} if pydocs_shards else {})
 
 
 def ask(device: str, folder: str, pydocs_shards: list[str]) -> list[dict]:
-    """A dict {kind, right, of, prompt, answer} a kind: of its greedy answers one that is right, if there is any."""
+    """One dict {kind, right, of, prompt, answer} per kind, with a right greedy answer if there is one."""
     model, tokenizer, _ = checkpoint.load_model(folder, device)
     answers = []
     for kind, conversations in questions(pydocs_shards).items():
@@ -53,7 +53,7 @@ def ask(device: str, folder: str, pydocs_shards: list[str]) -> list[dict]:
 
 
 def shown(answer: dict) -> str:
-    """For a terminal: the rate, and a question with its answer, tool calls in brackets as in a chat."""
+    """Text for a terminal: the counts, and a question with its answer. Tool calls are in brackets as in a chat."""
     text = answer["answer"]
     for special, kind in KINDS.items():
         text = text.replace(special, OPENS[kind] or CLOSES["python"])

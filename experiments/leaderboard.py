@@ -1,4 +1,4 @@
-"""Runs that reached a target, by the training time they took to reach it."""
+"""Lists runs that reached a target, sorted by the training time that they needed."""
 
 import math
 from dataclasses import dataclass
@@ -13,28 +13,29 @@ from nanochat_ray.measuring import one_line
 from nanochat_ray.train.metrics import read_metrics
 
 GPT2_CORE = 0.256525  # GPT-2 XL's score
-# Of nanochat's leaderboard: d24 at 12 tokens per scaling parameter.
+# From nanochat's leaderboard: d24 at 12 tokens per scaling parameter.
 NANOCHAT = {"run": "nanochat, d24, ratio 12", "CORE": 0.25851, "seconds": 10_949, "cluster": "8 × H100"}
 
 
 @dataclass
 class LeaderboardOptions:
     core: float | None = None
-    """List runs with at least this CORE score; 0.256525, GPT-2's, unless bpb is given."""
+    """List runs that reached this CORE score. Default without --bpb: 0.256525, GPT-2's score."""
     bpb: float | None = None
-    """List runs that came down to this val/bpb and ended there, with the time at which they did."""
+    """List runs that reached this val/bpb and stayed there to the end."""
     folder: str | None = None
-    """Where the runs are; the default is runs/ in NANOCHAT_RAY_HOME. Sweeps in it are looked into."""
+    """Folder of the runs and sweeps. Default: runs/ in NANOCHAT_RAY_HOME."""
     dollars_per_gpu_hour: float = 3.0
+    """Price for the cost column."""
 
 
 COLUMNS = ("training time", "run", "value", "step", "FLOPs", "depth", "ratio", "batch", "commit", "cluster", "cost")
 
 
 def run(options: LeaderboardOptions) -> list[dict]:
-    """Print the table; returns its lines, the fastest first. Raises ValueError for two targets."""
+    """Print the table and return its lines, the fastest first. Raises ValueError for two targets."""
     if options.core is not None and options.bpb is not None:
-        raise ValueError("--core and --bpb: give one target")
+        raise ValueError("--core and --bpb can't be used together: give one target")
     if options.core is None and options.bpb is None:
         options.core = GPT2_CORE
     folder = options.folder or storage.join(storage.home(), "runs")
@@ -54,7 +55,7 @@ def run(options: LeaderboardOptions) -> list[dict]:
 
 
 def find_runs(folder: str) -> list[str]:
-    """Run folders in it and one level below, as paths from it."""
+    """Run folders in a folder and in its sweeps, as relative paths."""
     names = storage.listdir(folder)
     names += [f"{name}/{run}" for name in names if storage.exists(storage.join(folder, name, "sweep.json"))
               for run in storage.listdir(storage.join(folder, name))]  # fmt: skip
@@ -62,7 +63,7 @@ def find_runs(folder: str) -> list[str]:
 
 
 def entry(folder: str, name: str, options: LeaderboardOptions) -> dict | None:
-    """A run's line; None when it did not reach the target or is no pretraining."""
+    """The line of a run. None if it did not reach the target or is not a pretraining run."""
     config = storage.read_json(storage.join(folder, name, "config.json"))
     plan = config.get("plan")
     if not plan:
@@ -96,11 +97,11 @@ def entry(folder: str, name: str, options: LeaderboardOptions) -> dict | None:
 
 
 def crossing(lines: list[dict], target: float) -> dict | None:
-    """Where a run's val/bpb came down to the target for good: its step, time and FLOPs; None if it did not.
+    """The step, time and FLOPs at which a run's val/bpb reached the target for good. None if it did not.
 
-    A measurement has noise, so the first one below the target is early by chance, and how often a run measures would
-    move its time. The curve is made to fall steadily by isotonic regression, and read off between two measurements,
-    with the value of its end. The last measurement has to be at or below the target, too.
+    Measurements are noisy, so the first one below the target comes too early, and more so if a run measures often. So
+    this fits a falling curve by isotonic regression and interpolates between two measurements. The last measurement
+    must be at or below the target, too. Returned "val/bpb" is that of the last measurement.
     """
     measured = [line for line in lines if line.get("val/bpb") is not None and math.isfinite(line["val/bpb"])]
     if not measured or measured[-1]["val/bpb"] > target:
@@ -122,7 +123,7 @@ def crossing(lines: list[dict], target: float) -> dict | None:
 
 
 def with_scores(run_dir: str, lines: list[dict]) -> list[dict]:
-    """The run's metrics, with the scores that a sweep or a speedrun gave its end."""
+    """The run's metrics, with the final scores of result.json added to the last line."""
     result = storage.join(run_dir, "result.json")
     found = storage.read_json(result) if lines and storage.exists(result) else {}
     scores = {name: found.get(name) for name in ("core_metric", "chatcore_metric")}
@@ -131,7 +132,7 @@ def with_scores(run_dir: str, lines: list[dict]) -> list[dict]:
 
 
 def beside_nanochat(name: str, config: dict, lines: list[dict]) -> list[dict]:
-    """How long a run and nanochat's trained to reach GPT-2's CORE; empty for a run without a score."""
+    """Training times of a run and of nanochat's run to reach GPT-2's CORE. Empty if the run has no score."""
     scored = [line for line in lines if line.get("core_metric") is not None]
     if not scored:
         return []

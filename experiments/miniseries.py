@@ -1,10 +1,10 @@
-"""Does it hold at every depth? One training run a depth, a table of results, and the laws that they follow.
+"""Trains one model per depth, and writes a table of results and the laws that they follow.
 
     python -m experiments.miniseries --preset cpu --depths 1 2 3 4
     ray job submit --working-dir . -- python -m experiments.miniseries --depths 12 14 16 18 20 22 24 26
 
-The runs share one tokenizer and one set of rows. As many train at once as the cluster has room for. The same command
-goes on after a stop: finished depths are not trained again, the others go on from their newest checkpoints.
+The runs share one tokenizer and one set of rows. As many train in parallel as the cluster has room for. After a stop,
+run the same command again: it skips finished depths and resumes the others from their newest checkpoints.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -21,15 +21,15 @@ DEPTHS = {"cpu": [1, 2, 3, 4], "gpu": list(range(12, 27, 2))}
 @dataclass
 class MiniseriesOptions(sweep.SweepOptions):
     depths: list[int] | None = None
-    """The default is 1 to 4 in the cpu preset, and 12 to 26 by twos in the gpu preset."""
+    """Depths to train. Default: 1 to 4 in the cpu preset, 12, 14, … 26 in the gpu preset."""
 
 
 def run(options: MiniseriesOptions) -> str:
-    """Train the series; returns the uri of the report. Raises what run_trials raises."""
+    """Train the series and return the URI of the report. Raises what run_trials raises."""
     preset = sweep.preset_of(options)
     depths = options.depths or DEPTHS[preset.name]
     if len(set(depths)) < len(depths):
-        raise ValueError(f"depths {depths}: each once")
+        raise ValueError(f"--depths {' '.join(map(str, depths))}: a depth is named twice; name each once")
     rows = sweep.shared_rows(options, preset, preset.ratio * sweep.scaling_params(preset, max(depths)))
     inputs = {"rows": rows, "preset": asdict(preset), "seed": options.seed}
     name, folder = sweep.begin("miniseries", options, inputs)

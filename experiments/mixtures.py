@@ -1,12 +1,12 @@
-"""In what shares should sources be mixed? Runs with different shares, a law of the loss, and the best mixture by it.
+"""Finds the best shares of sources: trains with different shares, fits a law of the loss, and checks its optimum.
 
     python -m experiments.mixtures --preset cpu --sources pydocs notes.txt code/ --depths 1 2 --points 8
     ray job submit --working-dir . -- python -m experiments.mixtures --sources climbmix hub:OWNER/NAME --depths 8 12
 
-The mixtures are the equal one, that by size, and others spread over all shares. Each is trained at each depth, with
-the same tokenizer and validation rows. The law is that of arXiv:2403.16952 (experiments/mixing_laws.py), its intervals
-are by bootstrap. The best mixture of the smallest depth is then trained at every depth, as a check of the law and of
-whether what a small model says holds for a larger one.
+The mixtures are equal shares, shares by size, and others that cover the range of shares. Each is trained at each depth
+with the same tokenizer and validation rows. The law is that of arXiv:2403.16952 (experiments/mixing_laws.py), with
+bootstrap intervals. Then the best mixture of the smallest depth is trained at every depth. This checks the law, and
+whether the result of a small model holds for a larger one.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -29,29 +29,30 @@ DEPTHS = {"cpu": [1, 2], "gpu": [8, 12]}
 @dataclass
 class MixturesOptions(sweep.SweepOptions):
     source: Annotated[list[str], tyro.conf.arg(name="sources")] = field(default_factory=list)
-    """The sources to mix, two or more, as for prepare, without weights."""
+    """Two or more sources to mix, named as for prepare, but without weights."""
     depths: list[int] | None = None
-    """The default is 1 and 2 in the cpu preset, and 8 and 12 in the gpu preset."""
+    """Depths to train. Default: 1 and 2 in the cpu preset, 8 and 12 in the gpu preset."""
     points: int = 8
-    """Mixtures at each depth: at least the number of sources plus 2. More of them make the intervals narrower."""
+    """Mixtures at each depth, at least the number of sources plus 2. More mixtures make the intervals narrower."""
     target: list[str] = field(default_factory=list)
-    """What is to be low: the val/bpb of one source by its NAME, or a mean with NAME=WEIGHT …; by default the mean of
-    all sources."""
+    """The loss to minimize: NAME is the val/bpb of one source, NAME=WEIGHT … a weighted mean. Default: the mean of all
+    sources."""
 
 
 def run(options: MixturesOptions) -> str:
-    """Train the mixtures; returns the uri of the report. Raises what run_trials raises, and ValueError for options that
-    can't be."""
+    """Train the mixtures and return the URI of the report. Raises what run_trials raises, and ValueError for options
+    that don't fit together."""
     preset = sweep.preset_of(options)
     depths = sorted(set(options.depths or DEPTHS[preset.name]))
     if len(options.source) < 2 and not options.rows:
-        raise ValueError("--sources names fewer than two sources: there is nothing to mix")
+        raise ValueError("--sources names fewer than two sources: name at least two to mix")
     rows = sweep.shared_rows(options, preset, preset.ratio * sweep.scaling_params(preset, max(depths)))
     parts = read_parts(rows)
     names = [part.name for part in parts]
     if len(parts) < 2 or options.points < len(parts) + 2:
         raise ValueError(
-            f"{options.points} points of {len(parts)} sources: give two sources or more, and --points {len(parts) + 2}"
+            f"--points {options.points} is too few for {len(parts)} sources: give two sources or more, and at least "
+            f"--points {len(parts) + 2}"
         )
     target = target_weights(options.target, names)
     sizes = [read_manifest(part.rows)["splits"]["train"]["rows"] for part in parts]
@@ -59,7 +60,7 @@ def run(options: MixturesOptions) -> str:
     name, folder = sweep.begin("mixtures", options, inputs, sources=names, target=target)
 
     def trials(labelled: dict[str, np.ndarray]) -> list[dict]:
-        """Of all depths, for each label with its shares."""
+        """The trials of all depths for {label: shares}."""
         made = []
         mixed = {label: mix(rows, shares) for label, shares in labelled.items()}
         runs = [
@@ -91,7 +92,7 @@ def run(options: MixturesOptions) -> str:
 
 
 def target_weights(wanted: list[str], names: list[str]) -> dict[str, float]:
-    """{source: its weight in what is to be low}, which sum to 1. Raises ValueError for a name that no source has."""
+    """{source: weight of its loss in the target}; the weights sum to 1. Raises ValueError for an unknown source."""
     weights = {}
     for text in wanted or names:
         name, _, weight = (text, "", "1") if text in names else text.rpartition("=")
@@ -100,12 +101,12 @@ def target_weights(wanted: list[str], names: list[str]) -> dict[str, float]:
         except ValueError:
             weights[text] = -1.0
     if any(name not in names or weight < 0 for name, weight in weights.items()) or not sum(weights.values()):
-        raise ValueError(f"--target {' '.join(wanted)}: give names, or NAME=WEIGHT, of {', '.join(names)}")
+        raise ValueError(f"--target {' '.join(wanted)}: give NAME or NAME=WEIGHT, with names of {', '.join(names)}")
     return {name: weights.get(name, 0.0) / sum(weights.values()) for name in names}
 
 
 def mix(rows: str, shares: np.ndarray) -> str:
-    """A folder of rows that mixes the same sources as `rows` does, in these shares: a manifest alone."""
+    """Write a folder of rows that mixes the sources of `rows` with other shares. It only has a manifest."""
     manifest = read_manifest(rows)
     parts = [part | {"weight": share} for part, share in zip(manifest["mixture"], shares.tolist(), strict=True)]
     fingerprint = storage.fingerprint(manifest["source_fingerprint"], shares.tolist())

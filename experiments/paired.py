@@ -1,13 +1,13 @@
-"""Two versions of the code, measured in pairs of runs of one depth and seed: tables and verdicts in plain words."""
+"""Compares two versions of the code by pairs of runs with the same depth and seed: tables and verdicts."""
 
 import math
 from statistics import mean, stdev
 
 from scipy import optimize, stats
 
-LEVEL = 0.05  # of two-sided tests, over all verdicts of a comparison
+LEVEL = 0.05  # significance level of two-sided tests, over all verdicts of a comparison
 POWER = 0.8
-MEASURES = {  # column: heading, text, whether less is better
+MEASURES = {  # column: heading, format, whether less is better
     "val_bpb": ("val_bpb", "{:.4f}", True),
     "core_metric": ("CORE", "{:.4f}", False),
     "pass@1": ("pass@1", "{:.3f}", False),
@@ -17,12 +17,12 @@ MEASURES = {  # column: heading, text, whether less is better
     "mfu": ("MFU", "{:.1%}", False),
     "peak_memory_mb": ("memory, MB", "{:,.0f}", True),
 }
-SCORES = {"core_metric", "pass@1", "reward"}  # may be 0: their differences are absolute, those of others relative
-TINY = 1e-6  # differences below it are rounding
+SCORES = {"core_metric", "pass@1", "reward"}  # these may be 0, so their differences are absolute; others are relative
+ROUNDING = 1e-6  # smaller differences are rounding errors
 
 
 def pairs(rows: list[dict], column: str, depth: int | None = None) -> dict[tuple[int, int], tuple[float, float]]:
-    """(baseline, candidate) by depth and seed, of all pairs that both have measured, of one depth or all."""
+    """{(depth, seed): (baseline, candidate)} of pairs of which both runs are measured, at one depth or at all."""
     sides = {"baseline": {}, "candidate": {}}
     for row in rows:
         if is_measured(row, column) and depth in (None, row["depth"]):
@@ -37,12 +37,12 @@ def is_measured(row: dict, column: str) -> bool:
 
 
 def differences(column: str, matched: dict[tuple[int, int], tuple[float, float]]) -> list[float]:
-    """Candidate minus baseline by seed, the mean over depths; relative to the baseline, so that depths weigh the same,
-    but for scores.
+    """Candidate minus baseline, one number per seed: the mean over depths.
 
-    A seed has the same order of rows at each depth, so its differences may go together: a seed is one observation. Only
-    seeds with a pair at every depth count. A baseline of 0, as the time of a run too short to be timed, has no relative
-    difference.
+    Differences are relative to the baseline, so that all depths have the same weight; those of SCORES are absolute. A
+    seed is one observation, because it gives the same order of rows at each depth, so its differences may be
+    correlated. Only seeds with a pair at every depth count. A baseline of 0 has no relative difference; it is the time
+    of a run too short to be timed.
     """
     depths, by_seed = {depth for depth, _ in matched}, {}
     for (_, seed), (baseline, candidate) in matched.items():
@@ -53,20 +53,20 @@ def differences(column: str, matched: dict[tuple[int, int], tuple[float, float]]
 
 
 def p_value(changes: list[float]) -> float:
-    """Of a two-sided paired t-test; NaN for a single pair."""
+    """The p-value of a two-sided paired t-test. NaN for a single pair."""
     if len(changes) < 2:
         return math.nan
     return float(2 * stats.t.sf(abs(mean(changes)) / _error(changes), len(changes) - 1))
 
 
 def interval(changes: list[float]) -> tuple[float, float]:
-    """The 95 % interval of the mean difference, by Student's t. Takes two pairs."""
+    """The 95 % interval of the mean difference, by Student's t. It needs at least two pairs."""
     margin = float(stats.t.ppf(1 - LEVEL / 2, len(changes) - 1)) * _error(changes)
     return mean(changes) - margin, mean(changes) + margin
 
 
 def detectable(changes: list[float]) -> float:
-    """The true difference that a test of so many pairs, with their scatter, finds with a power of 80 %."""
+    """The true difference that a test with these pairs' number and scatter detects with a power of 80 %."""
     df = len(changes) - 1
     critical = stats.t.ppf(1 - LEVEL / 2, df)
     found = optimize.brentq(lambda shift: stats.nct.sf(critical, df, shift) - POWER, 0, 10 * critical)
@@ -74,11 +74,11 @@ def detectable(changes: list[float]) -> float:
 
 
 def _error(changes: list[float]) -> float:
-    return max(stdev(changes), TINY) / math.sqrt(len(changes))
+    return max(stdev(changes), ROUNDING) / math.sqrt(len(changes))
 
 
 def holm(p_values: list[float]) -> list[float]:
-    """p-values adjusted by Holm's step-down method (1979); NaN counts as no test."""
+    """p-values adjusted by Holm's step-down method (1979). NaN means that there was no test."""
     tested = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
     adjusted, largest = list(p_values), 0.0
     for rank, (p, i) in enumerate(tested):
@@ -97,7 +97,7 @@ def change(column: str, changes: list[float]) -> str:
 
 
 def verdict(column: str, changes: list[float], p: float) -> str:
-    """better, worse or not distinguishable by p, with the difference and what else helps to judge it."""
+    """Better, worse or not distinguishable by p, with the difference, its interval and the detectable difference."""
     if not changes:
         return "not measured"
     shown = change(column, changes)
@@ -106,25 +106,25 @@ def verdict(column: str, changes: list[float], p: float) -> str:
     about = f"{shown}, p {p:.2g}, {len(changes)} seeds"
     if p < LEVEL:
         return f"{'better' if (mean(changes) < 0) == MEASURES[column][2] else 'worse'} ({about})"
-    if stdev(changes) > TINY:
+    if stdev(changes) > ROUNDING:
         least = detectable(changes)
         about += f"; {least:.3f}" if column in SCORES else f"; {least:.2%}"
-        about += " would be found in 80 of 100 such comparisons"
+        about += " would be detected in 80 of 100 such comparisons"
     return f"not distinguishable ({about})"
 
 
 def decisive(rows: list[dict]) -> str:
-    """The column of the verdict: the loss, or after RL pass@1."""
+    """The column of the verdict: pass@1 after RL, else the loss."""
     return "pass@1" if any(row.get("pass@1") is not None for row in rows) else "val_bpb"
 
 
 def verdicts(rows: list[dict]) -> list[str]:
-    """A line a depth and one over all. The verdict is that of the loss, or of pass@1 after RL; what else was measured
-    is told beside it, without a verdict.
+    """One line per depth and one over all depths. The verdict is on the loss, or on pass@1 after RL. Other measures are
+    added without a verdict.
 
-    Depths are tested, corrected by Holm, only if the test over all finds a difference: so code that is the same is
-    called better or worse anywhere in at most 5 % of comparisons. A candidate that diverges where the baseline does not
-    is worse, whatever its other runs say.
+    Depths are tested, with Holm's correction, only if the test over all depths finds a difference. So equal code is
+    called better or worse in at most 5 % of comparisons. A candidate that diverges where the baseline does not is
+    worse, whatever its other runs give.
     """
     decides = decisive(rows)
     depths = sorted({row["depth"] for row in rows})
@@ -149,18 +149,18 @@ def verdicts(rows: list[dict]) -> list[str]:
         lines[-1] = lines[-1].replace(": better", ": better on average, worse at a depth", 1)
     lost = diverged(rows, decides)
     if only := [run for run in lost["candidate"] if run not in lost["baseline"]]:
-        lines[-1] = f"over all depths: worse, as the candidate diverged at {_named(only)}; of the other runs: " + (
+        lines[-1] = f"over all depths: worse, because the candidate diverged at {_named(only)}; other runs: " + (
             lines[-1].removeprefix("over all depths: ")
         )
     if lost["baseline"]:
         lines[-1] += f"; the baseline diverged at {_named(lost['baseline'])}"
     if 0 < len(changes[None]) < 3:
-        lines[-1] += "; fewer than three seeds find large differences only"
+        lines[-1] += "; fewer than three seeds detect only large differences"
     return lines
 
 
 def diverged(rows: list[dict], column: str) -> dict[str, list[tuple[int, int]]]:
-    """By side, the depths and seeds of runs that ended without a number."""
+    """{side: (depth, seed) of each run that ended without a number}."""
     lost = {"baseline": [], "candidate": []}
     for row in rows:
         if not is_measured(row, column):
@@ -173,7 +173,7 @@ def _named(runs: list[tuple[int, int]]) -> str:
 
 
 def markdown(rows: list[dict], baseline: str, candidate: str) -> str:
-    """A table a depth and the verdicts, for a pull request."""
+    """The verdicts and a table per depth, for a pull request."""
     *by_depth, overall = verdicts(rows)
     text = [f"## {candidate} against {baseline}", "", f"- **{overall}**", *(f"- {line}" for line in by_depth), ""]
     for depth in sorted({row["depth"] for row in rows}):
@@ -185,8 +185,8 @@ def markdown(rows: list[dict], baseline: str, candidate: str) -> str:
                 text.append(f"| {heading} | {sides[0]} | {sides[1]} | {changed} |")
         text.append("")
     text.append(
-        "Mean ± standard deviation over seeds; changes with 95 % intervals. The verdict is of a paired t-test at 5 %, "
-        "with a seed's mean over depths as one observation; depths are tested after it, corrected by Holm."
+        "Mean ± standard deviation over seeds; changes with 95 % intervals. The verdict is a paired t-test at 5 %, "
+        "with a seed's mean over depths as one observation. Depths are tested after it, with Holm's correction."
     )
     return "\n".join(text) + "\n"
 

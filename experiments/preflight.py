@@ -1,6 +1,6 @@
-"""What a job will need hours later, looked at in its first seconds: data, disk, memory, packages.
+"""Checks in the first seconds of a job what it will need hours later: data, disk, memory, packages.
 
-A check is a function that returns what it found, or raises OSError, ValueError or ImportError with the remedy.
+A check is a function that returns a text, or raises OSError, ValueError or ImportError with the remedy.
 """
 
 import importlib.util
@@ -28,17 +28,17 @@ from nanochat_ray.train.plan import GPU_SHARE, predict_memory, rows_that_fit
 
 Checks = dict[str, Callable[[], str]]
 
-TIMEOUT = 10  # seconds to connect, and between two bytes
-# A server that is busy for a moment lacks nothing. urllib3 waits as long as Retry-After says.
+TIMEOUT = 10  # seconds to connect, and seconds to wait for a byte
+# A server that is busy for a moment is not a failure. urllib3 waits as long as Retry-After says.
 RETRIES = Retry(
     total=5, connect=2, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), raise_on_status=False
 )
-# While they are written: the last two, the best and a new one; finetuning takes a tenth of the steps.
+# Checkpoints on disk at most: the last two, the best and a new one. Finetuning needs fewer because it has few steps.
 PRETRAIN_CHECKPOINTS, SFT_CHECKPOINTS = 4, 2
 
 SMOLTALK, MMLU = "HuggingFaceTB/smol-smoltalk", "cais/mmlu"
 GSM8K, ARC, HUMANEVAL = "openai/gsm8k", "allenai/ai2_arc", "openai/openai_humaneval"
-# (dataset, config, split) of the Hub's mixture and of ChatCORE, as evals/tasks asks for them
+# (dataset, config, split) of the Hub's mixture, of RL and of ChatCORE, as evals/tasks loads them
 SFT_DATASETS = {
     (SMOLTALK, None, "train"),
     (SMOLTALK, None, "test"),
@@ -58,7 +58,7 @@ CHATCORE_DATASETS = {
 
 
 def run(checks: Checks) -> None:
-    """Make all checks at once and print a line for each. Raises ValueError when any fails."""
+    """Run all checks in parallel and print a line for each. Raises ValueError if one fails."""
     began, failed = time.monotonic(), 0
     with ThreadPoolExecutor(len(checks)) as pool:
         results = {name: pool.submit(check) for name, check in checks.items()}
@@ -70,14 +70,14 @@ def run(checks: Checks) -> None:
                 print(f"  FAIL  {name}: {error}", flush=True)
     print(f"  {len(checks)} checks in {time.monotonic() - began:.1f} s", flush=True)
     if failed:
-        raise ValueError(f"{failed} of {len(checks)} checks failed, listed above: mend them, or --skip what needs them")
+        raise ValueError(f"{failed} of {len(checks)} checks failed: fix them, or --skip the stages that need them")
 
 
 # Data
 
 
 def climbmix(shards: int) -> str:
-    """The first and the last training shard and the validation shard, where they are not in the home yet."""
+    """Check the first and the last missing training shard and the validation shard."""
     _, _, missing = sources.climbmix_files(shards)
     looked_at, token = {*missing[:1], *missing[-2:]}, os.environ.get("HF_TOKEN")
     sizes = [first_bytes(sources.climbmix_url(name), token) for name in looked_at]
@@ -87,7 +87,7 @@ def climbmix(shards: int) -> str:
 def datasets(wanted: set[tuple[str, str | None, str]], datasets_dir: str | None) -> Checks:
     if not wanted:
         return {}
-    import datasets as library  # takes a second, and must not be imported by several threads at once
+    import datasets as library  # it takes a second, and several threads must not import it at once
 
     splits = defaultdict(set)
     for name, config, split in sorted(wanted, key=str):
@@ -97,7 +97,7 @@ def datasets(wanted: set[tuple[str, str | None, str]], datasets_dir: str | None)
 
 
 def dataset(builder: Callable, datasets_dir: str | None, name: str, config: str | None, splits: set[str]) -> str:
-    """Whether the dataset lists the splits; on the Hub also the first bytes of all files, as all are downloaded."""
+    """Check that the dataset has the splits and, on the Hub, read the first bytes of each file."""
     from huggingface_hub import HfFileSystem, get_token, hf_hub_url
 
     files = from_hub(builder, name, config, datasets_dir).config.data_files
@@ -120,7 +120,7 @@ def core_bundle(folder: str | None) -> str:
 
 
 def first_bytes(url: str, token: str | None = None) -> int:
-    """Read four bytes of a file; returns how many it has. Raises OSError saying why it can't be had."""
+    """Read four bytes of a file and return its size in bytes. Raises OSError with the reason if that fails."""
     headers = {"Range": "bytes=0-3"} | ({"Authorization": f"Bearer {token}"} if token else {})
     with requests.Session() as session:
         for scheme in ("https://", "http://"):
@@ -137,7 +137,7 @@ def first_bytes(url: str, token: str | None = None) -> int:
                 total = response.headers.get("Content-Range", "").rpartition("/")[2]
                 return int(total if total.isdigit() else response.headers.get("Content-Length", 0))
         except requests.RequestException as error:
-            raise OSError(f"{url} can't be had: {' '.join(str(error).split())}") from None
+            raise OSError(f"{url} can't be downloaded: {' '.join(str(error).split())}") from None
 
 
 def sandbox() -> str:
@@ -149,7 +149,7 @@ def sandbox() -> str:
 
 
 def disk(parts: dict[str, float]) -> str:
-    """Bytes by what they are for, against what is free in the home; an object store does not say what it has."""
+    """Compare the bytes needed, by purpose, with the free space in the home. Object stores don't report theirs."""
     wanted = " + ".join(f"{name} {gb(size)}" for name, size in parts.items() if size) or "nothing"
     wanted, home = f"{wanted} = {gb(sum(parts.values()))}", storage.home()
     if storage.is_remote(home):
@@ -161,13 +161,14 @@ def disk(parts: dict[str, float]) -> str:
 
 
 def disk_parts(plan: RunPlan, run_dir: str, shards: int | None, have_rows: bool, finetunes: bool) -> dict[str, float]:
-    """Bytes that are still to be written. shards: of climbmix, None for another source."""
+    """{purpose: bytes still to be written}. shards: of climbmix; None for another source."""
     parts = {}
     if shards is not None:
         _, _, missing = sources.climbmix_files(shards)
         parts["text"] = sources.CLIMBMIX_TEXT_BYTES * len(missing)
         parts["rows"] = 0 if have_rows else sources.CLIMBMIX_ROW_BYTES * (shards + 1)
-    counts = plan.param_counts  # weights and Muon's momentum in fp32, AdamW's two moments
+    counts = plan.param_counts
+    # fp32: weights, and AdamW's two moments or, for matrices, Muon's one momentum.
     size = 12 * counts["total"] - 4 * counts["transformer_matrices"]
     kept = {run_dir: PRETRAIN_CHECKPOINTS} | ({f"{run_dir}-sft": SFT_CHECKPOINTS} if finetunes else {})
     left = sum(max(0, count - len(checkpoint.checkpoints(run))) for run, count in kept.items())
@@ -175,9 +176,8 @@ def disk_parts(plan: RunPlan, run_dir: str, shards: int | None, have_rows: bool,
 
 
 def memory(plan: RunPlan, scaling: ray.train.ScalingConfig) -> str:
-    """What the plan predicts for a worker, against the smallest GPU, or the smallest node's memory."""
+    """Compare the memory plan of a worker with the smallest GPU's memory, or the smallest node's on CPUs."""
     on_cpu, workers = not scaling.use_gpu, scaling.max_workers
-    where = "node" if on_cpu else "GPU"
     if on_cpu:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         room = min(node.get("memory", 0) + node.get("object_store_memory", 0) for node in nodes)
@@ -188,20 +188,20 @@ def memory(plan: RunPlan, scaling: ray.train.ScalingConfig) -> str:
     rows = rows_that_fit(plan.config, max(1, most), workers, on_cpu, dtype, math.inf if on_cpu else room, False)
     needed = sum(predict_memory(plan.config, workers, rows, on_cpu, dtype).values())
     where = "node" if on_cpu else "GPU"
-    said = f"{gb(needed)} a worker, with {rows} rows of {plan.config.sequence_len:,} tokens in a forward pass"
+    said = f"{gb(needed)} per worker, with {rows} rows of {plan.config.sequence_len:,} tokens in a forward pass"
     if room == math.inf:
-        return said + "; how much the GPUs have is not known yet"
+        return said + "; the GPUs' memory is not known yet"
     if needed > room:
-        raise ValueError(f"{said}, but a {where} has {gb(room)} for it: take a smaller --depth, or more workers")
+        raise ValueError(f"{said}, but a {where} has only {gb(room)}: take a smaller --depth, or more workers")
     return f"{said}, of {gb(room)} on the smallest {where}"
 
 
 def packages(fp8: bool, use_gpu: bool) -> str:
     if fp8 and not installed("torchao"):
-        raise ImportError("fp8 needs torchao: pip install 'nanochat-ray[gpu]', or leave --fp8 out")
+        raise ImportError("--fp8 needs torchao: pip install 'nanochat-ray[gpu]', or omit --fp8")
     optional = {"torchao": "fp8", "kernels": "FlashAttention", "triton": "the engine's kernels"} if use_gpu else {}
-    there = [f"{name} {'there' if installed(name) else 'missing'} ({what})" for name, what in optional.items()]
-    return ", ".join(there) or "none needed beyond those installed"
+    found = [f"{name} {'installed' if installed(name) else 'missing'} ({what})" for name, what in optional.items()]
+    return ", ".join(found) or "all that are needed are installed"
 
 
 def installed(name: str) -> bool:

@@ -1,6 +1,6 @@
-"""One self-contained HTML page from run folders alone: curves, plans, numbers, wall time, samples, chat answers.
+"""Writes one self-contained HTML page about runs: curves, plans, numbers, wall time, samples, chat answers.
 
-Of a sweep's folder also what its results say: laws, optima, verdicts, with their figures.
+It reads only the runs' folders. For a sweep's folder, it adds the findings: laws, optima, verdicts, with figures.
 
 python -m experiments.report FOLDER [FOLDER …] --out report.html
 """
@@ -29,8 +29,8 @@ from nanochat_ray import storage
 from nanochat_ray.measuring import measuring, one_line
 from nanochat_ray.train.metrics import read_metrics
 
-MAX_POINTS = 400  # of a curve: more than a small chart can show
-STEEP_START = 0.1  # of the steps: charts are not stretched to show it
+MAX_POINTS = 400  # per curve; a small chart can't show more
+STEEP_START = 0.1  # share of the steps that the y axis may cut off, because the loss falls steeply there
 
 CURVES = {
     "train/loss": "Training loss, nats per token",
@@ -40,13 +40,13 @@ CURVES = {
     "core_metric": "CORE",
     "chatcore_metric": "ChatCORE",
 }
-SOURCE_BPB = "val/bpb/"  # and a source's name, of a mixture
+SOURCE_BPB = "val/bpb/"  # followed by the name of a mixture's source
 X_AXES = {"step": "step", "total_training_time": "training time", "total_training_flops": "training FLOPs"}
 
 
 @dataclass
 class Run:
-    """What a run folder holds; empty where a file is missing, with a note where one can't be read."""
+    """The content of a run folder. A missing file gives an empty value, a damaged one also a note."""
 
     uri: str
     config: dict
@@ -61,22 +61,22 @@ class Run:
         return storage.name(self.uri) or self.uri
 
     def part(self, name: str):
-        """A block whose failure is a note on the page, and costs no other part of it."""
+        """A block whose failure becomes a note on the page and does not affect its other parts."""
         return measuring(
             name, lambda line: self.notes.append(line.replace(" failed: ValueError: ", " is left out, ", 1))
         )
 
 
 def read_run(uri: str) -> Run:
-    """Read config.json, metrics.jsonl, samples.md, stages.json, chat.json and result.json, as many as there are.
+    """Read config.json, metrics.jsonl, samples.md, stages.json, chat.json and result.json, if they exist.
 
-    What is no such file is left out, with a note. Raises FileNotFoundError when there is no such folder."""
+    A damaged file is left out, with a note. Raises FileNotFoundError if the folder does not exist."""
     if not storage.exists(uri):
-        raise FileNotFoundError(f"there is no run folder {uri}: give a folder with a metrics.jsonl or config.json")
+        raise FileNotFoundError(f"there is no run folder {uri}: name a folder with a metrics.jsonl or config.json")
     run = Run(uri=str(uri), config={}, metrics=[], samples="", stages=[], chat=[])
 
     def read(name: str, parse: Callable[[str], object], default, holds: Callable = lambda value: True):
-        """A file of the folder, or the default when there is none or it does not hold what it should."""
+        """The value of a file, or the default if the file is missing or its content is unexpected."""
         with run.part(name):
             try:
                 value = parse(storage.join(uri, name))
@@ -85,7 +85,7 @@ def read_run(uri: str) -> Run:
             except ValueError as error:
                 raise ValueError(f"it is not JSON: {error}") from None
             if not holds(value):
-                raise ValueError("it is not what a run writes")
+                raise ValueError("its content is not what a run writes")
             return value
         return default
 
@@ -95,7 +95,7 @@ def read_run(uri: str) -> Run:
     run.samples = read("samples.md", storage.read_bytes, b"").decode(errors="replace").strip()
     lines = read("metrics.jsonl", lambda _: _by_step(read_metrics(uri)), [])
     run.metrics = read("result.json", lambda _: _by_step(with_scores(uri, lines)), lines)
-    if run.config.get("inputs", {}).get("stage") == "rl":  # its loss is no cross entropy
+    if run.config.get("inputs", {}).get("stage") == "rl":  # the loss of RL is not a cross entropy
         run.metrics = [{name: value for name, value in line.items() if name != "train/loss"} for line in run.metrics]
     return run
 
@@ -105,7 +105,7 @@ def is_config(value) -> bool:
 
 
 def holds_all(value, keys: dict) -> bool:
-    """Whether it is a list of dicts that have these keys, with values of these types."""
+    """Whether the value is a list of dicts that have these keys, with values of these types."""
     return isinstance(value, list) and all(
         isinstance(line, dict)
         and all(isinstance(line.get(key), kind) for key, kind in keys.items())
@@ -115,7 +115,7 @@ def holds_all(value, keys: dict) -> bool:
 
 
 def runs_of(folder: str) -> list[str]:
-    """The runs in a sweep's folder, those in results.csv first; or the folder itself, if it is a run's."""
+    """The run folders of a sweep, sorted by name. For a run's folder, the folder itself."""
     if not storage.exists(storage.join(folder, "sweep.json")):
         return [folder]
     runs = [name for name in storage.listdir(folder) if storage.exists(storage.join(folder, name, "config.json"))]
@@ -123,12 +123,12 @@ def runs_of(folder: str) -> list[str]:
 
 
 def _naturally(name: str) -> list:
-    """d2 before d10."""
+    """A sort key that puts d2 before d10."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _by_step(lines: list[dict]) -> list[dict]:
-    """One line a step, in order; what was logged last counts."""
+    """One line per step, in order. If a metric was logged twice at a step, the last value counts."""
     steps = {}
     for line in lines:
         steps[line["step"]] = steps.get(line["step"], {}) | line
@@ -136,7 +136,7 @@ def _by_step(lines: list[dict]) -> list[dict]:
 
 
 def series(run: Run, *keys: str) -> list[tuple[float, ...]]:
-    """The finite values of some metrics at the steps that logged all of them."""
+    """The finite values of the metrics, at the steps that logged all of them."""
     rows = (tuple(line.get(key) for key in keys) for line in run.metrics)
     return [row for row in rows if all(isinstance(v, int | float) and math.isfinite(v) for v in row)]
 
@@ -153,7 +153,7 @@ def flatten(values: dict, prefix: str = "") -> dict:
 
 
 def show(value) -> str:
-    """A setting or a number as a reader wants it: 16,384, 4.331e19, 0.02, yes."""
+    """A setting or number as text: 16,384, 4.331e19, 0.02, yes."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -177,7 +177,7 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
-NUMBERS: dict[str, tuple[str, Callable, Callable]] = {  # metric: label, which of its values, as text
+NUMBERS: dict[str, tuple[str, Callable, Callable]] = {  # metric: (label, function that picks a value, format)
     "val/bpb": ("validation bits per byte", lambda v: v[-1], "{:.4f}".format),
     "core_metric": ("CORE", lambda v: v[-1], "{:.4f}".format),
     "chatcore_metric": ("ChatCORE", lambda v: v[-1], "{:.4f}".format),
@@ -194,7 +194,7 @@ NUMBERS: dict[str, tuple[str, Callable, Callable]] = {  # metric: label, which o
 
 
 def numbers(run: Run) -> dict[str, str]:
-    """Label -> text: the depth, the parameters and what the run measured."""
+    """{label: text} of the depth, the parameters and the run's measurements."""
     found = {}
     plan = run.config.get("plan", {})
     if "depth" in plan or "depth" in run.config:
@@ -211,7 +211,7 @@ def numbers(run: Run) -> dict[str, str]:
 
 
 def sources_of(runs: list[Run]) -> list[str]:
-    """Names of sources that have a val/bpb of their own."""
+    """Names of the sources that have their own val/bpb."""
     keys = dict.fromkeys(key for run in runs for line in run.metrics for key in line if key.startswith(SOURCE_BPB))
     return [key.removeprefix(SOURCE_BPB) for key in keys if any(series(run, key) for run in runs)]
 
@@ -220,9 +220,9 @@ def sources_of(runs: list[Run]) -> list[str]:
 
 
 def chart(runs: list[Run], metric: str, x: str) -> Markup | None:
-    """One metric of every run against step, time or FLOPs; None when no run has it."""
+    """A chart of one metric of all runs against step, time or FLOPs. None if no run has the metric."""
     curves = [series(run, "step", x, metric) for run in runs]
-    if x == "total_training_flops":  # on a logarithmic scale there is no zero
+    if x == "total_training_flops":  # a logarithmic scale has no zero
         curves = [[point for point in curve if point[1] > 0] for curve in curves]
     if not any(curves):
         return None
@@ -250,7 +250,7 @@ def chart(runs: list[Run], metric: str, x: str) -> Markup | None:
 
 
 def _x_unit(x: str, largest: float) -> tuple[str, float]:
-    """What to write after the label and what to divide by."""
+    """(unit to add to the label, divisor of the values)."""
     if x != "total_training_time":
         return "", 1
     if largest < 300:
@@ -259,7 +259,7 @@ def _x_unit(x: str, largest: float) -> tuple[str, float]:
 
 
 def _limit(axes: Axes, shown: list[tuple[float, ...]], x: str) -> None:
-    """Fit the axes to what comes after the steep start, beside which everything else would look flat."""
+    """Fit the axes to the points after the steep start, because everything else would look flat beside it."""
     low, high = (choose(point[2] for point in shown) for choose in (min, max))
     if high > low:
         axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
@@ -274,7 +274,7 @@ def _limit(axes: Axes, shown: list[tuple[float, ...]], x: str) -> None:
 
 
 def write_report(run_folders: list[str], out: str, title: str = "nanochat-ray") -> None:
-    """Write the page. run_folders and out are paths or URIs. Raises FileNotFoundError for a folder that isn't there."""
+    """Write the page. run_folders and out are paths or URIs. Raises FileNotFoundError if a folder does not exist."""
     if not run_folders:
         raise ValueError("a report needs at least one run folder")
     found = [about for uri in run_folders if (about := find(uri))]
@@ -292,7 +292,7 @@ def write_report(run_folders: list[str], out: str, title: str = "nanochat-ray") 
             beside[-1] = beside_nanochat(run.name, run.config, run.metrics) if run.stages else []
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # samples are a model's text
+        autoescape=True,  # because samples are text of a model
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -318,15 +318,15 @@ def write_report(run_folders: list[str], out: str, title: str = "nanochat-ray") 
 
 
 def find(folder: str) -> findings.Findings | None:
-    """The findings of a sweep's folder; a sentence in place of those that can't be had."""
+    """The findings of a sweep's folder. If they can't be computed, a sentence says so."""
     try:
         return findings.read(folder)
     except Exception as error:
-        return findings.Findings(storage.name(folder), [f"what the results say is left out: {one_line(error)}"])
+        return findings.Findings(storage.name(folder), [f"the findings are left out: {one_line(error)}"])
 
 
 def conclude(folder: str, title: str) -> str:
-    """Print what a sweep's results say and write its report.html; returns the uri of that."""
+    """Print a sweep's findings and write its report.html. Returns the report's URI."""
     out = storage.join(folder, "report.html")
     with measuring("the report"):
         write_report([folder], out, title)
@@ -339,12 +339,12 @@ def conclude(folder: str, title: str) -> str:
 def main(
     run_folders: Annotated[list[str], tyro.conf.Positional], /, out: str = "report.html", title: str = "nanochat-ray"
 ) -> None:
-    """Write one HTML page about any number of runs, from their folders alone.
+    """Write one HTML page about any number of runs.
 
     Args:
         run_folders: Folders of runs or sweeps, as paths or URIs.
         out: The page to write.
-        title: Its heading.
+        title: The heading of the page.
     """
     try:
         write_report(run_folders, out, title)

@@ -1,10 +1,10 @@
-"""How large a model for how much compute? A grid of depths at equal FLOPs, and the laws that its optima follow.
+"""Finds the best model size for a compute budget: a grid of depths at equal FLOPs, and the laws of its optima.
 
     python -m experiments.scaling_laws --preset cpu --flops 1e12 3e12 --depths 1 2 3 4
     ray job submit --working-dir . -- python -m experiments.scaling_laws --flops 1e18 2.15e18 4.64e18 1e19
 
-Each budget's runs differ in depth alone, and in how many tokens the budget buys for it. The same command goes on after
-a stop.
+The runs of a budget differ only in depth, and so in the tokens that the budget allows. After a stop, run the same
+command again to continue.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -17,20 +17,20 @@ from nanochat_ray.session import one_line_errors, start_ray
 
 FLOPS = {"cpu": [1e12, 3e12], "gpu": [1e18, 2.15e18, 4.64e18, 1e19]}
 DEPTHS = {"cpu": [1, 2, 3, 4], "gpu": [10, 12, 14, 16, 18, 20, 22, 24]}
-FLOPS_PER_TOKEN_AND_PARAMETER = 6  # at least
+FLOPS_PER_TOKEN_AND_PARAMETER = 6  # lower bound
 
 
 @dataclass
 class ScalingLawsOptions(sweep.SweepOptions):
     flops: list[float] | None = None
-    """Training FLOPs of each budget; the default is 1e12 and 3e12 in the cpu preset, 1e18 to 1e19 in the gpu preset."""
+    """Training FLOPs of each budget. Default: 1e12 and 3e12 in the cpu preset, 1e18 to 1e19 in the gpu preset."""
     depths: list[int] | None = None
-    """The default is 1 to 4 in the cpu preset, and 10 to 24 by twos in the gpu preset."""
+    """Depths to train. Default: 1 to 4 in the cpu preset, 10, 12, … 24 in the gpu preset."""
 
 
 def run(options: ScalingLawsOptions) -> str:
-    """Train the grid; returns the uri of the report. Raises what run_trials raises, and ValueError for a budget of less
-    than one step."""
+    """Train the grid and return the URI of the report. Raises what run_trials raises, and ValueError if a budget is
+    less than one step."""
     preset = sweep.preset_of(options)
     budgets, depths = sorted(options.flops or FLOPS[preset.name]), sorted(options.depths or DEPTHS[preset.name])
     smallest = sweep.scaling_params(preset, min(depths))

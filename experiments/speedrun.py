@@ -1,12 +1,12 @@
-"""From raw text to a talking model, in nanochat's stages.
+"""Trains a chat model from raw text, in nanochat's stages.
 
 Source, tokenizer, rows, pretraining, CORE, finetuning, ChatCORE, reinforcement learning, chat answers, report:
 
     python -m experiments.speedrun                 a laptop: embedded Ray, minutes
     ray job submit --working-dir . -- python -m experiments.speedrun --preset gpu
 
-What later stages need is looked at first, and made before pretraining. Every stage is skipped when its output is there
-for the same inputs, so a speedrun that was stopped goes on.
+Everything that later stages need is checked first, and their data are prepared before pretraining. A stage is skipped
+if its output exists for the same inputs. So after a stop, run the same command again to continue.
 """
 
 import math
@@ -41,13 +41,13 @@ from nanochat_ray.session import bpb, check_once, one_line_errors, start_ray
 from nanochat_ray.train import checkpoint, hosts, lease, pretrain, rl, sft
 from nanochat_ray.train.metrics import read_metrics
 
-COMPILING_PAYS = 2  # minutes of training, from which on; it takes 50 s of a CPU the first time, 12 later
+COMPILING_PAYS = 2  # minutes of training from which compiling pays; it takes 50 s on a CPU the first time, 12 s later
 Stage = Literal["core", "sft", "chatcore", "rl"]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a machine can do in one go; the depth decides the rest."""
+    """Settings for a kind of machine. The depth decides everything else."""
 
     depth: int
     source: str
@@ -55,75 +55,75 @@ class Preset:
     sequence_len: int
     head_dim: int
     window_pattern: str
-    ratio: float | None  # tokens per scaling parameter, or
-    minutes: float | None  # as much pretraining as this machine does in so long
+    ratio: float | None  # tokens per scaling parameter; None if `minutes` is set
+    minutes: float | None  # pretraining time on this machine
     total_batch_size: int | None
-    lr_factor: float  # times the plan's learning rates
+    lr_factor: float  # factor on the plan's learning rates
     eval_tokens: int
     mixture: Literal["hub", "offline"]
-    rl: dict  # options of RL, if not their defaults
+    rl: dict  # options of RL that differ from the defaults
     skip: tuple[Stage, ...] = ()
-    steps: int | None = None  # of pretraining and of finetuning, instead of the above
-    examples: int | None = None  # of each dataset in the mixture, and of each task in CORE and ChatCORE; all by default
+    steps: int | None = None  # of pretraining and of finetuning, in place of ratio and minutes
+    examples: int | None = None  # per dataset of the mixture and per task of CORE and ChatCORE; None for all
 
 
-# Small groups, for many steps in two minutes.
+# RL with small groups, so that two minutes have many steps.
 CPU_RL = {"prompts_per_step": 16, "num_samples": 8, "max_new_tokens": 48, "eval_questions": 60, "eval_samples": 4}
 PRESETS = {
-    # A small batch, because a slow CPU makes few steps in its minutes, and the first 40 only warm up. The rates are not
-    # lowered for it: see sweep.PRESETS.
+    # The batch is small, because a slow CPU makes few steps in these minutes, and the first 40 only warm up. lr_factor
+    # is explained at sweep.PRESETS.
     "cpu": Preset(4, "pydocs", 8192, 512, 64, "L", None, 5, 2048, 16, 16_384, "offline", CPU_RL, ("core", "chatcore")),
     "gpu": Preset(24, "climbmix", 32768, 2048, 128, "SSSL", 8, None, None, 1, 10_485_760, "hub", {}),
 }
 REHEARSAL = {"minutes": None, "steps": 20, "examples": 16, "eval_tokens": 65_536}
 REHEARSED_RL = {"steps": 3, "prompts_per_step": 4, "num_samples": 4, "max_new_tokens": 32, "eval_questions": 4}
-# Steps for each of pretraining's, where minutes decide. One of RL takes as long as some ten of pretraining.
+# Steps of SFT and RL per step of pretraining, if `minutes` is set. A step of RL takes as long as about ten others.
 SFT_SHARE, RL_SHARE = 0.4, 0.05
 
 
 @dataclass
 class SpeedrunOptions:
     depth: int | None = None
-    """The one dial; the default is 4 without GPUs and 24 with."""
+    """The one dial. Default: 4 without GPUs, 24 with GPUs."""
     preset: Literal["auto", "cpu", "gpu"] = "auto"
-    """cpu: minutes on a laptop, on docstrings of the installed packages. gpu: nanochat's speedrun, hours on 8 GPUs, on
-    climbmix and the Hub's conversations, with CORE and ChatCORE; of a cluster that has no GPU yet it asks for one, or
-    for --workers of them. auto: what the cluster has."""
+    """cpu: minutes on a laptop, with docstrings of the installed packages. gpu: nanochat's speedrun, hours on 8 GPUs,
+    with climbmix, the Hub's conversations, CORE and ChatCORE. If the cluster has no GPU yet, the gpu preset requests
+    one, or --workers of them. auto: gpu if the cluster has GPUs."""
     source: list[str] | None = None
-    """One source, or several to mix, each with its weight: see prepare --help; the default is the preset's."""
+    """One source, or several to mix, each with its weight: see prepare --help. Default: the preset's."""
     minutes: float | None = None
-    """How long the cpu preset pretrains on this machine; the default is 5."""
+    """Minutes of pretraining on this machine in the cpu preset. Default: 5."""
     skip: list[Stage] = field(default_factory=list)
-    """Stages to leave out: core, chatcore, rl, sft (with all after it)."""
+    """Stages to skip: core, chatcore, rl, sft (and all stages after it)."""
     identity: str | None = None
-    """A jsonl file of conversations about the assistant itself, each twice in finetuning: see docs/own-data.md."""
+    """A jsonl file of conversations about the assistant itself. Finetuning uses each twice: see docs/own-data.md."""
     datasets_dir: str | None = None
-    """Folder with the Hub's layout to read datasets from, but for climbmix; without it they come from the Hub."""
+    """Folder with the Hub's layout for all datasets except climbmix. Default: download them from the Hub."""
     bundle: str | None = None
-    """Folder of a CORE bundle; without it the published one is downloaded, once."""
+    """Folder of a CORE bundle. Default: download the published one once."""
     rehearse: bool = False
-    """Every stage, but with 20 steps and few examples: does all of it work here, before it costs hours?"""
+    """Run every stage with 20 steps and few examples, to check that all of them work here before a run of hours."""
     workers: int | None = None
-    """Training workers; the default is every GPU of the cluster, else one a host."""
+    """Training workers. Default: every GPU of the cluster, else one per host."""
     use_gpu: bool | None = None
-    """Work on GPUs; the default is the preset's. The gpu preset on CPUs is for rehearsals of a small --depth."""
+    """Use GPUs. Default: the preset's. The gpu preset on CPUs is for rehearsals with a small --depth."""
     fp8: bool = False
-    """Pretrain with the blocks' matmuls in float8, on Hopper GPUs and later, with torchao (the extra `gpu`)."""
+    """Pretrain with the blocks' matmuls in float8. Needs a Hopper GPU or later, and torchao (the extra `gpu`)."""
     wait_minutes: float = 10
-    """How long to wait for hosts with room for all workers; then training starts with fewer, and takes what comes."""
+    """Minutes to wait for hosts with room for all workers. Then training starts with fewer and grows later."""
     run: str | None = None
-    """Name of the run folder; the default is made of the options."""
+    """Name of the run folder. Default: made from the options."""
 
 
 class Stages:
-    """Runs the stages in turn and keeps the wall time and result of each in stages.json."""
+    """Runs the stages one by one, and keeps the wall time and result of each in stages.json."""
 
     def __init__(self, run_dir: str):
         self.uri = storage.join(run_dir, "stages.json")
         self.records = storage.read_json(self.uri) if storage.exists(self.uri) else []
 
     def result(self, name: str) -> dict:
-        """What a stage gave before; empty if it has not."""
+        """The result of a finished stage; empty if it has not finished."""
         return next((record["result"] for record in self.records if record["stage"] == name), {})
 
     def run(self, name: str, stage: Callable, describe: Callable[[object], dict]):
@@ -137,19 +137,19 @@ class Stages:
             result = stage()
             record["result"] = describe(result)
             return result
-        finally:  # time counts when the stage is stopped, too
+        finally:  # count the time of a stopped stage, too
             record["seconds"] += time.monotonic() - started
             with measuring("writing stages.json"):
                 storage.write_json(self.uri, self.records)
 
     def measure(self, name: str, stage: Callable, describe: Callable[[object], dict]):
-        """Run a stage that the others do without: None when it fails, which is noted."""
+        """Run a stage that no other stage needs. If it fails, the failure is noted and the result is None."""
         with measuring(name), patiently(name):
             return self.run(name, stage, describe)
 
 
 def run(options: SpeedrunOptions) -> str:
-    """Run all stages; returns the uri of the report. Raises what the stages raise, but for those that only measure."""
+    """Run all stages and return the URI of the report. Raises what the stages raise, except those that only measure."""
     job = find_job(options)
     with lease.hold(job.run_dir):
         return run_stages(job)
@@ -178,7 +178,7 @@ def run_stages(job: "Job") -> str:
         lambda: prepare.run(prepare_options, text),
         lambda p: {name: p.manifest["splits"]["train"][name] for name in counted},
     )
-    # The data of the stages after pretraining is made before it, so that they don't fail after hours.
+    # Prepare the data of later stages before pretraining, so that they don't fail hours later.
     if "sft" in job.after:
         conversations = stages.run("sft data", lambda: make_conversations(job, prepared.tokenizer, stages), dict)
     if "rl" in job.after:
@@ -221,17 +221,17 @@ def run_stages(job: "Job") -> str:
 
 @dataclass(frozen=True)
 class Job:
-    """What the options come to, on this cluster."""
+    """The options, resolved for this cluster."""
 
     options: SpeedrunOptions
     preset: Preset
     plan: RunPlan
-    source: list[str]  # with their weights
-    shards: int  # of climbmix, by a guess: how many it takes is known when the first are prepared
+    source: list[str]  # with weights
+    shards: int  # estimated shards of climbmix; the exact number is known when the first shards are prepared
     mixture: MixtureOptions
-    after: set[Stage]  # pretraining: what was not left out
+    after: set[Stage]  # stages after pretraining that are not skipped
     scaling: ray.train.ScalingConfig
-    request: dict  # for pretrain and sft
+    request: dict  # options about workers for pretrain, sft and rl
     run_dir: str
 
     @property
@@ -244,13 +244,13 @@ class Job:
 
     @property
     def pydocs(self) -> list[str]:
-        """The docstrings that finetuning asks for; the Hub's mixture has none."""
+        """Shards of the docstrings that finetuning asks about. The Hub's mixture has none."""
         return [shard.uri for shard in sources.resolve("pydocs").train] if self.mixture.mixture == "offline" else []
 
 
 def find_job(options: SpeedrunOptions) -> Job:
-    """Raises ValueError for options that can't be."""
-    # Preparing needs no GPUs: a cluster is asked for them when training starts. What can't be is refused now.
+    """Resolve the options. Raises ValueError for options that can't be used here."""
+    # Only training requests GPUs from the cluster, but check now that the request is possible.
     use_gpu = {"auto": None, "cpu": False, "gpu": True}[options.preset] if options.use_gpu is None else options.use_gpu
     scaling = hosts.scaling_config(options.workers, use_gpu)
     preset = PRESETS[("gpu" if scaling.use_gpu else "cpu") if options.preset == "auto" else options.preset]
@@ -283,7 +283,7 @@ def find_job(options: SpeedrunOptions) -> Job:
 
 
 def checks(job: Job, stages: Stages) -> preflight.Checks:
-    """All that the stages will need, but for what is there already."""
+    """Checks of everything that the unfinished stages need."""
     found = {
         "packages": partial(preflight.packages, job.options.fp8, job.use_gpu),
         "memory": partial(preflight.memory, job.plan, job.scaling),
@@ -309,7 +309,7 @@ def checks(job: Job, stages: Stages) -> preflight.Checks:
 
 
 def make_conversations(job: Job, tokenizer_uri: str, stages: Stages) -> dict:
-    """{folder, inputs, …}: rows to finetune on, or those that the same inputs gave before."""
+    """{folder, inputs, …} of the rows for finetuning. Rows of the same inputs are reused."""
     tokenizer, T = Tokenizer.load(tokenizer_uri), job.plan.config.sequence_len
     identity = job.options.identity and storage.version(storage.absolute(job.options.identity))
     made, inputs = stages.result("sft data"), storage.fingerprint(asdict(job.mixture), identity, tokenizer.sha, T)
@@ -320,16 +320,19 @@ def make_conversations(job: Job, tokenizer_uri: str, stages: Stages) -> dict:
     tokens, most = counts["rows"] * T, job.scaling.max_workers
     batch = sft.batch_size(job.plan.total_batch_size, tokens, T)
     if not sft_steps(job) and (batch < most * T or tokens < sft.MIN_STEPS * batch):
-        raise ValueError(f"{tokens:,} tokens are too few to finetune on: under {sft.MIN_STEPS} steps of {most} workers")
+        raise ValueError(
+            f"{tokens:,} tokens of conversations are too few: {most} workers would make fewer than {sft.MIN_STEPS} "
+            "steps; add conversations, or --skip sft"
+        )
     return {"folder": folder, "inputs": inputs} | {name: counts[name] for name in ("conversations", "rows", "tokens")}
 
 
 def load_eval_data(job: Job, stages: Stages) -> tuple[str | None, dict[str, list[dict]]]:
-    """The folder of CORE's bundle, and ChatCORE's problems; None and {} for what is not measured, or was before."""
+    """(folder of CORE's bundle, ChatCORE's problems). None and {} if a score is skipped or measured already."""
     bundle_dir, problems = None, {}
     if "core" in job.after and not stages.result("core"):
         bundle_dir = storage.absolute(job.options.bundle) if job.options.bundle else bundle.fetch()
-        bundle.read_tasks(bundle_dir)  # raises for what is missing or damaged
+        bundle.read_tasks(bundle_dir)  # raises if a file is missing or damaged
     measured = ["chatcore", *["chatcore after rl"] * ("rl" in job.after)]
     if "chatcore" in job.after and not all(map(stages.result, measured)):
         problems = chat.load_problems(None, job.preset.examples, job.options.datasets_dir)
@@ -337,14 +340,14 @@ def load_eval_data(job: Job, stages: Stages) -> tuple[str | None, dict[str, list
 
 
 def measure_core(job: Job, folder: str, bundle_dir: str) -> dict[str, float]:
-    """On all GPUs, or on this machine's CPUs. Its files are written beside the checkpoint's."""
+    """Measure CORE on all GPUs, or on this machine's CPUs. Its files are written to the checkpoint's folder."""
     actors = int(ray.cluster_resources().get("GPU", 0)) if job.use_gpu else 0
     examples = job.preset.examples or -1
     return core.run(core.CoreOptions(folder, bundle_dir, examples, actors=actors, device="cpu")).metrics()
 
 
 def measure_chatcore(job: Job, folder: str, problems: dict[str, list[dict]]) -> dict[str, float]:
-    """Each task on a GPU of its own, or one after the other on this machine's CPUs."""
+    """Measure ChatCORE, each task on its own GPU, or one after the other on this machine's CPUs."""
     parts = on_gpus(job.use_gpu, "chatcore", answer, [(folder, {name: tasks}) for name, tasks in problems.items()])
     result = chat.ChatResult()
     for part in parts:
@@ -357,14 +360,14 @@ def measure_chatcore(job: Job, folder: str, problems: dict[str, list[dict]]) -> 
 
 
 def on_gpus(use_gpu: bool, stage: str, function: Callable, calls: list[tuple]) -> list:
-    """function(device, *call) of each call: by a Ray task with a GPU each, or here on the CPUs.
+    """function(device, *call) for each call, in a Ray task with one GPU, or in this process on the CPUs.
 
-    A GPU that this process took by itself could be one that somebody else has reserved."""
+    This process must not use a GPU directly, because another job may have reserved it in Ray."""
     if not use_gpu:
         return [function("cpu", *call) for call in calls]
 
     def begin(*call):
-        yield  # it has a GPU
+        yield  # tells the caller that the task has its GPU
         yield function("cuda", *call)
 
     task = ray.remote(num_gpus=1, num_returns="streaming")(begin)
@@ -382,7 +385,7 @@ def answer(device: str, folder: str, problems: dict[str, list[dict]]) -> chat.Ch
 
 
 def find_plan(run_dir: str, depth: int, preset: Preset) -> RunPlan:
-    """The plan of the depth, or on a second start the one that the first decided on."""
+    """The plan of the depth. A restarted run keeps the number of steps of its first start."""
     dial = {
         "target_param_data_ratio": preset.ratio or 12,
         "sequence_len": preset.sequence_len,
@@ -402,9 +405,9 @@ def find_plan(run_dir: str, depth: int, preset: Preset) -> RunPlan:
 
 
 def steps_in(minutes: float, plan: RunPlan) -> int:
-    """How many training steps of the plan this machine's CPUs make in so many minutes, by the fastest of four.
+    """The training steps that this machine's CPUs make in so many minutes, from the fastest of four steps.
 
-    Compiling counts: the workers find what is compiled here in Inductor's cache.
+    The time to compile is subtracted. Workers don't compile again, because they use Inductor's cache.
     """
     began = time.monotonic()
     model = GPT(plan.config)
@@ -414,7 +417,7 @@ def steps_in(minutes: float, plan: RunPlan) -> int:
     rows = plan.total_batch_size // plan.config.sequence_len
     idx = torch.randint(plan.config.vocab_size, (rows, plan.config.sequence_len))
     if minutes >= COMPILING_PAYS and not why_not_compiled("cpu"):
-        print("compiling the model, to see how many steps fit into the minutes", flush=True)
+        print("compiling the model and timing its steps", flush=True)
         model.compile_for_training()
         model(idx, idx).backward()
     seconds = []
@@ -448,13 +451,13 @@ def pretrain_options(job: Job, rows: str) -> pretrain.PretrainOptions:
 
 
 def sft_steps(job: Job) -> int | None:
-    """None for one epoch."""
+    """The steps of finetuning. None for one epoch."""
     return max(1, round(SFT_SHARE * job.plan.num_iterations)) if job.preset.minutes else job.preset.steps
 
 
 def sft_options(job: Job, base: str, rows: int) -> sft.SftOptions:
     steps = sft_steps(job)
-    if job.preset.minutes:  # an epoch at most: in a second one these conversations are learned by heart
+    if job.preset.minutes:  # at most one epoch; in a second one the model memorizes these conversations
         steps = min(steps, max(1, rows * job.plan.config.sequence_len // job.plan.total_batch_size))
     return sft.SftOptions(
         base,
@@ -467,8 +470,7 @@ def sft_options(job: Job, base: str, rows: int) -> sft.SftOptions:
 
 
 def rl_task(job: Job, stages: Stages) -> Task | None:
-    """Word problems, or of what finetuning taught without a network what the model is not sure of. None when the stage
-    that needs it is done."""
+    """RL's task: GSM8K, or counting letters, which needs no download. None if RL is finished already."""
     name = "gsm8k" if job.mixture.mixture == "hub" else "letters"
     return None if stages.result("rl") else load_task(TaskOptions(task=name, datasets_dir=job.options.datasets_dir))
 
@@ -483,7 +485,7 @@ def rl_options(job: Job, chat_model: str) -> rl.RlOptions:
 
 
 def reinforce(job: Job, chat_model: str, task: Task | None, stages: Stages) -> dict:
-    """{checkpoint, steps, pass@1 and pass@k before and after}, or what there was when the stage was done."""
+    """{checkpoint, steps, pass@1 and pass@k before and after}. The earlier result if RL is finished already."""
     if task is None:
         return stages.result("rl")
     result = rl.run(rl_options(job, chat_model), task)
@@ -498,13 +500,13 @@ def reinforce(job: Job, chat_model: str, task: Task | None, stages: Stages) -> d
 
 
 def compiles(job: Job) -> bool | None:
-    """Not where compiling would take longer than what it saves."""
+    """False if compiling would take longer than it saves, else None, so that training decides."""
     few = job.preset.minutes < COMPILING_PAYS if job.preset.minutes else bool(job.preset.steps) and not job.use_gpu
     return False if few else None
 
 
 def conclude(job: Job, stages: Stages, answers: list[dict], newest: str) -> str:
-    """Write the report and print what came out of it all; returns the report's uri."""
+    """Write the report and print the results. Returns the report's URI."""
     scores = stages.result("core") | stages.result("chatcore") | stages.result("chatcore after rl")
     report = storage.join(job.run_dir, "report.html")
     with measuring("writing the answers and scores"):
@@ -537,7 +539,7 @@ def main() -> None:
     options = tyro.cli(SpeedrunOptions, prog="python -m experiments.speedrun", description=__doc__)
     wants_gpu = options.preset == "gpu" and options.use_gpu is None
     if wants_gpu and "RAY_ADDRESS" not in os.environ and not torch.cuda.is_available():
-        raise ValueError("no GPU here for --preset gpu; to rehearse it on CPUs: --use-gpu False --rehearse --depth 2")
+        raise ValueError("--preset gpu finds no GPU here; rehearse on CPUs: --use-gpu False --rehearse --depth 2")
     start_ray()
     run(options)
 

@@ -1,4 +1,4 @@
-"""Figures as inline SVG that takes the colours and the font of the page that it is in."""
+"""Figures as inline SVG that uses the colours and font of its page."""
 
 import io
 import math
@@ -10,16 +10,16 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-# Drawn in these colours, which the page's style sheet then decides, for light and dark and print.
+# Placeholder colours. `svg` replaces them with the style sheet's, which differ for light, dark and print.
 INK, GRID = "#00000a", "#00000b"
 SERIES = [f"#0000a{i}" for i in range(8)]
 CSS_COLORS = {INK: "currentColor", GRID: "var(--grid)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES)}
-DASHES = ["-", (0, (4, 2)), (0, (1, 1.5))]  # tells a ninth run from the first
-NICE_STEPS = [1, 2, 2.5, 5, 10]  # between ticks
+DASHES = ["-", (0, (4, 2)), (0, (1, 1.5))]  # the ninth run has the first one's colour, but another dash
+NICE_STEPS = [1, 2, 2.5, 5, 10]  # allowed distances of ticks, times a power of ten
 
 
 def svg(figure: Figure, name: str) -> Markup:
-    """The same data give the same bytes."""
+    """The figure as an <svg> element. Equal data give equal bytes."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -39,7 +39,7 @@ def empty_figure(width: float = 4.2, height: float = 2.9, left: float = 0.12) ->
 
 
 def style(axes: Axes, x_label: str, y_label: str = "") -> None:
-    """Grid lines and no frame; call it last, as ticks depend on the limits."""
+    """Draw grid lines, ticks and labels without a frame. Call it last, because ticks depend on the limits."""
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
@@ -61,5 +61,5 @@ def style(axes: Axes, x_label: str, y_label: str = "") -> None:
 
 
 def power(value: float) -> str:
-    """2e18; 0.5 and 300 as they are."""
+    """A short text for a tick: 2e18, but 0.5 and 300."""
     return f"{value:g}" if 1e-2 <= value < 1e4 else f"{value:.0e}".replace("e+", "e").replace("e0", "e")

@@ -1,10 +1,10 @@
-"""What the experiments share: training runs as trials of Ray Tune, and their results as one table.
+"""Shared by the experiments: training runs as trials of Ray Tune, and their results as one table.
 
-A trial is a function that needs next to nothing; the Ray Train workers that it starts take the GPUs. The runs of a
-sweep are in one folder, runs/<sweep>/<run>, and that folder is all that is known of it: a run with a result.json is
-finished, any other goes on from its newest checkpoint. So an interrupted sweep is started again with a new Tuner over
-what is not finished, rather than by Tuner.restore: Tune's own state is older than what the runs have written, can be
-torn by a kill, and would not let depths be added to a sweep.
+A trial is a function that needs almost no resources. It starts Ray Train workers, which take the GPUs. The runs of a
+sweep are in one folder, runs/<sweep>/<run>, and this folder is the sweep's only state: a run with a result.json is
+finished, and any other run resumes from its newest checkpoint. So an interrupted sweep starts a new Tuner with the
+unfinished runs instead of calling Tuner.restore. Tune's own state is older than the files of the runs, a kill can
+damage it, and it does not allow to add depths to a sweep.
 """
 
 import csv
@@ -38,11 +38,11 @@ from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.plan import GPU_SHARE, predict_memory, rows_that_fit
 from nanochat_ray.train.pretrain import PretrainOptions
 
-HEAD = {"node:__internal_head__": 0.001}  # a trial's own: on the node that, once lost, ends the sweep in any case
-AS_LARGE = 0.9  # of the largest run's FLOPs: such runs share the GPUs evenly
-CPU_SHARE = 0.9  # of a CPU worker's memory that the plan may fill: it is right to some 10 %
+HEAD = {"node:__internal_head__": 0.001}  # trials run on the head node, because losing it ends the sweep anyway
+AS_LARGE = 0.9  # runs with more than this share of the largest run's FLOPs share the GPUs evenly
+CPU_SHARE = 0.9  # share of a CPU worker's memory that the plan may fill; the plan is accurate to about 10 %
 
-STOPPED = "stopped.json"  # in the folder of a run that the scheduler ended
+STOPPED = "stopped.json"  # file in the folder of a run that the scheduler stopped
 
 COUNTS = ("wte", "value_embeds", "lm_head", "transformer_matrices", "scalars", "total")
 COLUMNS = [
@@ -54,7 +54,7 @@ COLUMNS = [
 
 @dataclass(frozen=True)
 class Preset:
-    """What a machine can do in one go; the depths decide the rest."""
+    """Settings for a kind of machine. The depth decides everything else."""
 
     name: str
     source: str | list[str]
@@ -64,17 +64,16 @@ class Preset:
     window_pattern: str
     ratio: float  # tokens per scaling parameter
     total_batch_size: int | None
-    lr_factor: float  # times the plan's learning rates
+    lr_factor: float  # factor on the plan's learning rates
     eval_tokens: int
     compile: bool | None
     core: bool
 
 
 PRESETS = {
-    # A third of a token per parameter: what two cores do for depths 1 to 4 in minutes. A small vocabulary, so that the
-    # blocks rather than the tables are most of a small model. The rates are not lowered for the small batch, which
-    # would be by a factor 16: at depths 1 and 2 val_bpb was 3.07 and 2.59 with that, 2.48 and 2.05 without, and 2.60
-    # and 2.13 with three times as much.
+    # Two cores train 0.3 tokens per parameter for depths 1 to 4 in minutes. The vocabulary is small, so that the blocks
+    # and not the tables hold most parameters. lr_factor 16 undoes the plan's lower rates for a small batch: val_bpb at
+    # depths 1 and 2 was 3.07 and 2.59 with a factor of 1, 2.48 and 2.05 with 16, and 2.60 and 2.13 with 48.
     "cpu": Preset("cpu", "pydocs", 4096, 256, 64, "L", 0.3, 2048, 16, 65_536, False, False),
     "gpu": Preset("gpu", "climbmix", 32768, 2048, 128, "SSSL", 12, None, 1, 10_485_760, None, True),
 }
@@ -83,37 +82,38 @@ PRESETS = {
 @dataclass
 class SweepOptions:
     preset: Literal["auto", "cpu", "gpu"] = "auto"
-    """cpu: minutes on a laptop, on docstrings of the installed packages. gpu: nanochat's sizes, on climbmix."""
+    """cpu: minutes on a laptop, with docstrings of the installed packages. gpu: nanochat's sizes, with climbmix. auto:
+    gpu if the cluster has GPUs."""
     source: list[str] | None = None
-    """One source or several to mix, as for prepare; the default is the preset's."""
+    """One source or several to mix, as for prepare. Default: the preset's."""
     rows: str | None = None
-    """Folder of rows that prepare made, in place of a source."""
+    """Folder of prepared rows, used in place of a source."""
     ratio: float | None = None
-    """Training tokens per scaling parameter; the default is the preset's."""
+    """Training tokens per scaling parameter. Default: the preset's."""
     workers: list[int] | None = None
-    """Training workers of a run: one number for all, or one a depth. The default is one on CPUs; on GPUs all of them
-    for the largest run, or a share if several are as large, and for the others as many as let them be done no later."""
+    """Training workers per run: one number for all runs, or one per depth. Default: 1 on CPUs. On GPUs, the largest run
+    takes all GPUs (several of about that size share them), and smaller runs take enough to finish no later."""
     device_batch_size: int | None = None
-    """Rows in one forward pass of a worker; the default is by the memory plan. Halved when memory runs out."""
+    """Rows in one forward pass of a worker. Default: from the memory plan. It is halved if memory runs out."""
     bundle: str | None = None
-    """Folder of a CORE bundle to score every model on. The gpu preset downloads the published one."""
+    """Folder of a CORE bundle, on which every model is scored. The gpu preset downloads the published one."""
     max_per_task: int = -1
-    """Examples of each CORE task; -1 for all."""
+    """Examples per CORE task. -1 uses all."""
     seed: int = 42
-    """Of the weights and of the order of rows."""
+    """Seed of the weights and of the order of rows."""
     name: str | None = None
-    """Name of the sweep's folder in runs/; the default is made of the options."""
+    """Name of the sweep's folder in runs/. Default: made from the options."""
 
 
 def preset_of(options: SweepOptions) -> Preset:
-    """The preset with what the options change in it."""
+    """The preset with the changes that the options make."""
     on_gpus = "GPU" in ray.cluster_resources()
     preset = PRESETS[("gpu" if on_gpus else "cpu") if options.preset == "auto" else options.preset]
     return replace(preset, source=options.source or preset.source, ratio=options.ratio or preset.ratio)
 
 
 def shared_rows(options: SweepOptions, preset: Preset, most_tokens: float) -> str:
-    """The folder of rows that all runs train on, prepared unless it is there."""
+    """The folder of rows that all runs train on. It is prepared if it does not exist."""
     if options.rows:
         return storage.absolute(options.rows)
     wanted = prepare.PrepareOptions(
@@ -123,7 +123,7 @@ def shared_rows(options: SweepOptions, preset: Preset, most_tokens: float) -> st
 
 
 def pretrain_options(options: SweepOptions, preset: Preset, rows: str, depth: int, **changes) -> PretrainOptions:
-    """A run of the sweep, without its name and its workers."""
+    """Options of one run of the sweep, without its name and workers."""
     return PretrainOptions(
         depth=depth,
         rows=rows,
@@ -145,7 +145,7 @@ def plan_of(options: PretrainOptions) -> RunPlan:
 
 
 def scaling_params(preset: Preset, depth: int) -> int:
-    """Of a depth, before there are rows to say how long they are."""
+    """The scaling parameters of a depth, before rows exist."""
     return plan_run(
         depth,
         sequence_len=preset.sequence_len,
@@ -157,20 +157,20 @@ def scaling_params(preset: Preset, depth: int) -> int:
 
 
 def spaced(run: PretrainOptions, parts: int = 4) -> PretrainOptions:
-    """With a measurement, and a checkpoint to go on from, after each of `parts` of a short run."""
+    """Make a short run measure and save after each of `parts` equal parts."""
     every = max(1, plan_of(run).num_iterations // parts)
     return replace(run, eval_every=min(every, run.eval_every), save_every=min(every, run.save_every))
 
 
 def share_workers(options: SweepOptions, plans: Sequence[RunPlan]) -> list[int]:
-    """Workers of each run: those asked for, else on GPUs powers of two, at least as many as the memory needs.
+    """Workers of each run: those in the options, else on GPUs a power of two, at least as many as the memory needs.
 
-    The largest run takes all GPUs, several that are as large share them, and no smaller one is done after it.
+    The largest run takes all GPUs. Several runs of about that size share them. Smaller runs finish no later.
     """
     if options.workers:
         if len(options.workers) not in (1, len(plans)):
             raise ValueError(
-                f"--workers gives {len(options.workers)} numbers for {len(plans)} runs: give one or as many"
+                f"--workers has {len(options.workers)} numbers for {len(plans)} runs: give one number, or one per run"
             )
         return [*options.workers] * (len(plans) if len(options.workers) == 1 else 1)
     gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -189,14 +189,14 @@ def share_workers(options: SweepOptions, plans: Sequence[RunPlan]) -> list[int]:
 
 
 def fits(plan: RunPlan, workers: int, memory: float) -> bool:
-    """Whether a GPU's memory is enough for one of so many workers, with a row a forward pass."""
+    """Whether a GPU has enough memory for one of so many workers, with one row per forward pass."""
     return sum(predict_memory(plan.config, workers, 1, False, torch.bfloat16).values()) <= memory
 
 
 def begin(kind: str, options: SweepOptions, inputs: dict, **about) -> tuple[str, str]:
-    """(name, folder) of a sweep. inputs: what all its runs share, so that a folder never mixes those of two sweeps.
+    """Write sweep.json and return (name, folder) of the sweep. inputs: the settings that all its runs share.
 
-    Raises ValueError naming what differs in the folder of that name.
+    Raises ValueError that names the differences if the folder exists with other inputs, so that sweeps never mix.
     """
     inputs = json.loads(json.dumps(inputs))
     name = options.name or f"{kind.replace('_', '-')}-{storage.fingerprint(inputs)[:6]}"
@@ -206,15 +206,15 @@ def begin(kind: str, options: SweepOptions, inputs: dict, **about) -> tuple[str,
         theirs = storage.read_json(uri)["inputs"]
         if differing := [key for key in inputs if inputs[key] != theirs.get(key)]:
             was, now = (", ".join(f"{key} {d.get(key)}" for key in differing) for d in (theirs, inputs))
-            raise ValueError(f"{folder} was begun with {was}, not {now}: take another --name or delete it")
+            raise ValueError(f"{folder} was started with {was}, not {now}: take another --name or delete the folder")
     storage.write_json(uri, {"kind": kind, "inputs": inputs, "options": asdict(options), **about})
     return name, folder
 
 
 def trial(name: str, run: PretrainOptions, workers: int, options: SweepOptions, **more) -> dict:
-    """What the trial of a run is given. `name` is that of the run folder in the sweep's."""
+    """The configuration of a run's trial. `name`: the run's folder inside the sweep's."""
     plan, preset = plan_of(run), preset_of(options)
-    most = max(1, plan.total_batch_size // workers // plan.config.sequence_len)  # else halving would change nothing
+    most = max(1, plan.total_batch_size // workers // plan.config.sequence_len)  # more rows than exist can't be halved
     rows = min(most, run.device_batch_size or device_batch_size(run, workers))
     return {
         "name": name,
@@ -224,13 +224,13 @@ def trial(name: str, run: PretrainOptions, workers: int, options: SweepOptions, 
         "bundle": options.bundle or (bundle.fetch() if preset.core else None),
         "max_per_task": options.max_per_task,
         "base_lrs": BASE_LRS,
-        "columns": {},  # more of them for results.csv
+        "columns": {},  # further columns of results.csv
         **more,
     }
 
 
 def device_batch_size(run: PretrainOptions, workers: int) -> int:
-    """Rows of a forward pass: as many as a single run takes, halved until the memory plan fits."""
+    """Rows in a forward pass, as a single run chooses them: halved until the memory plan fits."""
     plan, scaling = plan_of(run), hosts.scaling_config(workers)
     most = plan.total_batch_size // workers // plan.config.sequence_len
     dtype, memory = launch.worker_dtype(run.dtype, scaling), worker_memory(scaling)
@@ -238,7 +238,7 @@ def device_batch_size(run: PretrainOptions, workers: int) -> int:
 
 
 def worker_memory(scaling: ray.train.ScalingConfig) -> float:
-    """Bytes that the plan of a worker may fill; inf for GPUs of an unknown kind."""
+    """Bytes that a worker's plan may fill. inf for GPUs of an unknown type."""
     if scaling.use_gpu:
         return GPU_SHARE * launch.smallest_gpu()
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -250,11 +250,12 @@ def worker_memory(scaling: ray.train.ScalingConfig) -> float:
 
 
 def train_trial(config: dict, failing: ActorHandle) -> None:
-    """Train a run to its end and write its result.json. A failure is reported, not raised: Tune would print a page.
+    """Train a run to its end and write its result.json.
 
-    A score that can't be had is reported too, and the run has a result without it."""
+    A failure is reported, not raised, because Tune would print a page of trace. A score that can't be measured is
+    reported, too, and the result is written without it."""
     given = config["trial"]
-    os.environ["NANOCHAT_RAY_HOME"] = given["home"]  # the driver's: Ray may have been started with another
+    os.environ["NANOCHAT_RAY_HOME"] = given["home"]  # the driver's, because Ray may have been started with another
     options = PretrainOptions(**given["options"])
     measuring.failed.clear()
     try:
@@ -265,15 +266,16 @@ def train_trial(config: dict, failing: ActorHandle) -> None:
 
 
 def report_failure(given: dict, run_dir: str, error: Exception) -> None:
-    """Tell Tune of a failed run, for the next start to try again. One that diverged would only do so again: it is
-    finished, with a result that has no loss."""
+    """Report a failed run to Tune. The next start of the sweep tries it again.
+
+    A run that diverged would do so again, so it counts as finished, with a result that has no loss."""
     if not (found := DIVERGED.search(str(error))):
         tune.report({"error": f"{type(error).__name__}: {error}"})
         return
     row = {"run": storage.name(run_dir), "notes": f"diverged: {found[0]}", "val_bpb": None, "core_metric": None}
     row |= {key: given["options"][key] for key in ("seed", "workers")}
     plan = storage.read_json(storage.join(run_dir, "config.json")).get("plan", {})
-    if "param_counts" in plan:  # of pretraining
+    if "param_counts" in plan:  # a pretraining run; RL has no such plan
         row |= planned(plan)
     storage.write_json(storage.join(run_dir, "result.json"), row | given["columns"])
 
@@ -295,8 +297,10 @@ def finish_trial(given: dict, options: PretrainOptions, checkpoint: str, run_dir
 
 
 def train_within_memory(options: PretrainOptions, base_lrs: dict[str, float], failing: ActorHandle):
-    """(result, the options it was got with, notes). Out of memory, the device batch is halved; a run that lost its
-    workers otherwise goes on as often as a single run does."""
+    """Train and return (result, the final options, notes).
+
+    If memory runs out, the device batch is halved. After other failures of workers, the run resumes as often as a
+    single run does."""
     failures, notes = 0, []
     while True:
         known = ray.get(failing.bad_places.remote())
@@ -307,18 +311,18 @@ def train_within_memory(options: PretrainOptions, base_lrs: dict[str, float], fa
             rows = options.device_batch_size
             if OUT_OF_MEMORY.search(str(error)) and rows > 1:
                 options = replace(options, device_batch_size=rows // 2)
-                notes.append(f"out of memory with {rows} rows a forward pass, went on with {rows // 2}")
+                notes.append(f"out of memory with {rows} rows per forward pass, continued with {rows // 2}")
                 continue
             failures += 1
             if failures > launch.MAX_FAILURES:
                 raise
             if bad := ray.get(failing.bad_places.remote()) - known:
                 notes.append(f"workers failed twice on {described(bad)}")
-                tune.report({"said": f"{notes[-1]}: all runs go on without if there are others"})
+                tune.report({"said": f"{notes[-1]}: all runs avoid them if there are others"})
 
 
 def report_to_tune(options: PretrainOptions) -> Callable[[dict], None]:
-    """With the number of measurements of val/bpb so far, the one before the first step included: a scheduler's time."""
+    """A report function that adds "evals", the measurements of val/bpb so far, which is a scheduler's unit of time."""
     return lambda metrics: tune.report(metrics | {"evals": (metrics["step"] - 1) // options.eval_every + 1})
 
 
@@ -327,11 +331,11 @@ def setup_of(options: PretrainOptions) -> dict:
 
 
 def write_result(run_dir: str, more: dict) -> None:
-    """A finished run's line of results.csv, measured from config.json and metrics.jsonl, into result.json."""
+    """Write result.json of a finished run, its line in results.csv, from config.json and metrics.jsonl."""
     config = storage.read_json(storage.join(run_dir, "config.json"))
     plan, lines = config["plan"], read_metrics(run_dir)
     steps = [line for line in lines if "train/loss" in line]
-    speeds = {  # MFU is null on a GPU whose peak is not known
+    speeds = {  # MFU is null on a GPU with an unknown peak
         key: median(values) if (values := [line[key] for line in steps if line[key] is not None]) else None
         for key in ("train/tok_per_sec", "train/mfu")
     }
@@ -353,7 +357,7 @@ def write_result(run_dir: str, more: dict) -> None:
 
 
 def planned(plan: dict) -> dict:
-    """The columns that a run's plan decides."""
+    """The columns of results.csv that follow from a run's plan."""
     tokens = plan["num_iterations"] * plan["total_batch_size"]
     return {
         "depth": plan["depth"],
@@ -377,26 +381,26 @@ def run_trials(
     scheduler=None,
     failing: ActorHandle | None = None,
 ) -> list[dict]:
-    """Run what is not finished, as many at once as the cluster has room for; returns the lines of results.csv.
+    """Run the unfinished trials, as many in parallel as the cluster has room for. Returns the lines of results.csv.
 
-    failing: what trials before have found of the hosts, else they begin to find it.
+    failing: the actor that knows failing hosts from earlier trials; by default a new one.
 
-    Raises ValueError naming the runs that failed, when the others are finished, and KeyboardInterrupt when stopped.
+    When all runs have ended, raises ValueError that names those that failed. Raises KeyboardInterrupt when stopped.
     """
     unfinished = [t for t in trials if not is_finished(folder, t)]
     if done := len(trials) - len(unfinished):
         print(f"{done} of {len(trials)} runs are finished already", flush=True)
-    # The smallest first: whichever waits for room, none that would find it is behind. In parallel as many as find room
-    # if all are the smallest; what is started beyond that would only keep processes waiting.
+    # Start small trials first, so that no trial that fits waits behind one that does not. Limit parallel trials to the
+    # number of the smallest ones that fit. More trials would only be waiting processes.
     unfinished.sort(key=lambda t: t["options"]["workers"])
     progress = Progress(folder, trials, may_stop=scheduler is not None)
     if unfinished:
         scaling = hosts.scaling_config(1)
         if scaling.use_gpu and (held := hosts.room(scaling) - sum(hosts.free_rooms(scaling).values())):
-            print(f"others hold {held} of {hosts.room(scaling)} GPUs: runs that need them wait", flush=True)
-        # Runs have logs and a table of their own; Tune has no other way to be told.
+            print(f"other jobs hold {held} of {hosts.room(scaling)} GPUs: runs that need them wait", flush=True)
+        # Turn off Tune's logs and table, because runs have their own. Tune has only environment variables for this.
         os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
-        os.environ |= {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}  # a run that failed has no loss to report
+        os.environ |= {"TUNE_DISABLE_STRICT_METRIC_CHECKING": "1"}  # a failed run reports no loss
         logging.getLogger("ray.tune").setLevel(logging.ERROR)
         filesystem, path = storage.filesystem(folder)
         if trainable is None:
@@ -421,12 +425,12 @@ def run_trials(
         raise ValueError("\n".join(f"{name} failed: {error}" for name, error in progress.errors.items()))
     missing = len(trials) - len(rows) - sum(storage.exists(storage.join(folder, t["name"], STOPPED)) for t in trials)
     if missing:
-        raise KeyboardInterrupt(f"stopped with {missing} runs unfinished: the same command goes on with them")
+        raise KeyboardInterrupt(f"stopped with {missing} runs unfinished: run the same command again to continue them")
     return rows
 
 
 def is_finished(folder: str, trial: dict) -> bool:
-    """Whether a run has ended, and has its score if one was to be measured. One that diverged has none."""
+    """Whether a run has ended and, if CORE is measured, has its score. A diverged run needs no score."""
     if storage.exists(storage.join(folder, trial["name"], STOPPED)):
         return True
     result = storage.join(folder, trial["name"], "result.json")
@@ -437,7 +441,7 @@ def is_finished(folder: str, trial: dict) -> bool:
 
 
 def concurrent(workers: list[int]) -> int:
-    """How many of the runs have room at once, at most: so many of the smallest."""
+    """How many runs fit in parallel: the number of the smallest ones that fit."""
     free = hosts.room(hosts.scaling_config(max(workers)))
     count = 0
     for needed in sorted(workers):
@@ -447,7 +451,7 @@ def concurrent(workers: list[int]) -> int:
 
 
 def write_results(folder: str, trials: list[dict]) -> list[dict]:
-    """results.csv of the runs that are finished, in the trials' order; returns its lines."""
+    """Write results.csv of the finished runs, in the trials' order. Returns its lines."""
     results = [storage.join(folder, t["name"], "result.json") for t in trials]
     rows = [storage.read_json(uri) for uri in results if storage.exists(uri)]
     text = io.StringIO()
@@ -460,7 +464,7 @@ def write_results(folder: str, trials: list[dict]) -> list[dict]:
 
 
 def read_results(folder: str, name: str = "results.csv") -> list[dict]:
-    """The lines of results.csv, numbers as numbers and None for what is missing."""
+    """The lines of results.csv. Numbers become int or float, and empty fields None."""
     lines = csv.DictReader(io.StringIO(storage.read_text(storage.join(folder, name))))
     return [{key: _value(text) for key, text in line.items()} for line in lines]
 
@@ -475,7 +479,7 @@ def _value(text: str):
 
 
 class Progress(tune.Callback):
-    """One live table of the runs on a terminal; elsewhere a line whenever a tenth of a run is done."""
+    """Prints progress: a live table on a terminal, else one line per tenth of a run."""
 
     def __init__(self, folder: str, trials: list[dict], may_stop: bool):
         self.folder, self.trials, self.may_stop = folder, trials, may_stop
@@ -483,7 +487,7 @@ class Progress(tune.Callback):
         self.errors: dict[str, str] = {}
         self.live: Live | None = None
 
-    def setup(self, **_) -> None:  # not before: what Tune saves of a sweep is pickled with its callbacks
+    def setup(self, **_) -> None:  # not in __init__, because Tune pickles the callback
         console = Console(highlight=False)
         if console.is_terminal:
             self.live = Live(self.table(), console=console, auto_refresh=False)
@@ -516,7 +520,7 @@ class Progress(tune.Callback):
         if not storage.exists(result) and not self.may_stop:
             self.errors[name] = f"it ended without {result}"
             return
-        if not storage.exists(result):  # the scheduler's decision, which holds for a second start, too
+        if not storage.exists(result):  # the scheduler stopped it; remember that for the next start
             last = self.latest.get(name, {})
             storage.write_json(storage.join(self.folder, name, STOPPED), {"step": last.get("step")})
             said = f"{name} stopped early at step {last.get('step')}, val/bpb {last.get('val/bpb', math.nan):.4f}"
@@ -534,8 +538,8 @@ class Progress(tune.Callback):
             print(said, flush=True)
 
     def on_trial_error(self, iteration, trials, trial, **_) -> None:
-        """The trial's own process is lost."""
-        self.errors.setdefault(trial.config["trial"]["name"], f"its trial ended early, see {trial.error_file}")
+        """The process of a trial has died."""
+        self.errors.setdefault(trial.config["trial"]["name"], f"its process ended early, see {trial.error_file}")
 
     def on_experiment_end(self, trials, **_) -> None:
         if self.live:

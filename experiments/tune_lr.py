@@ -1,10 +1,10 @@
-"""Are the base learning rates right? A search at a small depth, and whether its find holds there and at a larger one.
+"""Searches learning rates at a small depth, and checks the result there and at a larger depth.
 
     python -m experiments.tune_lr --preset cpu --depth 1 --transfer-depth 2
 
-Rates are drawn log-uniformly around the base rates; ASHA (arXiv:1810.05934) stops those that fall behind. A ratio
-decides how long a run is, so each has a search of its own. The best of many runs is best by luck, too: so the best
-rates and the base rates are then trained at both depths with seeds that the search has not seen, and compared in pairs.
+Rates are drawn log-uniformly around the base rates, and ASHA (arXiv:1810.05934) stops bad trials early. Each ratio of
+tokens to parameters has its own search, because it sets the length of a run. The best of many runs is partly best by
+chance. So the best rates and the base rates are trained again at both depths with new seeds and compared in pairs.
 """
 
 import math
@@ -21,31 +21,31 @@ from nanochat_ray.model.scaling import BASE_LRS
 from nanochat_ray.session import one_line_errors, start_ray
 from nanochat_ray.train.failing import shared
 
-DEPTHS = {"cpu": (1, 2), "gpu": (12, 20)}  # of the search and of the check
-MEASUREMENTS = 9  # of val/bpb in a run, besides the one before its first step
-NEVER = 100  # measurements after which every trial is stopped
-RUNG = 6  # the measurement at which a trial may be stopped: after 5 of 9, the one before the first step counts
-KEPT = 3  # one of so many goes on
+DEPTHS = {"cpu": (1, 2), "gpu": (12, 20)}  # (of the search, of the check)
+MEASUREMENTS = 9  # of val/bpb per run, besides the one before the first step
+MAX_T = 100  # upper bound on measurements per trial (ASHA)
+GRACE_PERIOD = 6  # first measurement at which a trial may be stopped (ASHA); the one before the first step counts
+REDUCTION_FACTOR = 3  # one of so many trials continues (ASHA)
 
 
 @dataclass
 class TuneLrOptions(sweep.SweepOptions):
     depth: int | None = None
-    """Where rates are searched; the default is 1 in the cpu preset and 12 in the gpu preset."""
+    """Depth of the search. Default: 1 in the cpu preset, 12 in the gpu preset."""
     transfer_depth: int | None = None
-    """Where they are checked; the default is 2 in the cpu preset and 20 in the gpu preset."""
+    """Larger depth at which the best rates are checked. Default: 2 in the cpu preset, 20 in the gpu preset."""
     samples: int = 12
-    """Sets of rates; the first are the base rates."""
+    """Sets of rates to try. The first set is the base rates."""
     factor: float = 4.0
-    """Each rate is drawn from its base rate divided by this to multiplied by this."""
+    """Each rate is drawn between its base rate divided by this factor and multiplied by it."""
     check_seeds: int = 5
-    """Seeds with which the best rates and the base rates are trained again, at each of the two depths."""
+    """Seeds for the check at each of the two depths."""
     ratios: list[float] | None = None
-    """Tokens per scaling parameter, with a search for each; the default is the preset's ratio alone."""
+    """Tokens per scaling parameter. Each ratio has its own search. Default: the preset's ratio."""
 
 
 def run(options: TuneLrOptions) -> str:
-    """Search, check, and return the uri of the report. Raises what run_trials raises."""
+    """Search, check, and return the URI of the report. Raises what run_trials raises."""
     preset = sweep.preset_of(options)
     depth, larger = DEPTHS[preset.name]
     depth, larger = options.depth or depth, options.transfer_depth or larger
@@ -56,7 +56,7 @@ def run(options: TuneLrOptions) -> str:
     said = []
 
     def trial(label: str, depth: int, ratio: float, rates: dict[str, float], count: int, seed: int, **columns) -> dict:
-        """One of `count` that differ in their rates alone."""
+        """One of `count` trials that share the GPUs."""
         run = sweep.pretrain_options(options, replace(preset, ratio=ratio), rows, depth, run=f"{name}/{label}")
         run = replace(sweep.spaced(run, MEASUREMENTS), seed=seed)
         workers, *_ = sweep.share_workers(options, [sweep.plan_of(run)] * count)
@@ -71,7 +71,7 @@ def run(options: TuneLrOptions) -> str:
             trial(f"r{ratio:g}-{i}", depth, ratio, rates, len(draws), options.seed) for i, rates in enumerate(draws)
         ]
         everything += searched
-        asha = ASHAScheduler("evals", "val/bpb", "min", NEVER, RUNG, reduction_factor=KEPT)
+        asha = ASHAScheduler("evals", "val/bpb", "min", MAX_T, GRACE_PERIOD, reduction_factor=REDUCTION_FACTOR)
         found = sweep.run_trials(folder, searched, scheduler=asha, failing=failing)
         found = [row for row in found if paired.is_measured(row, "val_bpb")]
         if not found:
@@ -99,7 +99,7 @@ def run(options: TuneLrOptions) -> str:
 
 
 def sample_rates(count: int, factor: float, seed: int) -> list[dict[str, float]]:
-    """The base rates, then draws around them."""
+    """The base rates, then count − 1 random sets of rates around them."""
     random = np.random.default_rng(seed)
     return [
         {key: lr * math.exp(random.uniform(-1, 1) * math.log(factor)) if i else lr for key, lr in BASE_LRS.items()}
@@ -108,11 +108,11 @@ def sample_rates(count: int, factor: float, seed: int) -> list[dict[str, float]]
 
 
 def best_seen(ratio: float, depth: int, found: list[dict], best: dict) -> str:
-    """A line on the search. It gives no gain: the best of many single runs is better than its rates are."""
+    """A sentence on the best trial. It names no gain, because the best of many single runs is partly best by chance."""
     factors = ", ".join(f"{key.removesuffix('_lr')} × {best[key] / lr:.2f}" for key, lr in BASE_LRS.items())
-    line = f"ratio {ratio:g}, depth {depth}: the best seen of {len(found)} finished trials is {factors}"
+    line = f"ratio {ratio:g}, depth {depth}: the best of {len(found)} finished trials has {factors}"
     if all(best[key] == lr for key, lr in BASE_LRS.items()):
-        return f"{line}: the base rates, nothing to check"
+        return f"{line}: these are the base rates, so there is nothing to check"
     return line
 
 

@@ -1,13 +1,13 @@
-"""Checkpoints: save, find, load at any number of workers, and import from nanochat.
+"""Checkpoints: saves, finds, loads at any number of workers, and imports from nanochat.
 
-A checkpoint is a folder step_000123/: model.safetensors (fp32), one optimizer_00000.safetensors a rank, the
+A checkpoint is a folder step_000123/: model.safetensors (fp32), one optimizer_00000.safetensors per rank, the
 tokenizer's two files, and meta.json with the step, the row position and each file's size and sha256. meta.json is
-written last: a folder without it, or whose files do not match it, is not a checkpoint. A Writer writes them while the
-training goes on.
+written last. A folder without it, or whose files do not match it, is not a checkpoint. A Writer writes checkpoints
+while training continues.
 
-Files are not named by the attempt that wrote them. A worker that is left over, as on a host that was cut off, may
-replace one of the same step later. Its hash is then not the one that the new rank took while it wrote, and the
-checkpoint is skipped for the one before: what two attempts wrote is never loaded together.
+File names do not depend on the start that wrote them. So a leftover worker of an earlier start, for example on a host
+without network, may replace a file of the same step later. Then its hash differs from the one in meta.json, and the
+previous checkpoint is used instead. Files of two starts are never loaded together.
 """
 
 import hashlib
@@ -37,14 +37,14 @@ from nanochat_ray.node_cache import localize
 
 
 def compute_dtype(dtype: torch.dtype | str | None, device: torch.device | str) -> torch.dtype:
-    """The dtype or the one of that name; None is bf16 where it is fast, else fp32. Raises ValueError for others.
+    """float32 or bfloat16, by dtype or name. None is bf16 if the device is fast at it, else fp32.
 
-    It is fast on CUDA SM80 and later, and on CPUs with AMX-BF16 or AVX512-BF16.
+    CUDA SM80 and later are fast, and CPUs with AMX-BF16 or AVX512-BF16. Raises ValueError for other dtypes.
     """
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         if name not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype {name} is not one of float32, bfloat16")
+            raise ValueError(f"dtype {name} is not supported: take float32 or bfloat16")
         return getattr(torch, name)
     if torch.device(device).type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
@@ -55,30 +55,30 @@ def compute_dtype(dtype: torch.dtype | str | None, device: torch.device | str) -
 
 
 class Writer:
-    """Writes a run's checkpoints, one at a time, while training goes on. Every rank has one, and writes its part.
+    """Writes a run's checkpoints, one at a time, while training continues. Each rank has a Writer for its part.
 
-    start copies the state to host memory, and a thread writes the copy. Call wait_for_copies before the state changes
-    again. finish ends what start began: when the parts of all ranks are on disk, rank 0 writes meta.json; when one
-    could not be written, none is kept. amend changes what meta.json says, before or after.
+    `start` copies the state to host memory, and a thread writes the copy. Call `wait_for_copies` before the state
+    changes again. `finish` waits for the parts of all ranks; then rank 0 writes meta.json, or deletes the checkpoint if
+    a part failed. `amend` changes entries of meta.json, before or after `finish`.
     """
 
     def __init__(self, run_dir: str, tokenizer: Tokenizer, rank: int = 0, world_size: int = 1):
         self.run_dir, self.tokenizer, self.rank, self.world_size = run_dir, tokenizer, rank, world_size
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self.copies = HostCopies()
-        self.part: Future | None = None  # this rank's files of the checkpoint that start began
+        self.part: Future | None = None  # this rank's part of the checkpoint in progress
 
     def start(
         self, step: int, model: GPT, optimizer: MuonAdamW | None, meta: dict, flush: Callable[[], None] | None = None
     ) -> None:
-        """Begin checkpoints/step_{step:06d}; every rank calls this. flush is called when the files are written."""
+        """Start checkpoints/step_{step:06d}. Every rank calls this. flush is called when the files are written."""
         if self.part is not None:
-            raise RuntimeError("the checkpoint before is not finished")
+            raise RuntimeError("the previous checkpoint is not finished: call finish first")
         self.folder = _folder(self.run_dir, step)
         self.meta = {**meta, "step": step, "model_config": asdict(model.config)}
         files = {}
         if optimizer is not None:
-            self.meta["world_size"] = self.world_size  # each rank writes one file of the state
+            self.meta["world_size"] = self.world_size  # the number of the optimizer's files
             state = optimizer.shard_state()
             first_rows = json.dumps({key: row for key, (row, _) in state.items()})
             tensors = {key: value for key, (_, value) in state.items()}
@@ -90,14 +90,14 @@ class Writer:
         self.part = self.thread.submit(self._write, self.folder, files, flush, arrived)
 
     def wait_for_copies(self) -> None:
-        """Call it before what start copies is changed: a GPU does not go on before it has been copied."""
+        """Call this before the state changes. It makes the GPU wait until the copies are complete."""
         self.copies.hold()
 
     def _write(self, folder: str, files: dict, flush: Callable[[], None] | None, arrived: Callable[[], None]) -> dict:
-        """What meta.json says of this rank's files."""
+        """Write this rank's files. Returns their entries for meta.json."""
         arrived()
         if self.rank == 0 and storage.exists(storage.join(folder, "meta.json")):
-            storage.remove(storage.join(folder, "meta.json"))  # of a damaged one: its other files are replaced now
+            storage.remove(storage.join(folder, "meta.json"))  # of a damaged checkpoint, whose files are replaced now
         entries = {name: _write_tensors(storage.join(folder, name), *content) for name, content in files.items()}
         if self.rank == 0:
             self.tokenizer.save(folder)
@@ -105,21 +105,21 @@ class Writer:
                 file = localize(storage.join(folder, name))
                 entries[name] = {"size": file.stat().st_size, "sha256": _sha256(file)}
         if flush:
-            with suppress(OSError):  # of a log: it costs no weights, and says itself what it lost
+            with suppress(OSError):  # the log reports its own losses, and they don't affect the weights
                 flush()
         return entries
 
     def written(self) -> bool:
-        """Whether this rank has nothing more to write: finish would not wait for it."""
+        """Whether this rank's part is written, so that finish does not wait for it."""
         return self.part is None or self.part.done()
 
     def finish(self) -> str | None:
-        """End what start began, if anything; every rank calls this. Returns why it could not be written, or None."""
+        """Finish the checkpoint in progress, if any. Every rank calls this. Returns why it failed, or None."""
         if self.part is None:
             return None
         try:
             part, error = self.part.result(), None
-        except Exception as e:  # OSError of a disk, but object stores have errors of their own
+        except Exception as e:  # OSError for disks; object stores raise other errors
             part, error = {}, f"{type(e).__name__}: {e}"
         self.part = None
         parts = gather((part, error), self.world_size)
@@ -131,12 +131,12 @@ class Writer:
                     storage.write_json(storage.join(self.folder, "meta.json"), {**self.meta, "files": files})
             except Exception as e:
                 error = f"{type(e).__name__}: {e}"
-            # In the thread, as deleting large files takes a while.
+            # Delete in the thread, because deleting large files takes a while.
             self.thread.submit(storage.remove, self.folder) if error else self.thread.submit(prune, self.run_dir)
         return next((error for error in gather(error, self.world_size) if error), None)
 
     def amend(self, step: int, changes: dict) -> None:
-        """Change what meta.json says of the newest checkpoint, that of `step`. Raises OSError when it can't be."""
+        """Change entries of the newest checkpoint's meta.json. Its step is `step`. Raises OSError if that fails."""
         if self.part is not None:
             self.meta |= changes
         elif self.rank == 0:
@@ -145,14 +145,14 @@ class Writer:
             self.thread.submit(prune, self.run_dir)
 
     def close(self) -> None:
-        """Wait until nothing is written or deleted any more."""
+        """Wait until all writing and deleting has ended."""
         self.thread.shutdown()
 
 
 def save_checkpoint(
     run_dir: str, step: int, model: GPT, optimizer: MuonAdamW | None, tokenizer: Tokenizer, meta: dict
 ) -> str:
-    """Write checkpoints/step_{step:06d} of a run and wait for it; returns the folder. Raises OSError if it can't be."""
+    """Write checkpoints/step_{step:06d} of a run and wait for it. Returns the folder. Raises OSError if that fails."""
     writer = Writer(run_dir, tokenizer)
     writer.start(step, model, optimizer, meta)
     error = writer.finish()
@@ -163,18 +163,18 @@ def save_checkpoint(
 
 
 def several(world_size: int) -> bool:
-    """Whether there are other ranks to talk to.
+    """Whether there are other ranks to communicate with.
 
-    Raises RuntimeError when there were: Ray destroys the process group of workers that it ends, and their training goes
-    on for a moment. What one of them then takes for a whole would be a part.
+    Raises RuntimeError if the process group is gone. Ray destroys it when it ends workers, which then run on for a
+    moment. They must not take their own part for the whole.
     """
     if world_size > 1 and not dist.is_initialized():
-        raise RuntimeError("the process group is gone, as Ray is ending these workers")
+        raise RuntimeError("the process group is gone, because Ray is ending these workers")
     return world_size > 1
 
 
 def gather(value, world_size: int) -> list:
-    """Every rank's value, on every rank."""
+    """The values of all ranks, on every rank."""
     values = [value] * world_size
     if several(world_size):
         dist.all_gather_object(values, value)
@@ -182,10 +182,9 @@ def gather(value, world_size: int) -> list:
 
 
 class HostCopies:
-    """Copies of tensors in host memory, of what they hold when they are taken.
+    """Copies of tensors in host memory.
 
-    Those of a GPU travel on a stream of their own while it computes on, into page-locked buffers that are kept for the
-    next time.
+    GPU tensors are copied on their own stream while the GPU computes, into pinned buffers that are reused.
     """
 
     def __init__(self):
@@ -200,7 +199,9 @@ class HostCopies:
         if device is None:
             return {file: {name: named[file, name].clone() for name in files[file]} for file in files}, lambda: None
         self.stream = self.stream or torch.cuda.Stream(device)
-        self.stream.wait_stream(torch.cuda.current_stream(device))  # for the step before, which changes them
+        self.stream.wait_stream(
+            torch.cuda.current_stream(device)
+        )  # wait for the previous step, which changes the tensors
         with torch.cuda.stream(self.stream):
             for key, tensor in named.items():
                 if key not in self.buffers:
@@ -212,29 +213,29 @@ class HostCopies:
         return copies, self.event.synchronize
 
     def hold(self) -> None:
-        """Let the work that is queued on the GPU from here on wait for the copies."""
+        """Make work that is queued on the GPU from now on wait for the copies."""
         if self.event is not None:
             torch.cuda.current_stream(self.stream.device).wait_event(self.event)
             self.event = None
 
 
 def _write_tensors(uri: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> dict:
-    """Write tensors in fp32 as safetensors, whole or not at all; returns {size, sha256}.
+    """Write tensors in fp32 as safetensors. Returns {size, sha256}. An interrupted write leaves no file.
 
-    Not by safetensors' own save_file, as this hashes what it writes without reading it again, and says which disk is
-    full. The format: the header's length (8 bytes, little endian), the header as JSON, then the tensors' bytes.
+    safetensors' save_file is not used, because this hashes while it writes, and its errors name the full disk. The
+    format: the header's length (8 bytes, little endian), the header as JSON, then the tensors' bytes.
     """
     header, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # so that the tensors are aligned
+    encoded += b" " * (-len(encoded) % 8)  # align the tensors
     sha256, size = hashlib.sha256(), 8 + len(encoded) + end
     with storage.writing(uri) as f:
         for piece in (len(encoded).to_bytes(8, "little"), encoded, *tensors.values()):
             if isinstance(piece, torch.Tensor):
-                piece = piece.float().reshape(-1).view(torch.uint8).numpy().data  # one in fp32 at a time
+                piece = piece.float().reshape(-1).view(torch.uint8).numpy().data  # converts one tensor at a time
             f.write(piece)
             sha256.update(piece)
     return {"size": size, "sha256": sha256.hexdigest()}
@@ -260,7 +261,7 @@ def _folders(run_dir: str) -> list[str]:
 
 
 def remove_unfinished(run_dir: str) -> None:
-    """Delete what saves that were cut short have left. Only for who alone writes into the run."""
+    """Delete the folders of interrupted saves. Only the one process that writes to the run may call this."""
     for folder in set(_folders(run_dir)) - set(checkpoints(run_dir)):
         storage.remove(folder)
 
@@ -268,13 +269,12 @@ def remove_unfinished(run_dir: str) -> None:
 def latest_checkpoint(
     run_dir: str, read: bool = True, rank: int = 0, world_size: int = 1, say: Callable[[str], None] = print
 ) -> str | None:
-    """The newest checkpoint whose files are all there and intact. Older ones stand in for a damaged one, with a line
-    that says so.
+    """The newest intact checkpoint, or None. A line reports each damaged one that is skipped.
 
-    read: False looks at sizes alone. When several ranks call it, each reads a part of the files, and all get the same.
+    read: False checks only sizes. If several ranks call this, each reads a part of the files, and all get the same.
     """
     folders = checkpoints(run_dir) if rank == 0 else []
-    folders = gather(folders, world_size)[0]  # one could appear or go between two looks
+    folders = gather(folders, world_size)[0]  # use rank 0's list, because the folder may change between two listings
     for folder in reversed(folders):
         error = None
         try:
@@ -294,10 +294,10 @@ def read_meta(folder: str) -> dict:
 
 
 def verify(folder: str, read: bool = True, rank: int = 0, world_size: int = 1) -> dict:
-    """meta.json of a checkpoint whose files match it. Raises ValueError naming the file that does not.
+    """Check a checkpoint's files and return its meta.json. Raises ValueError that names the damaged file.
 
-    read: False looks at sizes alone. Of several ranks each reads a part of the files, if they are as many as those that
-    wrote it then what it wrote itself.
+    read: False checks only sizes. Of several ranks, each reads a part of the files; if their number is unchanged, each
+    reads the files that it wrote.
     """
     meta_uri = storage.join(folder, "meta.json")
     try:
@@ -311,24 +311,24 @@ def verify(folder: str, read: bool = True, rank: int = 0, world_size: int = 1) -
     for uri, (size, _) in entries.items():
         try:
             if storage.size(uri) != size:
-                raise ValueError(f"{uri} is damaged: its size is not the one in meta.json")
+                raise ValueError(f"{uri} is damaged: its size differs from meta.json")
         except FileNotFoundError:
             raise ValueError(f"{uri} is missing") from None
     mine = (parts + others)[rank::world_size] if read else []
     with ThreadPoolExecutor() as pool:
         for uri, sha256 in zip(mine, pool.map(lambda uri: _sha256(localize(uri)), mine), strict=True):
             if sha256 != entries[uri][1]:
-                raise ValueError(f"{uri} is damaged: its sha256 is not the one in meta.json")
+                raise ValueError(f"{uri} is damaged: its sha256 differs from meta.json")
     return meta
 
 
 def _is_part(name: str) -> bool:
-    """Whether it is a rank's part of the optimizer's state."""
+    """Whether a file is a rank's part of the optimizer's state."""
     return name.startswith("optimizer_")
 
 
 def prune(run_dir: str, keep_last: int = 2) -> None:
-    """Delete all checkpoints but the last ones and the one with the best val/bpb; damaged ones count for nothing."""
+    """Delete all checkpoints except the last ones and the one with the best val/bpb. Damaged ones don't count."""
     folders = checkpoints(run_dir)
     whole = [folder for folder in folders if _has_its_files(folder)]
     scores = {folder: read_meta(folder).get("val/bpb") for folder in whole}
@@ -339,7 +339,7 @@ def prune(run_dir: str, keep_last: int = 2) -> None:
 
 
 def _has_its_files(folder: str) -> bool:
-    """What can be seen of `verify` without reading the files."""
+    """Whether all files exist with the right sizes, without reading them."""
     try:
         entries = read_meta(folder)["files"].items()
         return all(storage.size(storage.join(folder, name)) == entry["size"] for name, entry in entries)
@@ -348,16 +348,16 @@ def _has_its_files(folder: str) -> bool:
 
 
 def resolve_checkpoint(folder: str) -> str:
-    """The folder itself when it is a checkpoint, or the newest checkpoint of a run folder.
+    """The folder itself if it is a checkpoint, else the newest checkpoint of a run folder.
 
-    Raises FileNotFoundError when it is neither, ValueError when it is damaged.
+    Raises FileNotFoundError if it is neither, and ValueError if it is damaged.
     """
     if storage.exists(storage.join(folder, "meta.json")):
         verify(folder)
         return folder
     if newest := latest_checkpoint(folder):
         return newest
-    raise FileNotFoundError(f"no checkpoint in {folder}: give a folder step_… or a run folder that has one")
+    raise FileNotFoundError(f"no checkpoint in {folder}: name a folder step_… or the folder of a run that has one")
 
 
 def run_name(folder: str) -> str:
@@ -369,11 +369,11 @@ def run_name(folder: str) -> str:
 def load_model(
     folder: str, device: torch.device | str = "cpu", dtype: torch.dtype | str | None = None
 ) -> tuple[GPT, Tokenizer, dict]:
-    """(model, tokenizer, meta) of a checkpoint, or of a run's newest. dtype None: what is fastest on the device.
+    """(model, tokenizer, meta) of a checkpoint, or of a run's newest. dtype None: the fastest on the device.
 
-    On a CPU torch gets no more threads than this process may use CPUs: it does not know a container's quota.
-    Raises FileNotFoundError when there is no checkpoint, ValueError when it is damaged, or holds weights that are not
-    numbers.
+    It limits torch's threads to the CPUs of this process, because torch ignores a container's quota.
+    Raises FileNotFoundError if there is no checkpoint, and ValueError if it is damaged or has weights that are NaN or
+    infinite.
     """
     torch.set_num_threads(min(torch.get_num_threads(), machine.available_cpus()))
     folder = resolve_checkpoint(folder)
@@ -385,7 +385,7 @@ def load_model(
         model = GPT(config)
     load_weights(model, folder)
     for name, weight in model.named_parameters():
-        if not weight.detach().sum().isfinite():  # one pass, where isfinite() over all makes three
+        if not weight.detach().sum().isfinite():  # one pass over the memory; isfinite().all() makes three
             raise ValueError(f"{folder}: {name} holds NaN or Infinity; the run diverged, take an earlier checkpoint")
     model.set_compute_dtype(compute_dtype(dtype, device))
     return model.eval(), tokenizer, meta
@@ -406,9 +406,11 @@ def has_optimizer(folder: str) -> bool:
 
 
 def load_optimizer(optimizer: MuonAdamW, folder: str) -> None:
-    """Give each rank its part of the saved state, whatever the number of ranks that saved it. Only that is read."""
+    """Load this rank's part of the saved state, which any number of ranks may have saved. Reads only that part."""
     parts = defaultdict(list)  # "parameter|state" -> [(first row, row after the last, file)]
-    for name in filter(_is_part, read_meta(folder)["files"]):  # not of the folder: a cut-off save may have left more
+    for name in filter(
+        _is_part, read_meta(folder)["files"]
+    ):  # by meta.json, because an interrupted save may have left other files
         uri = storage.join(folder, name)
         with storage.reading(uri) as f:
             header = json.loads(f.read(int.from_bytes(f.read(8), "little")))
@@ -430,24 +432,26 @@ def load_optimizer(optimizer: MuonAdamW, folder: str) -> None:
 
 
 def nanochat_config(written: dict) -> GPTConfig:
-    """Of a nanochat checkpoint's meta. Raises KeyError for a size that it lacks, TypeError for a field unknown here.
+    """The config of a nanochat checkpoint. Raises KeyError for a missing size, and TypeError for an unknown field.
 
-    A field that came later than the model has the value that the model was trained with, which is not today's default.
+    A field that is newer than the checkpoint gets the value that the model was trained with, not today's default.
     """
     config = {"n_kv_head": written["n_head"], "window_pattern": "L"} | written
     if lacking := sorted(config.keys() - written.keys()):
         said = ", ".join(f"{name} {config[name]}" for name in lacking)
-        print(f"import: the meta is older than some fields, which are taken as they were then: {said}", flush=True)
+        print(
+            f"import: the checkpoint is older than these fields and gets their values of that time: {said}", flush=True
+        )
     if missing := [field.name for field in fields(GPTConfig) if field.name not in config]:
         raise KeyError(f"model_config lacks {', '.join(missing)}")
     return GPTConfig(**config)
 
 
 def import_nanochat(source: str, out: str, tokenizer: str, step: int | None = None) -> str:
-    """Turn a nanochat checkpoint folder (model_000600.pt, meta_000600.json) into ours at `out`; returns the folder.
+    """Convert a nanochat checkpoint folder (model_000600.pt, meta_000600.json) to ours at `out`. Returns the folder.
 
-    tokenizer: a folder with nanochat's tokenizer.pkl, or with ours. Tensors are read with weights_only=True and the
-    pickle with an unpickler that builds plain data alone. Raises FileNotFoundError or ValueError naming the file.
+    tokenizer: folder with nanochat's tokenizer.pkl or with our files. Tensors are read with weights_only=True, and the
+    pickle with an unpickler that only builds plain data. Raises FileNotFoundError or ValueError that names the file.
     """
     steps = [int(m[1]) for m in (re.fullmatch(r"model_(\d+)\.pt", name) for name in storage.listdir(source)) if m]
     if not steps or (step is not None and step not in steps):
@@ -465,7 +469,9 @@ def import_nanochat(source: str, out: str, tokenizer: str, step: int | None = No
         raise ValueError(f"{model_file} is not a nanochat checkpoint: {str(error).splitlines()[0]}") from None
     ours = _nanochat_tokenizer(tokenizer)
     if ours.vocab_size != model.config.vocab_size:
-        raise ValueError(f"{tokenizer} has {ours.vocab_size} tokens, the model {model.config.vocab_size}")
+        raise ValueError(
+            f"{tokenizer} has {ours.vocab_size} tokens, but the model {model.config.vocab_size}: name its own tokenizer"
+        )
     meta = {"imported_from": "nanochat", "val/bpb": theirs.get("val_bpb")}
     with tempfile.TemporaryDirectory() as scratch:
         made = save_checkpoint(scratch, step, model, None, ours, meta)
@@ -486,7 +492,7 @@ def _nanochat_tokenizer(folder: str) -> Tokenizer:
 
 
 class _PickledEncoding:
-    """Takes the place of tiktoken's Encoding in the pickle: keeps its fields, runs nothing."""
+    """Replaces tiktoken's Encoding in the pickle. It keeps the fields and runs no code."""
 
     def __setstate__(self, state: dict) -> None:
         self.state = state
@@ -496,4 +502,4 @@ class _EncodingUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
         if (module, name) == ("tiktoken.core", "Encoding"):
             return _PickledEncoding
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is refused")
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is refused")

@@ -1,6 +1,6 @@
-"""Hosts and GPUs on which workers fail again and again: which they are, and how new workers do without them.
+"""Finds hosts and GPUs on which workers fail repeatedly, and keeps new workers away from them.
 
-A host is left out by a label. Ray gives workers any GPU of a host, so a certain one is held by a placeholder instead.
+A host is avoided by a label. Ray can't avoid a single GPU of a host, so a placeholder actor holds it.
 """
 
 import time
@@ -13,30 +13,31 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat_ray import versions
 
-FAILURES = 2  # after which a host or a GPU is left out
-NEWS_SECONDS = 8.0  # in which a placeholder starts if a GPU is free, or becomes so as workers end
-TRY_SECONDS = 60.0  # after which whoever began to look for a GPU has been lost itself
+FAILURES = 2  # after so many, a host or a GPU is avoided
+START_SECONDS = 8.0  # to wait for a placeholder to start on a GPU that is free or becomes free
+TRY_SECONDS = 60.0  # a run that has searched for a GPU for so long is lost
 
-Place = tuple[str, str | None]  # a node, and one of its GPUs or None: the host as a whole
+Place = tuple[str, str | None]  # (node, GPU), or (node, None) for the whole host
 
 
 class Failing:
-    """Counts failures by place. A run has its own, and all runs of a sweep have one actor of it.
+    """Counts failures by place. A run has its own counter; all runs of a sweep share one actor.
 
-    A GPU is left out after two failures, whatever was between: what breaks under load lets steps pass. A host is after
-    two of a run that are not both of one GPU, until forgive is called; and when a GPU less did not help.
+    A GPU is avoided after two failures, even if steps succeeded between them, because a GPU that fails under load lets
+    some steps pass. A host is avoided after two failures in a row of one run that are not both of one GPU, and also if
+    avoiding a GPU did not help. `forgive` ends a row.
     """
 
     def __init__(self):
         self.of_gpus: Counter[Place] = Counter()
-        self.of_hosts: Counter[tuple[str, str]] = Counter()  # by run and node
+        self.of_hosts: Counter[tuple[str, str]] = Counter()  # by (run, node)
         self.bad: set[Place] = set()
         self.held: dict[Place, ActorHandle] = {}
         self.tried: list[ActorHandle] = []
         self.tried_since = 0.0
 
     def blame(self, places: set[Place], run: str = "") -> set[Place]:
-        """Count a failure of a run at each place. Returns what is to be left out from now on."""
+        """Count a failure of a run at each place. Returns the places to avoid from now on."""
         self.of_gpus.update(place for place in places if place[1] is not None)
         hosts = {node for node, _ in places}
         self.of_hosts.update((run, node) for node in hosts)
@@ -47,14 +48,14 @@ class Failing:
         return new
 
     def forgive(self) -> None:
-        """There was a new step: failures of hosts are no longer in a row."""
+        """Reset the failures of hosts after a new step, so that they are no longer in a row."""
         self.of_hosts.clear()
 
     def bad_places(self) -> set[Place]:
         return self.bad
 
     def placeholders(self, node: str, count: int) -> list[ActorHandle]:
-        """Actors that take a GPU of the node each; none while another run of the sweep has some."""
+        """Start actors that each take one GPU of the node. Returns none while another run of the sweep does this."""
         if self.tried and time.monotonic() < self.tried_since + TRY_SECONDS:
             return []
         self.hold({})
@@ -64,7 +65,7 @@ class Failing:
         return self.tried
 
     def hold(self, places: dict[Place, ActorHandle]) -> None:
-        """Keep these placeholders and end the others of that try."""
+        """Keep these placeholders and kill the others that were started with them."""
         self.held |= places
         for actor in self.tried:
             if actor not in places.values():
@@ -72,7 +73,7 @@ class Failing:
         self.tried = []
 
     def release(self, places: set[Place]) -> None:
-        """Give GPUs back, as there are no others any more."""
+        """Release held GPUs, because no other GPUs are left."""
         for place in places & self.held.keys():
             ray.kill(self.held.pop(place))
 
@@ -81,7 +82,7 @@ class Failing:
 
 
 def shared() -> ActorHandle:
-    """An actor of Failing, for all runs of a sweep, that ends with this process."""
+    """An actor of Failing for all runs of a sweep. It ends with this process."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return ray.remote(num_cpus=0, scheduling_strategy=here)(Failing).remote()
 
@@ -93,20 +94,20 @@ class Placeholder:
 
 
 def own_gpu() -> str | None:
-    """Ray's name of the GPU that this process was given."""
+    """Ray's id of this process's GPU; None without one."""
     return next(iter(ray.get_runtime_context().get_accelerator_ids().get("GPU", [])), None)
 
 
 def good_rooms(rooms: dict[str, int], bad: set[Place]) -> dict[str, int]:
-    """By node, for how many workers there is room without what is bad."""
+    """{node: workers that fit without bad places}."""
     gpus = Counter(node for node, gpu in bad if gpu is not None)
     return {node: max(0, room - gpus[node]) for node, room in rooms.items() if (node, None) not in bad}
 
 
 def hold_gpus(failing, bad: set[Place], held: set[Place], sizes: dict[str, int]) -> set[Place]:
-    """Have these GPUs held and no others, so that no worker gets them. Returns those that others hold.
+    """Make placeholders hold exactly the bad GPUs, so that no worker gets them. Returns those that others hold.
 
-    sizes: by node, how many GPUs it has. Placeholders take all free ones of the host, and only the right ones stay.
+    sizes: {node: number of GPUs}. Placeholders first take all free GPUs of a host, then only those on bad GPUs stay.
     """
     bad = {(node, gpu) for node, gpu in bad if gpu is not None and node in sizes}
     if held - bad:
@@ -116,10 +117,10 @@ def hold_gpus(failing, bad: set[Place], held: set[Place], sizes: dict[str, int])
         wanted, found = {place for place in lacking if place[0] == node}, {}
         actors = ray.get(failing.placeholders.remote(node, sizes[node]))
         asked = {actor.gpu.remote(): actor for actor in actors}
-        while wanted - found.keys() and asked and (started := ray.wait(list(asked), timeout=NEWS_SECONDS)[0]):
+        while wanted - found.keys() and asked and (started := ray.wait(list(asked), timeout=START_SECONDS)[0]):
             for ref in started:
                 actor = asked.pop(ref)
-                with suppress(ray.exceptions.RayError):  # its node may be lost
+                with suppress(ray.exceptions.RayError):  # the node may be lost
                     if (place := (node, ray.get(ref))) in wanted:
                         found[place] = actor
         ray.get(failing.hold.remote(found))
@@ -128,7 +129,7 @@ def hold_gpus(failing, bad: set[Place], held: set[Place], sizes: dict[str, int])
 
 
 def described(places: set[Place]) -> str:
-    """host a, GPU 3 of host b"""
+    """The places as text: "host a, GPU 3 of host b"."""
     names = {node["NodeID"]: f"host {host}" for host, node in versions.hosts().items()}
     parts = [(names.get(node, "a lost host"), gpu) for node, gpu in places]
     return versions.listed([host if gpu is None else f"GPU {gpu} of {host}" for host, gpu in parts])

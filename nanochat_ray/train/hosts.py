@@ -1,4 +1,4 @@
-"""The hosts of a run: what it asks of the cluster, waiting for them, which it takes, and which are lost."""
+"""The hosts of a run: requesting them from the cluster, waiting for them, choosing them, and noticing lost ones."""
 
 import os
 import socket
@@ -32,26 +32,21 @@ from nanochat_ray import storage, versions
 from nanochat_ray.measuring import PROGRESS_SECONDS
 from nanochat_ray.train.failing import Place, described, good_rooms, hold_gpus
 
-RESIZE_SECONDS = 30.0  # between looks at whether a returned node lets a run have more workers again
-FIRST_LINE_SECONDS = 5.0  # after which what waits says so
-LOST_HOST_SECONDS = 80.0  # in which Ray finds, with its own settings, that a host is lost
-# Ray Train asks again for the hosts of a run every 20 seconds. Those of a run that was killed are free after so long.
+RESIZE_SECONDS = 30.0  # between checks whether a run can have more workers, because a node has returned
+FIRST_LINE_SECONDS = 5.0  # a wait prints its first line after so long
+LOST_HOST_SECONDS = 80.0  # Ray notices within this time that a host is lost, with its default settings
+# Ray Train renews its request for hosts every 20 seconds. The hosts of a killed run are free after so long.
 RESERVATION_SECONDS = 30
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a run asks of the cluster: at most so many workers. By default there is one on every GPU, and without GPUs
-    one on every host that has as many CPUs as the largest.
+    """What a run requests from the cluster."""
 
-    use_gpu: None takes GPUs where there are any. wait_minutes: how long a cluster has to bring what it lacks. beside:
-    GPUs that the run needs for other actors of its own; the default leaves them free.
-    """
-
-    workers: int | None = None
-    use_gpu: bool | None = None
-    wait_minutes: float = 10
-    beside: int = 0
+    workers: int | None = None  # at most; by default one per GPU, else one per host with as many CPUs as the largest
+    use_gpu: bool | None = None  # None uses GPUs if there are any
+    wait_minutes: float = 10  # to wait for missing hosts
+    beside: int = 0  # GPUs that the default number of workers leaves free for other actors of the run
 
 
 def scaling_config(
@@ -61,11 +56,11 @@ def scaling_config(
     rows: int | None = None,
     beside: int = 0,
 ) -> ray.train.ScalingConfig:
-    """Workers and what each gets, as a Request says. The default on CPUs is no more than the rows of a step.
+    """The number of workers of a Request and the resources of each. rows: upper bound on the default on CPUs.
 
-    Several can be elastic: a run goes on with those that a lost node leaves, one at least, and grows when there is room
-    for more. Others are on one node if they fit the largest, and wait until it has room.
-    Raises ValueError when there are too few GPUs or CPUs and no more can come, or too few CPUs for one of several runs,
+    Several elastic workers continue with those that a lost node leaves, at least one, and grow when there is room for
+    more. Workers that are not elastic are placed on one node if the largest has enough resources.
+    Raises ValueError if there are too few GPUs or CPUs and no more can join, or too few CPUs for a run of a sweep,
     which does not wait for more.
     """
     cpus, gpus = ([int(node.get(kind, 0)) for node in alive().values()] for kind in ("CPU", "GPU"))
@@ -74,12 +69,12 @@ def scaling_config(
     kind, there, each = ("GPU", sum(gpus), 1) if use_gpu else ("CPU", sum(cpus), 1)
     hosts = sum(count == max(cpus) > 0 for count in cpus) if elastic else 1
     workers = workers or (there - beside if use_gpu else min(hosts, rows or hosts)) or 1
-    if not use_gpu:  # each gets as many CPUs as leave room for all workers; a worker must fit on one node
+    if not use_gpu:  # give each worker as many CPUs as possible; a worker must fit on one node
         each = next((n for n in range(max(cpus), 0, -1) if sum(count // n for count in cpus) >= workers), 1)
     if there < workers and not (can_grow() and (elastic or use_gpu)):
         if use_gpu and not there:
-            raise ValueError("no GPU on this machine: leave out --use-gpu and --preset gpu")
-        raise ValueError(f"{workers} workers on {there} {kind}s: give at most one a {kind}")
+            raise ValueError("no GPU on this machine: omit --use-gpu and --preset gpu")
+        raise ValueError(f"{workers} workers are too many for {there} {kind}s: give at most one per {kind}")
     several = elastic and workers > 1
     on_one_node = not several and max((count // each for count in (gpus if use_gpu else cpus)), default=0) >= workers
     return ray.train.ScalingConfig(
@@ -92,16 +87,16 @@ def scaling_config(
 
 
 def can_grow() -> bool:
-    """Whether other hosts may join this Ray: one that this process has started is for this machine alone."""
+    """Whether other hosts may join this Ray. A Ray that this process has started is only for this machine."""
     node = ray._private.worker._global_node
     return node is None or not node.is_head()
 
 
 def wait_for_hosts(request: Request, scaling: ray.train.ScalingConfig, stage: str) -> ray.train.ScalingConfig:
-    """Ask the cluster for all workers, and wait until there is room for them, or for some when wait_minutes are over.
+    """Request resources for all workers and wait for them. After wait_minutes, some are enough.
 
-    An autoscaler brings hosts only when it is asked. Ray Train asks on while the run lasts, and takes what comes.
-    Raises ValueError when there is no room for one worker by then.
+    An autoscaler starts hosts only on request. Ray Train keeps requesting during the run and uses new hosts.
+    Raises ValueError if there is no room for one worker after wait_minutes.
     """
     asking, said = autoscaling.TrainAutoscalingCoordinatorClient(f"nanochat-ray-{os.getpid()}-{time.time()}"), None
     told = 0.0
@@ -116,7 +111,7 @@ def wait_for_hosts(request: Request, scaling: ray.train.ScalingConfig, stage: st
                 said, told = there, time.monotonic()
             time.sleep(1)
             scaling = scaling_config(request.workers, scaling.use_gpu, beside=request.beside)
-    finally:  # also after Ctrl-C, or the hosts stay reserved for minutes
+    finally:  # cancel also after Ctrl-C, or the hosts would stay reserved for minutes
         if said is not None:
             asking.cancel_resource_request()
     if not there:
@@ -127,7 +122,7 @@ def wait_for_hosts(request: Request, scaling: ray.train.ScalingConfig, stage: st
 
 
 def until_started(starting: list, stage: str, kind: str = "GPU") -> None:
-    """Wait for the first of these references, which tasks or actors give when they have a GPU, or a CPU."""
+    """Wait for the first of these references. They are ready when their tasks or actors have a GPU, or a CPU."""
     began, patience = time.monotonic(), FIRST_LINE_SECONDS
     while not ray.wait(starting, num_returns=1, timeout=patience)[0]:
         free, there = (resources().get(kind, 0) for resources in (ray.available_resources, ray.cluster_resources))
@@ -137,29 +132,29 @@ def until_started(starting: list, stage: str, kind: str = "GPU") -> None:
 
 
 def room(scaling: ray.train.ScalingConfig) -> int:
-    """How many such workers the hosts that are there can take, if nothing else runs on them."""
+    """The number of such workers that fit on the present hosts if nothing else runs there."""
     return sum(rooms(scaling, alive()).values())
 
 
 def alive() -> dict[str, dict[str, float]]:
-    """By node, what it has."""
+    """{node: its resources} of all nodes that are alive."""
     return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def rooms(scaling: ray.train.ScalingConfig, nodes: dict[str, dict[str, float]]) -> dict[str, int]:
-    """By node, how many such workers its resources are for."""
+    """{node: number of such workers that fit}."""
     [(kind, each)] = scaling.resources_per_worker.items()
     return {node: int(resources.get(kind, 0) // each) for node, resources in nodes.items()}
 
 
 def wanted(scaling: ray.train.ScalingConfig) -> str:
-    """3 workers of 1 CPU"""
+    """The workers as text: "3 workers of 1 CPU"."""
     [(kind, each)] = scaling.resources_per_worker.items()
     return f"{scaling.max_workers} worker{'s' * (scaling.max_workers > 1)} of {each:g} {kind}{'s' * (each > 1)}"
 
 
 def check_rows(rows: str) -> None:
-    """Raises FileNotFoundError that names hosts without the rows, as when each has a home of its own."""
+    """Raises FileNotFoundError that names hosts without the rows, for example because each has its own home."""
     nodes = versions.hosts()
     if storage.is_remote(rows) or len(nodes) < 2:
         return
@@ -169,7 +164,7 @@ def check_rows(rows: str) -> None:
     for ref in ray.wait(list(refs), num_returns=len(refs), timeout=versions.ANSWER_SECONDS)[0]:
         try:
             lacking += [] if ray.get(ref) else [refs[ref]]
-        except ray.exceptions.RayError:  # a host that is lost is not trained on
+        except ray.exceptions.RayError:  # skip a lost host, because training does not use it
             continue
     if lacking:
         raise FileNotFoundError(
@@ -179,9 +174,9 @@ def check_rows(rows: str) -> None:
 
 
 class Trainer(ray.train.torch.TorchTrainer):
-    """Ray's, with policies that Ray has no settings for.
+    """Ray's trainer, with policies for which Ray has no settings.
 
-    failing: the actor that counts failures by place. The monitor does for a run by itself.
+    failing: the actor that counts failures by place; the monitor if the run is not part of a sweep.
     """
 
     def __init__(self, *args, monitor, failing, **kwargs):
@@ -192,8 +187,8 @@ class Trainer(ray.train.torch.TorchTrainer):
         if self.scaling_config.elasticity_enabled:
             policies["scaling_policy"] = FreeHosts(self.scaling_config, *self.actors)
         policies["failure_policy"] = Failures(self.run_config.failure_config, *self.actors)
-        # Actors that only take time: workers read their rows themselves, and what a controller that died holds is freed
-        # at the end of the job, which is that of a single run.
+        # Remove callbacks whose actors only take time. Workers read their rows themselves. In the job of a single run,
+        # Ray frees the resources of a dead controller at the job's end.
         single = self.actors[0] == self.actors[1]
         idle = (DatasetsCallback, PlacementGroupCleanerCallback) if single else DatasetsCallback
         policies["callbacks"] = [each for each in policies["callbacks"] if not isinstance(each, idle)]
@@ -201,16 +196,17 @@ class Trainer(ray.train.torch.TorchTrainer):
 
 
 class FreeHosts(ElasticScalingPolicy):
-    """As many workers as there is room for beside what else runs.
+    """A scaling policy that starts as many workers as fit beside other programs.
 
-    Ray's own policy counts what hosts have, less what other training runs reserved. What a service holds of that it
-    would ask for again and again. This one counts what is free once a start has timed out, and before a run grows.
+    Ray's policy counts the hosts' resources without those that other training runs reserved. It would repeatedly
+    request resources that a service holds. This policy counts free resources after a start has timed out, and before a
+    run grows.
     """
 
     def __init__(self, scaling_config: ray.train.ScalingConfig, monitor, failing):
         super().__init__(scaling_config)
         self.monitor, self.failing, self.timed_out, self.said = monitor, failing, False, None
-        self.own: Counter | None = None  # workers by node, when what is free is counted
+        self.own: Counter | None = None  # this run's workers by node; None if free resources are not counted
 
     def after_controller_state_update(self, previous_state, current_state) -> None:
         if isinstance(current_state, ReschedulingState):
@@ -224,7 +220,7 @@ class FreeHosts(ElasticScalingPolicy):
             there = rooms(self.scaling_config, alive())
         else:
             there = Counter(free_rooms(self.scaling_config)) + self.own
-            bad = {(node, gpu) for node, gpu in bad if gpu is None}  # GPUs that are held are not free
+            bad = {(node, gpu) for node, gpu in bad if gpu is None}  # held GPUs are not free
         return min(possible, sum(good_rooms(there, bad).values()))
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
@@ -232,11 +228,11 @@ class FreeHosts(ElasticScalingPolicy):
         decision = super().make_decision_for_non_running_worker_group()
         count = decision.num_workers if isinstance(decision, ResizeDecision) else 0
         if self.timed_out and count != self.said:
-            then = f"goes on with {count}" if count else "waits for them"
+            then = f"continues with {count}" if count else "waits for them"
             self.monitor.say.remote(f"{wanted(self.scaling_config)}: {count} are free, {then}")
             self.said = count
         if not count:
-            time.sleep(1)  # Ray asks again at once
+            time.sleep(1)  # Ray calls this again at once
         return decision
 
     def make_decision_for_running_worker_group(self, worker_group_state, worker_group_status) -> ScalingDecision:
@@ -248,12 +244,12 @@ class FreeHosts(ElasticScalingPolicy):
 
 
 def free_rooms(scaling: ray.train.ScalingConfig) -> dict[str, int]:
-    """By node, how many such workers find room beside what runs there."""
+    """{node: number of such workers that fit beside other programs}."""
     return rooms(scaling, ray._private.state.available_resources_per_node())
 
 
 def left_out(scaling: ray.train.ScalingConfig, failing) -> set[Place]:
-    """Where workers fail, and are not started any more: nowhere, if too little is left for them then."""
+    """Places to avoid, because workers fail there. Empty if too little would be left."""
     bad = ray.get(failing.bad_places.remote())
     left = good_rooms(rooms(scaling, alive()), bad).values()
     most = max(left, default=0) if scaling.placement_strategy == "STRICT_PACK" else sum(left)
@@ -261,9 +257,9 @@ def left_out(scaling: ray.train.ScalingConfig, failing) -> set[Place]:
 
 
 class GoodHosts(ControllerCallback):
-    """Starts workers on one host if one has room for all: on the fullest, so that a larger run finds another whole.
+    """Starts workers on one host if one has room for all, and avoids hosts and GPUs on which they fail.
 
-    Ray takes the emptiest. And leaves out the hosts and GPUs on which they fail.
+    It takes the fullest such host, so that an empty one stays free for a larger run. Ray would take the emptiest.
     """
 
     def __init__(self, monitor, failing):
@@ -273,18 +269,17 @@ class GoodHosts(ControllerCallback):
         bad, free = left_out(scaling_config, self.failing), free_rooms(scaling_config)
         held = ray.get(self.failing.held_places.remote())
         if taken := hold_gpus(self.failing, bad, held, rooms(scaling_config, alive())):
-            self.monitor.say.remote(f"{described(taken)} can't be left out while others hold it")
+            self.monitor.say.remote(f"{described(taken)} can't be avoided while others hold it")
         good = good_rooms(free, bad - held)
         if fitting := {node: room for node, room in good.items() if room >= num_workers}:
-            small = 2 * num_workers <= max(free.values())  # small and large runs that start at once look at either end
+            small = 2 * num_workers <= max(free.values())  # small and large runs search from opposite ends
             return {ray._raylet.RAY_NODE_ID_KEY: min(sorted(fitting, reverse=not small), key=fitting.get)}
         failing = ",".join(free.keys() - good.keys())
         return {ray._raylet.RAY_NODE_ID_KEY: f"!in({failing})"} if failing else None
 
 
 class Failures(DefaultFailurePolicy):
-    """Ends a run that a new start would not help, or whose workers fail again and again without a new step between,
-    as the monitor counts."""
+    """Ends a run if a new start would not help, or if workers fail repeatedly without a new step."""
 
     def __init__(self, failure_config: ray.train.FailureConfig, monitor, failing):
         super().__init__(failure_config)
@@ -293,11 +288,13 @@ class Failures(DefaultFailurePolicy):
     def make_decision(self, training_failed_error) -> FailureDecision:
         decision = super().make_decision(training_failed_error)
         if isinstance(training_failed_error, ray.train.ControllerError):
-            # What fails while workers start may leave this controller with half a group: the run gets a new one.
+            # An error while workers start may leave this controller with half a group, so start a new controller.
             only_late = isinstance(training_failed_error.controller_failure, WorkerGroupStartupTimeoutError)
             return decision if only_late else FailureDecision.RAISE
         if failures := getattr(training_failed_error, "worker_failures", None):
-            kinds = WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError  # others fail for want of these
+            kinds = (
+                WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError
+            )  # other workers fail because these are gone
             dead = [rank for rank, error in failures.items() if isinstance(error, kinds)]
             if fails_again(*self.actors, dead):
                 return FailureDecision.RAISE
@@ -305,31 +302,31 @@ class Failures(DefaultFailurePolicy):
 
 
 def fails_again(monitor, failing, dead: list[int], why: str | None = None) -> bool:
-    """Count a failure, of these ranks or of those that said so. True: the run is over."""
+    """Count a failure of the dead ranks, or of those that reported an error. Returns True if the run is over."""
     places, run = ray.get(monitor.failed_places.remote(dead))
     return ray.get(monitor.fails_again.remote(ray.get(failing.blame.remote(places, run)), why))
 
 
 class LostHosts(ControllerCallback):
-    """After a failure, waits until Ray knows which hosts are lost: it would wait for workers on them else.
+    """After a failure, waits until Ray knows which hosts are lost, because it would start workers on them.
 
-    A host's Ray that does not answer is given up by the head after some seconds. Ray Train looks at the list of hosts
-    every 20 seconds; this has it look when a host was lost.
+    The head gives up a host that does not answer after some seconds. Ray Train reads the list of hosts only every 20
+    seconds, so this makes it read the list after a failure.
     """
 
     def __init__(self, monitor):
         self.monitor = monitor
 
     def __setstate__(self, state: dict) -> None:
-        """Unpickled in the controller's process, before it asks for hosts the first time."""
+        """Runs in the controller's process before it first requests hosts."""
         vars(self).update(state)
         autoscaling.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = RESERVATION_SECONDS
 
     def after_controller_state_update(self, previous_state, current_state) -> None:
         if not isinstance(current_state, RestartingState | ReschedulingState):
             return
-        patience, said = time.monotonic() + LOST_HOST_SECONDS, set()
-        while (lost := silent_hosts()) and time.monotonic() < patience:
+        deadline, said = time.monotonic() + LOST_HOST_SECONDS, set()
+        while (lost := silent_hosts()) and time.monotonic() < deadline:
             for address in lost - said:
                 self.monitor.say.remote(f"host {address} does not answer")
             said |= lost
@@ -338,7 +335,7 @@ class LostHosts(ControllerCallback):
 
 
 def silent_hosts() -> set[str]:
-    """Addresses of those whose Ray does not answer, though it counts as alive."""
+    """Addresses of hosts whose Ray does not answer, although it counts as alive."""
     silent = set()
     for node in ray.nodes():
         if node["Alive"]:

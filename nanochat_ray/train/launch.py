@@ -1,4 +1,8 @@
-"""The driver's side of training: start the workers, show how far they are, and stop them cleanly."""
+"""The driver's side of training: starts the workers, shows their progress, and stops them cleanly.
+
+Ray Train's controller restarts workers after a failure. The Monitor actor counts failures and ends the run if they
+repeat. The driver's thread shows progress and handles signals, while fit() blocks in another thread.
+"""
 
 import importlib.util
 import json
@@ -44,20 +48,20 @@ from nanochat_ray.train.loop import Learned, Measurement, TrainConfig, Worker, t
 from nanochat_ray.train.plan import GPU_SHARE, MAX_TOKENS_PER_CPU, gpu_memory, rows_that_fit
 from nanochat_ray.versions import pinned
 
-MAX_FAILURES = 3  # in a row without a new step between: then starting workers again would only repeat it
-SLOW_SECONDS = 1.0  # a longer wait has a line of its own
-AT_ONCE_SECONDS = 1.0  # within which several signals are one
-SAVE_PATIENCE_SECONDS = 120.0  # that a resize waits for a checkpoint
-# glibc gives large blocks back to the kernel and gets them again, page by page, at every step: let it keep them.
+MAX_FAILURES = 3  # in a row without a new step; then another start would fail, too
+SLOW_SECONDS = 1.0  # a longer wait gets its own line of progress
+SAME_SIGNAL_SECONDS = 1.0  # several signals within this time count as one
+SAVE_SECONDS = 120.0  # a resize waits at most so long for a checkpoint
+# glibc returns large blocks to the kernel and requests them again at every step. Let it keep them.
 CPU_WORKER_ENV = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=68719476736:glibc.malloc.arena_max=1"
 }
-# A GPU's blocks of memory grow in place rather than leave gaps.
+# Let blocks of GPU memory grow in place, so that no gaps are left.
 GPU_WORKER_ENV = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-NETWORK_ENV = ("NCCL_", "TORCH_NCCL_", "GLOO_")  # variables of the driver that workers get as they are
-# Seconds, unless the driver's environment has others. How long Ray Train waits for room for workers before it counts
-# hosts again, how long a worker may not answer until it is taken for dead, and how often each is asked how it is.
-PATIENCE = {
+NETWORK_ENV = ("NCCL_", "TORCH_NCCL_", "GLOO_")  # the driver's variables with these prefixes are passed to workers
+# Ray Train's timeouts in seconds, unless the driver's environment sets others: to wait for room for workers before
+# counting hosts again, to wait for a worker's answer before it counts as dead, and between health checks.
+TIMEOUTS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10",
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -66,7 +70,7 @@ PATIENCE = {
 
 @ray.remote(num_cpus=0)
 class Monitor(Failing):
-    """Carries progress from the workers to the driver's terminal, and the driver's requests to the workers."""
+    """Passes progress from the workers to the driver, and the driver's requests to the workers. Counts failures."""
 
     def __init__(self, run: str = ""):
         super().__init__()
@@ -76,13 +80,14 @@ class Monitor(Failing):
         self.outcome: dict | None = None
         self.stop, self.save = False, False
         self.failures, self.furthest = 0, -1
-        self.errors: dict[int, tuple[str, str | None]] = {}  # of the newest workers by rank: why, and whose fault
-        self.places: dict[int, Place] = {}  # of the newest workers, by rank
-        self.fatal: set[str] = set()  # nodes on which one of the newest workers failed by what a new start would repeat
+        # The next three are about the newest group of workers.
+        self.errors: dict[int, tuple[str, str | None]] = {}  # {rank: (error, "GPU", "host" or None)}
+        self.places: dict[int, Place] = {}  # by rank
+        self.fatal: set[str] = set()  # nodes with an error that would repeat after a new start
         self.ended_group = False
-        self.doing: tuple[str, float] | None = None  # its name and when it began: it may take long
-        self.begun: Counter = Counter()  # measurements that have not ended, by how often they began
-        self.failed_ones: dict[str, dict[int, str]] = {}  # measurements by name: by rank, what is said of it
+        self.doing: tuple[str, float] | None = None  # (name, start time) of work that may take long
+        self.begun: Counter = Counter()  # {measurement: starts without an end}
+        self.failed_ones: dict[str, dict[int, str]] = {}  # {measurement: {rank: message}}
 
     def started(self, rank: int, node: str, gpu: str | None = None) -> None:
         if self.ended_group:
@@ -90,7 +95,7 @@ class Monitor(Failing):
         self.places[rank] = node, gpu
 
     def failed(self, rank: int, error: str, may_pass: bool = True, fault: str | None = "host") -> None:
-        """may_pass: whether a new start may help. fault: of the "GPU", the "host", or None of either."""
+        """Note a worker's error. may_pass: a new start may help. fault: what may be broken, "GPU", "host" or None."""
         self.errors[rank] = error, fault
         if not may_pass:
             self.fatal.add(self.places[rank][0])
@@ -98,12 +103,12 @@ class Monitor(Failing):
             self.say(f"worker {rank} failed: {error}")
 
     def is_fatal(self) -> bool:
-        """Whether workers of every host have failed by what a new start would only repeat."""
+        """Whether workers of every host have failed with an error that would repeat after a new start."""
         return bool(self.fatal) and self.fatal == {node for node, _ in self.places.values()}
 
     def failed_places(self, dead: list[int]) -> tuple[set[Place], str]:
-        """(where the newest workers failed, the run): GPUs of ranks that died or had an error of CUDA, else the host of
-        the first to fail; a host for several GPUs of it."""
+        """(places where the newest workers failed, run). These are GPUs of ranks that died or had a CUDA error, else
+        the host of the first failure. Several GPUs of one host count as the host."""
         ranks = dead or [rank for rank, (_, fault) in self.errors.items() if fault == "GPU"]
         places = [self.places[rank] for rank in ranks if rank in self.places]
         if not places:
@@ -112,10 +117,9 @@ class Monitor(Failing):
         return {(node, gpu if of_node[node] == 1 else None) for node, gpu in places}, self.run
 
     def fails_again(self, left_out: set[Place], why: str | None = None) -> bool:
-        """Count a failure, after which these are left out. True: the run is over.
+        """Count a failure, after which the places in left_out are avoided. Returns True if the run is over.
 
-        It is when this is one too many and nothing new is left out, or when each host's workers say that a new start
-        would only repeat it.
+        It is over after MAX_FAILURES if no new place is avoided, or if the error would repeat on every host.
         """
         self.failures += 1
         self.ended_group = True
@@ -124,23 +128,23 @@ class Monitor(Failing):
             self.outcome = {"step": self.furthest, "error": first}
             return True
         if left_out:
-            self.say(f"workers failed twice on {described(left_out)}: the run goes on without if there are others")
+            self.say(f"workers failed twice on {described(left_out)}: the run avoids them if there are others")
         over = self.failures >= MAX_FAILURES and not left_out
         if over:
-            why = why or first or "none said why: one may have been killed, or have had too little memory"
+            why = why or first or "no worker reported an error; one may have been killed or run out of memory"
             error = f"workers failed {self.failures} times in a row without a new step: {why}"
             self.outcome = {"step": self.furthest, "error": error}
         self.errors = {}
         return over
 
     def begins(self, what: str | None) -> None:
-        """What may take long, or nothing, is done from here on."""
+        """Note that work starts that may take long, or with None that it has ended."""
         self.doing = what and (what, time.monotonic())
         if what and what.startswith("measuring "):
             self.begun[what.removeprefix("measuring ")] += 1
 
     def ended(self) -> None:
-        """What was begun last has ended."""
+        """Note that the last work or measurement has ended."""
         if self.doing:
             self.begun.pop(self.doing[0].removeprefix("measuring "), None)
         self.doing = None
@@ -154,7 +158,7 @@ class Monitor(Failing):
         return len(self.failed_ones.get(name, {}))
 
     def left_out(self) -> set[str]:
-        """Measurements that new workers leave out: those that failed, and those in which workers were lost twice."""
+        """Measurements that new workers skip: those that failed, and those during which workers were lost twice."""
         for name, times in self.begun.items():
             if times > 1 and name not in self.failed_ones:
                 self.unmeasured(name, 0, f"{name} is left out: workers were lost in it {times} times")
@@ -173,7 +177,7 @@ class Monitor(Failing):
         self.lines.append(line)
 
     def read(self, seen: int) -> tuple[dict | None, list[str], str | None, float]:
-        """The newest metrics, the lines said since the first `seen`, and what may take long and for how long it has."""
+        """(newest metrics, lines after the first `seen`, name of work in progress, its seconds so far)."""
         what, began = self.doing or (None, time.monotonic())
         return self.latest, self.lines[seen:], what, time.monotonic() - began
 
@@ -181,11 +185,11 @@ class Monitor(Failing):
         self.outcome = outcome
 
     def read_outcome(self) -> dict | None:
-        """How the run ended; None when it has not."""
+        """How the run ended; None if it has not ended."""
         return self.outcome
 
     def read_unmeasured(self) -> list[str]:
-        """A line for each measurement that failed."""
+        """One message per failed measurement."""
         return [next(iter(ranks.values())) for ranks in self.failed_ones.values()]
 
     def request_stop(self) -> None:
@@ -196,16 +200,16 @@ class Monitor(Failing):
 
     def saved(self, step: int) -> None:
         self.save = False
-        self.say(f"step {step} is saved, as workers are about to be stopped")
+        self.say(f"step {step} is saved, because workers are about to be stopped")
 
     def request(self) -> str | None:
         return "stop" if self.stop else "save" if self.save else None
 
 
 class SaveFirst(ControllerCallback):
-    """Has the workers save before Ray takes them away: to start more of them, or because their node is being drained.
+    """Makes the workers save before Ray stops them, to resize the group or because their node is being drained.
 
-    A developer API of Ray, and the only place that tells of a resize before it happens.
+    This uses a developer API of Ray, because only that announces a resize before it happens.
     """
 
     def __init__(self, monitor):
@@ -213,11 +217,11 @@ class SaveFirst(ControllerCallback):
 
     def after_controller_state_update(self, previous_state, current_state) -> None:
         if isinstance(current_state, PreemptingState) and not isinstance(previous_state, PreemptingState):
-            self.monitor.request_save.remote()  # Ray leaves the workers alone until the node's deadline
+            self.monitor.request_save.remote()  # Ray lets the workers run until the node's deadline
         if isinstance(current_state, ResizingState):
             self.monitor.request_save.remote()
-            patience = time.monotonic() + SAVE_PATIENCE_SECONDS
-            while ray.get(self.monitor.request.remote()) == "save" and time.monotonic() < patience:
+            deadline = time.monotonic() + SAVE_SECONDS
+            while ray.get(self.monitor.request.remote()) == "save" and time.monotonic() < deadline:
                 time.sleep(0.1)
 
 
@@ -226,22 +230,22 @@ class TrainResult:
     run_dir: str
     checkpoint: str  # the final one
     step: int
-    val_bpb: float | None  # None when its measurement failed
+    val_bpb: float | None  # None if its measurement failed
 
 
 def refuse_other_inputs(run_dir: str, inputs: dict) -> None:
-    """Raises ValueError if the run was begun with other inputs: it never goes on with another model, plan or data."""
+    """Raises ValueError if the run was started with other inputs: another model, plan or data."""
     inputs = json.loads(json.dumps(inputs))
     uri = storage.join(run_dir, "config.json")
     if storage.exists(uri):
         theirs = storage.read_json(uri)["inputs"]
         if differing := [key for key in inputs if inputs[key] != theirs.get(key)]:
             was, now = (", ".join(f"{key} {d.get(key)}" for key in differing) for d in (theirs, inputs))
-            raise ValueError(f"{run_dir} was begun with {was}, not {now}: take another --run name or delete it")
+            raise ValueError(f"{run_dir} was started with {was}, not {now}: take another --run name or delete it")
 
 
 def provenance() -> dict:
-    """What ran where, for comparing runs: the commit of this code, if git knows it, and the cluster's nodes."""
+    """{"commit": of this code or None, "cluster": its nodes}, to compare runs later."""
     git = ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=12"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=10).stdout.strip()
@@ -253,7 +257,7 @@ def provenance() -> dict:
 
 
 def _node(resources: dict) -> str:
-    """8 × H100, or 2 CPUs."""
+    """A node's resources as text: "8 × H100" or "2 CPUs"."""
     if gpus := resources.get("GPU"):
         kind = next((key.partition(":")[2] for key in resources if key.startswith("accelerator_type:")), "GPU")
         return f"{gpus:.0f} × {kind}"
@@ -269,29 +273,29 @@ def train(
     failing: ActorHandle | None = None,
     learn: Callable[[Worker], Learned] | None = None,
 ) -> TrainResult:
-    """Train to the end and measure, unless both are done. A measurement that fails is in measuring.failed.
+    """Train to the end and measure, unless both are done. Failed measurements are added to measuring.failed.
 
-    record: what config.json keeps; its "inputs" are those of every start of this run.
-    report: is given the metrics, which else go to the terminal. For runs of a sweep, which share a cluster: they take
-    as many workers as they ask for and not fewer, and the first failure is raised, for the sweep to decide.
+    record: the content of config.json. Its "inputs" must be the same at every start of this run.
+    report: gets the metrics in place of the terminal. It is for runs of a sweep, which share a cluster: these take
+    exactly the workers that they request, and raise the first failure, so that the sweep decides.
     failing: the sweep's actor of Failing.
-    learn: what a step learns from, if not from rows; pickled to the workers.
+    learn: the function that makes a step's gradients; by default from rows. It is pickled to the workers.
 
-    Ctrl-C and SIGTERM end it cleanly with a checkpoint and raise KeyboardInterrupt here. Raises ValueError, before
-    anything is written, when the run was begun with other inputs, when there are more workers than rows in a step,
-    when the cluster has no room for workers, when another process holds the run, or when fp8 is asked for without
-    torchao; and later when the loss diverged, when the last checkpoint could not be written, or when workers fail by
-    what a new start would repeat, or again and again; OSError when they can't be started, as when they don't reach each
-    other, and FileNotFoundError when hosts don't see the rows.
+    Ctrl-C and SIGTERM stop training with a checkpoint and raise KeyboardInterrupt here.
+    Raises ValueError before anything is written: if the run was started with other inputs, if there are more workers
+    than rows in a step, if the cluster has no room for workers, if another process holds the run, or if fp8 is set
+    without torchao. Raises ValueError later: if the loss diverges, if the last checkpoint can't be written, or if
+    workers fail repeatedly or with an error that would repeat. Raises OSError if workers can't be started or don't
+    reach each other, and FileNotFoundError if hosts don't see the rows.
 
-    Signals are for this process. Ray ends its workers by SIGTERM itself: one that gets it dies as if it was killed.
+    Send signals only to this process. A worker that gets SIGTERM dies at once, because Ray uses it to end workers.
     """
     refuse_other_inputs(c.run_dir, record["inputs"])
     if is_finished(c):
         print(f"{c.stage}: nothing to do, {c.run_dir} is finished", flush=True)
         return _result(c)
     if c.fp8 and importlib.util.find_spec("torchao") is None:
-        raise ValueError("fp8 needs torchao: pip install 'nanochat-ray[gpu]', or leave --fp8 out")
+        raise ValueError("--fp8 needs torchao: pip install 'nanochat-ray[gpu]', or omit --fp8")
     rows = c.rows_per_step
     scaling = scaling_config(request.workers, request.use_gpu, report is None, rows, request.beside)
     check_batch(c, scaling)
@@ -307,7 +311,7 @@ def train(
             return _train(c, scaling, held, measurement, report, failing, learn)
         finally:
             with measuring.measuring(f"writing {uri}"):
-                if not storage.exists(uri):  # somebody deleted the folder meanwhile
+                if not storage.exists(uri):  # someone has deleted the folder
                     storage.write_json(uri, about)
 
 
@@ -320,15 +324,15 @@ def _train(
     failing: ActorHandle | None,
     learn: Callable[[Worker], Learned] | None,
 ) -> TrainResult:
-    for name, seconds in PATIENCE.items():
+    for name, seconds in TIMEOUTS.items():
         os.environ.setdefault(name, seconds)
-    # Nobody drains a machine that is alone: an actor that looks for it would only take time.
+    # A single machine is never drained, so don't start the actor that watches for it.
     os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = str(int(can_grow()))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    # It dies with the driver, not with a worker's node.
+    # Place the monitor on the driver's node, so that it survives the loss of a worker's node.
     monitor = Monitor.options(scheduling_strategy=here).remote(c.run_dir)
     monitor.begins.remote(f"starting {wanted(scaling)}")
-    get_or_create_autoscaling_coordinator()  # the controller will wait for it: it starts meanwhile
+    get_or_create_autoscaling_coordinator()  # start it now, because the controller waits for it
     failing = failing or monitor
     trainer = Trainer(
         train_loop_per_worker,
@@ -337,7 +341,7 @@ def _train(
         train_loop_config=asdict(c) | {"monitor": monitor, "measurement": measurement, "learn": learn},
         torch_config=network.TorchConfig(),
         scaling_config=scaling,
-        # The monitor counts failures, or the sweep does.
+        # Ray Train doesn't count failures, because the monitor or the sweep does.
         run_config=run_config(
             c.run_dir,
             scaling.use_gpu,
@@ -346,7 +350,7 @@ def _train(
         ),
     )
     failure: list[BaseException] = []
-    # fit() blocks: it has a thread of its own, and this one shows progress and takes signals.
+    # fit() blocks, so it runs in a thread. This thread shows progress and handles signals.
     thread = threading.Thread(target=_fit, args=[trainer, monitor, failure, report is None], daemon=True)
     with StopOnSignal(monitor) as signals:
         thread.start()
@@ -370,15 +374,15 @@ def _train(
 
 
 def stopped(c: TrainConfig, step: int) -> str:
-    return f"{c.stage} stopped at step {step}: the same command goes on from there"
+    return f"{c.stage} stopped at step {step}: run the same command again to continue"
 
 
 def is_finished(c: TrainConfig) -> bool:
-    """Whether it is trained and measured.
+    """Whether the run is trained and measured.
 
-    Reads the newest checkpoint's files only when it is the last one: the workers read them else, each a part.
+    Verifies the newest checkpoint's files only if it is the last one. Otherwise workers verify them, each a part.
     """
-    newest = checkpoint.latest_checkpoint(c.run_dir, read=False, say=lambda line: None)  # the workers say it
+    newest = checkpoint.latest_checkpoint(c.run_dir, read=False, say=lambda line: None)  # workers print its messages
     if not newest or checkpoint.read_meta(newest)["step"] != c.num_iterations:
         return False
     if checkpoint.read_meta(newest)["progress"].get("measured", c.num_iterations) != c.num_iterations:
@@ -413,21 +417,22 @@ def check_batch(c: TrainConfig, scaling: ray.train.ScalingConfig) -> None:
     T, workers = c.model["sequence_len"], scaling.max_workers
     rows, left = divmod(c.total_batch_size, T)
     if c.stage == "rl" and rows < workers:
-        raise ValueError(f"{rows} questions a step for {workers} workers: more --prompts-per-step, or fewer --workers")
+        raise ValueError(
+            f"{rows} questions per step are too few for {workers} workers: raise --prompts-per-step or lower --workers"
+        )
     if left or rows < workers:
         raise ValueError(
-            f"a batch of {c.total_batch_size} tokens is not whole rows of {T}, one at least for each of "
-            f"{workers} workers"
+            f"--total-batch-size {c.total_batch_size}: give a multiple of {T} tokens, and at least {T} for each "
+            f"of {workers} workers"
         )
 
 
 def device_batch_size(c: TrainConfig, scaling: ray.train.ScalingConfig) -> int:
-    """The most rows of one forward pass: those asked for, else on GPUs as many as fit by the memory plan.
+    """The most rows in a forward pass: those of the options, else on GPUs as many as the memory plan allows.
 
-    On CPUs it does not depend on the memory, of which there is more or less from one start to the next: a resumed run
-    should add up in the same order.
+    On CPUs it does not depend on the memory, which may change between starts: a resumed run must sum in the same order.
     """
-    check_batch(c, scaling)  # more GPUs may have come than were asked for
+    check_batch(c, scaling)  # again, because more GPUs may have joined than were requested
     T = c.model["sequence_len"]
     if c.device_batch_size:
         return c.device_batch_size
@@ -440,12 +445,12 @@ def device_batch_size(c: TrainConfig, scaling: ray.train.ScalingConfig) -> int:
 
 
 def worker_dtype(dtype: str | None, scaling: ray.train.ScalingConfig) -> torch.dtype:
-    """The compute dtype of workers, asked for on a driver that may have no GPU itself."""
+    """The compute dtype of the workers. The driver that asks may have no GPU itself."""
     return torch.bfloat16 if scaling.use_gpu and dtype is None else checkpoint.compute_dtype(dtype, "cpu")
 
 
 def smallest_gpu() -> float:
-    """Bytes of the cluster's smallest GPU: as its nodes say, else by its kind, else inf."""
+    """Bytes of the cluster's smallest GPU, as nodes report it, else by its type, else inf."""
     nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
     sizes = []
     for node in nodes:
@@ -459,24 +464,24 @@ def smallest_gpu() -> float:
 
 @ray.remote
 def _gpu_bytes() -> int:
-    """Of this node's smallest GPU, by the driver's tool: a task that takes a GPU would wait until one is free."""
+    """Bytes of this node's smallest GPU, by nvidia-smi, because a task that takes a GPU would wait for a free one."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     return min(int(line) for line in told.split()) * 2**20
 
 
 def _fit(trainer: Trainer, monitor, failure: list[BaseException], again: bool) -> None:
-    """What happens while workers start, as when a port was taken or a host lost, ends fit(): it is called again."""
+    """Run fit(), again if it fails while workers start, for example because a port was taken or a host was lost."""
     while not failure:
         try:
             trainer.fit()
             return
-        except BaseException as error:  # for the main thread to raise
+        except BaseException as error:  # the main thread raises it
             again = again and isinstance(error, ray.train.ControllerError)
             if not again or fails_again(*trainer.actors, [], last_line(error)):
                 failure.append(error)
             else:
-                monitor.say.remote(f"workers could not be started, once more: {last_line(error)}")
+                monitor.say.remote(f"workers could not be started, trying again: {last_line(error)}")
 
 
 def last_line(error: BaseException) -> str:
@@ -484,16 +489,16 @@ def last_line(error: BaseException) -> str:
 
 
 class StopOnSignal:
-    """Within it, the first SIGINT or SIGTERM asks the workers to stop after their step; a second one is as usual.
+    """Within it, the first SIGINT or SIGTERM asks the workers to stop after their step. A second one acts as usual.
 
-    What comes at once after the first is no second one: Slurm tells a process by itself and by srun.
+    Signals right after the first are ignored, because Slurm sends one to the process and srun sends another.
     """
 
     def __init__(self, monitor):
         self.monitor, self.previous, self.received = monitor, {}, 0.0
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # only it may set handlers
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -506,7 +511,7 @@ class StopOnSignal:
             print("\nstopping after this step, with a checkpoint (again to stop at once)", flush=True)
             self.received = time.monotonic()
             self.monitor.request_stop.remote()
-        elif time.monotonic() > self.received + AT_ONCE_SECONDS:
+        elif time.monotonic() > self.received + SAME_SIGNAL_SECONDS:
             self.__exit__()
             signal.raise_signal(number)
 
@@ -520,11 +525,11 @@ def show_progress(
     measuring_saved: str | None,
     report: Callable | None = None,
 ) -> None:
-    """One live line on a terminal; elsewhere a line whenever a twentieth of the run is done and at least one in
-    PROGRESS_SECONDS; or what report does.
+    """Show progress: one live line on a terminal; else a line per twentieth of the run and at least one per
+    PROGRESS_SECONDS; or call report.
 
-    Ends with the thread, or when a stop was asked for and nothing is left to save: so it is before the first step, and
-    in `measuring_saved`.
+    Returns when the thread ends, or when a stop is requested and there is nothing to save. That is so before the first
+    step, and during the measurement that `measuring_saved` begins with, which follows a checkpoint.
     """
     live, shown, next_line, said, announced = sys.stdout.isatty() and not report, 0, 0, 0, None
     began = printed = time.monotonic()
@@ -535,7 +540,7 @@ def show_progress(
         print("\r\033[K" * live + text, end="" if live else "\n", flush=True)
         printed = time.monotonic()
 
-    while alive:  # once more after its end, for the last lines
+    while alive:  # one more round after the thread's end prints the last lines
         thread.join(0.5)
         alive = thread.is_alive()
         held.check()
@@ -550,7 +555,7 @@ def show_progress(
                 report(metrics)
                 shown = step
         elif not alive or (step != shown and step < c.num_iterations and (live or step >= next_line or overdue)):
-            if metrics:  # the last step's line waits for its measurements
+            if metrics:  # the line of the last step is printed after its measurements
                 tell(progress_line(metrics, c))
                 shown, next_line = step, step + max(c.num_iterations // 20, 1)
         elif doing and seconds > SLOW_SECONDS and (live or doing != announced or overdue):
@@ -566,7 +571,7 @@ def show_progress(
 
 
 def patience(began: float) -> float:
-    """Seconds after which there is a line again: few at the start."""
+    """Seconds between two lines of progress; shorter at the start."""
     return min(PROGRESS_SECONDS, max(5.0, (time.monotonic() - began) / 4))
 
 

@@ -1,7 +1,7 @@
-"""Who writes into a run's folder: one process at a time, on any host that sees the folder.
+"""A lease on a run's folder: only one process writes to it, on all hosts that see the folder.
 
-The holder's holder.json says who it is, and the holder touches it every few seconds. One that died is known by its
-process on this host, by its job on this cluster, and elsewhere by a file that stays as it is. No clocks are compared.
+The file holder.json names the holder, which updates it every few seconds. A dead holder is recognized by its process on
+the same host, by its job on the same cluster, and else by a file that does not change. Clocks are never compared.
 """
 
 import os
@@ -19,14 +19,14 @@ import ray
 from nanochat_ray import storage
 
 BEAT_SECONDS = 4.0
-SILENT_SECONDS = 20.0  # of the file, after which the holder counts as dead, wherever it was
+SILENT_SECONDS = 20.0  # if the file does not change for so long, the holder is dead
 LOOK_SECONDS = 0.5
 
-_held: dict[str, int] = {}  # folders that this process holds, by the thread that may hold them again
+_held: dict[str, int] = {}  # {folder that this process holds: id of the thread that may hold it again}
 
 
 class Lease(threading.Thread):
-    """Keeps a folder while it runs."""
+    """A thread that holds a folder while it runs."""
 
     def __init__(self, folder: str):
         super().__init__(daemon=True, name="lease")
@@ -36,10 +36,10 @@ class Lease(threading.Thread):
         self.taken_by: str | None = None
 
     def run(self) -> None:
-        pause = 1.0  # the first look is soon: two may have started at once, and the last that wrote has it
+        pause = 1.0  # check soon: if two processes started together, the one that wrote last holds the folder
         while not self.ended.wait(pause):
             pause = BEAT_SECONDS
-            with suppress(OSError, ValueError):  # a disk that is full or away: the run may go on
+            with suppress(OSError, ValueError):  # continue with a full or unreachable disk
                 self.beat()
 
     def beat(self) -> None:
@@ -48,7 +48,7 @@ class Lease(threading.Thread):
             self.taken_by = describe(self.folder, holder)
             self.ended.set()
         elif holder and not storage.is_remote(self.uri):
-            os.utime(self.uri)  # a full disk takes this, too
+            os.utime(self.uri)  # works on a full disk, too
         else:
             self.write()
 
@@ -56,16 +56,16 @@ class Lease(threading.Thread):
         storage.write_json(self.uri, self.me)
 
     def check(self) -> None:
-        """Raises ValueError when another process has taken the folder."""
+        """Raises ValueError if another process has taken the folder."""
         if self.taken_by:
             raise ValueError(self.taken_by)
 
 
 @contextmanager
 def hold(folder: str) -> Iterator[Lease]:
-    """Hold a folder; the same thread may do so again. Raises ValueError saying who holds it.
+    """Hold a folder. The same thread may hold it again. Raises ValueError that names another holder.
 
-    A holder on another host that died without a word is waited for, at most SILENT_SECONDS.
+    If the holder may have died on another host, this waits for a sign of it, at most SILENT_SECONDS.
     """
     lease = Lease(folder)
     if _held.get(folder) == threading.get_ident():
@@ -87,7 +87,7 @@ def hold(folder: str) -> Iterator[Lease]:
 
 
 def wait_for(folder: str, uri: str) -> None:
-    """Until nobody holds the folder. Raises ValueError when somebody does."""
+    """Wait until no other process holds the folder. Raises ValueError if one does."""
     first, said = state(uri), False
     deadline = time.monotonic() + SILENT_SECONDS
     while (now := state(uri)) is not None and time.monotonic() < deadline:
@@ -103,7 +103,7 @@ def wait_for(folder: str, uri: str) -> None:
 
 
 def state(uri: str) -> tuple[dict, datetime] | None:
-    """The holder, and when it was last heard of by the file's own clock; None without one."""
+    """(holder, modification time of its file); None without a holder."""
     try:
         return (holder, storage.modified(uri)) if (holder := read(uri)) else None
     except FileNotFoundError:
@@ -111,7 +111,7 @@ def state(uri: str) -> tuple[dict, datetime] | None:
 
 
 def read(uri: str) -> dict | None:
-    """None for no file, and for one that is none of ours."""
+    """The content of a holder.json. None if there is no valid one."""
     try:
         holder = storage.read_json(uri)
         return holder if isinstance(holder, dict) and "token" in holder else None
@@ -125,10 +125,10 @@ def describe(folder: str, holder: dict) -> str:
 
 
 def process(pid: int) -> dict:
-    """What tells a process from all others: its host, the namespace that its pid is in, and when it began."""
+    """What identifies a process: its host, pid, pid namespace and start time."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        began = None if fields[0] == "Z" else fields[19]  # a zombie does nothing any more
+        began = None if fields[0] == "Z" else fields[19]  # a zombie counts as dead
         where = [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
     except OSError:
         began, where = None, None
@@ -136,13 +136,13 @@ def process(pid: int) -> dict:
 
 
 def job() -> dict:
-    """This process's job of Ray."""
+    """The Ray session and job of this process."""
     context = ray.get_runtime_context()
     return {"session": ray._private.worker.global_worker.node.session_name, "job": context.get_job_id()}
 
 
 def is_alive(holder: dict) -> bool | None:
-    """None when it can't be known from here."""
+    """Whether a holder is alive. None if this host can't know."""
     here = process(os.getpid())
     if here["where"] and holder.get("where") == here["where"]:
         return process(holder["pid"])["began"] == holder["began"]

@@ -1,6 +1,6 @@
-"""The one training loop, shared by pretraining, finetuning and RL, as Ray Train runs it on every worker.
+"""The training loop of pretraining, finetuning and RL. Ray Train runs it on every worker.
 
-A step's checkpoint comes before what is measured of it. A measurement that fails is noted, and training goes on.
+A step is saved before it is measured. If a measurement fails, the failure is noted and training continues.
 """
 
 import gc
@@ -41,23 +41,23 @@ from nanochat_ray.train import checkpoint, network
 from nanochat_ray.train.failing import own_gpu
 from nanochat_ray.train.metrics import MetricsLog, bits_per_byte, mixed_bpb, peak_flops, peak_memory_mb
 
-COMPILE_THREADS = 8  # of a worker at most: each of a host would start 32 processes that compile
-UNTIMED_STEPS = 10  # the first steps compile and warm caches: they are left out of the training time
-# A smoothed loss this many nats above ln(vocabulary), the cost of guessing blindly, does not come back; nor does it
-# become NaN by itself, as the logits are capped. Finetuning may begin there, with tokens that the base never saw and
-# that cost up to 30 nats: the first steps are not judged.
-HOPELESS_NATS, UNJUDGED_STEPS = 2.0, 40
+COMPILE_THREADS = 8  # at most per worker; torch's default is 32 processes for each worker of a host
+UNTIMED_STEPS = 10  # the first steps compile and warm caches, so they don't count as training time
+# A run has diverged if its smoothed loss is this many nats above random guessing, which costs ln(vocabulary). Such a
+# loss does not recover, and it does not become NaN because the logits are capped. The first steps are exempt:
+# finetuning may start there, because tokens that the base model never saw cost up to 30 nats.
+DIVERGED_NATS, EXEMPT_STEPS = 2.0, 40
 OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|low on memory|MemoryError", re.I
 )
-# How Diverged, and rollouts of a model that gives no number, read once they have passed through Ray.
+# Matches the messages of Diverged, and of rollouts whose logits are not finite, after they have passed through Ray.
 DIVERGED = re.compile(r"the loss is \S+ at step \d+[^\n]*|weights are not finite[^\n]*|output is not a number[^\n]*")
-REQUESTS = (None, "save", "stop")  # what the driver may ask for after a step
-TOGETHER_SECONDS = 60.0  # in which all workers must have failed in a measurement for training to go on after it
+REQUESTS = (None, "save", "stop")  # that the driver may make after a step
+TOGETHER_SECONDS = 60.0  # training continues after a failed measurement if all workers fail within this time
 
 
 class Diverged(Exception):
-    """The loss is no number any more, or hopeless. Starting again would only repeat it."""
+    """The loss is NaN or far above random guessing. A new start would repeat it."""
 
 
 class NotSaved(Exception):
@@ -66,29 +66,26 @@ class NotSaved(Exception):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All that a worker needs, as plain data. Batch sizes: device in rows, total in tokens.
-
-    In RL a step's rows are its questions. It has no folder of rows.
-    """
+    """Everything that a worker needs, as plain data. In RL, a step's rows are its questions."""
 
     run_dir: str
-    stage: str  # "pretrain", "sft" or "rl": which schedules apply
-    rows: str | None  # folder with train/ and val/, or of a mixture
+    stage: str  # "pretrain", "sft" or "rl"; it selects the schedules
+    rows: str | None  # folder with train/ and val/, or of a mixture; None for RL
     tokenizer: str
-    model: dict  # of GPTConfig
-    total_batch_size: int
-    device_batch_size: int  # at most, in one forward pass
+    model: dict  # arguments of GPTConfig
+    total_batch_size: int  # tokens
+    device_batch_size: int  # rows in one forward pass, at most
     num_iterations: int
     lrs: dict[str, float]
     weight_decay: float
     flops_per_token: int
     seed: int
-    init_from: str | None  # checkpoint whose weights a finetuning starts from, and but for RL its momentum
+    init_from: str | None  # checkpoint whose weights finetuning and RL start from; finetuning also takes its momentum
     eval_every: int
     eval_tokens: int
     sample_every: int
     save_every: int
-    prompts: list[list[int]]  # sampled greedily, as token ids
+    prompts: list[list[int]]  # token ids, for greedy samples
     dtype: str | None
     compile: bool | None
     recompute: bool
@@ -101,15 +98,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What else is measured during training, besides val/bpb: every `every` steps and at the end.
+    """A measurement besides val/bpb, every `every` steps and at the end.
 
-    It may take long, so there is a checkpoint of each such step before.
+    It may take long, so each such step is saved before it.
     """
 
     every: int
-    measure: Callable[[GPT, Tokenizer], dict[str, float]]  # on every rank, each with the whole model; pickled to them
+    measure: Callable[[GPT, Tokenizer], dict[str, float]]  # called on every rank with the whole model; is pickled
     name: str = "scores"
-    first: bool = False  # before the first step, too
+    first: bool = False  # measure before the first step, too
 
     def is_due(self, step: int) -> bool:
         return due(step, self.every) and (step > 0 or self.first)
@@ -117,51 +114,47 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Learned:
-    """What a step's forwards and backwards gave: gradients in the model, and this."""
+    """The result of a step's forward and backward passes, besides the gradients."""
 
-    loss: torch.Tensor  # this rank's, not divided by the count
-    count: float  # of what the loss is the mean over, on all ranks together
-    tokens: int  # read by all ranks
+    loss: torch.Tensor  # sum on this rank
+    count: float  # terms of the sum on all ranks
+    tokens: int  # tokens read by all ranks
     metrics: dict[str, float]
 
 
 @dataclass
 class Progress:
-    """Where a run stands. position counts rows consumed by all ranks since the start.
-
-    measured: the last step of which all that was due is measured. A run that goes on from a checkpoint that was not
-    measured makes up for it. tokens: that all ranks have read.
-    """
+    """The state of a run, saved in its checkpoints."""
 
     step: int = 0
-    measured: int = -1
-    position: int = 0
-    tokens: int = 0
+    measured: int = -1  # the last step with all measurements; a resumed run makes up for missing ones
+    position: int = 0  # rows consumed by all ranks since the start
+    tokens: int = 0  # tokens read by all ranks
     smooth_loss: float = 0.0
     total_training_time: float = 0.0
     val_bpb: float | None = None
 
     def loss(self) -> float:
-        """The moving average of the loss, debiased for having started at 0."""
+        """The moving average of the loss, debiased for its start at 0."""
         return self.smooth_loss / (1 - 0.9**self.step) if self.step else float("nan")
 
     def learn(self, loss: float, vocab_size: int) -> None:
-        """Count a step of this loss, in nats a token. Raises Diverged."""
+        """Count a step with this loss in nats per token. Raises Diverged."""
         if not math.isfinite(loss):
             raise Diverged(f"the loss is {loss} at step {self.step}: look at the data, or lower the learning rates")
         self.smooth_loss = 0.9 * self.smooth_loss + 0.1 * loss
         self.step += 1
-        blind = math.log(vocab_size)
-        if self.step >= UNJUDGED_STEPS and self.loss() > blind + HOPELESS_NATS:
+        guessing = math.log(vocab_size)
+        if self.step >= EXEMPT_STEPS and self.loss() > guessing + DIVERGED_NATS:
             raise Diverged(
-                f"the loss is {self.loss():.2f} at step {self.step}, and guessing blindly would cost {blind:.2f}: "
+                f"the loss is {self.loss():.2f} at step {self.step}, far above {guessing:.2f} of random guessing: "
                 "look at the data, or lower the learning rates"
             )
 
 
 @dataclass
 class Worker:
-    """What one worker holds while it trains."""
+    """The state of one worker while it trains."""
 
     config: TrainConfig
     device: torch.device
@@ -172,14 +165,14 @@ class Worker:
     optimizer: MuonAdamW
     loader: DeviceLoader | None
     val_rows: dict[Part, Rows]  # by source
-    learn: Callable[["Worker"], Learned]  # from the step that begins at progress.position
+    learn: Callable[["Worker"], Learned]  # makes the gradients of the step at progress.position
     progress: Progress
     resumed: bool
     writer: checkpoint.Writer
     say: Callable[[str], None]
     measurement: Measurement | None = None
-    left_out: set[str] = field(default_factory=set)  # measurements that ended an earlier group of workers
-    newest: dict = field(default_factory=dict)  # metrics
+    left_out: set[str] = field(default_factory=set)  # measurements to skip, because they ended an earlier group
+    newest: dict = field(default_factory=dict)  # metrics of the last step
 
     def __post_init__(self):
         self.optimizer.overlap(self.model)
@@ -190,11 +183,11 @@ class Worker:
             self.model.compile_for_training()
 
     def can_compile(self) -> bool:
-        """The same on all ranks, whose steps take as long as the slowest's."""
+        """Whether all ranks can compile. If one can't, none does, because a step is as slow as its slowest rank."""
         found = checkpoint.gather(why_not_compiled(self.device.type), self.world_size)
         if why := next(filter(None, found), None):
             if self.rank == 0:
-                self.say(f"warning: torch.compile does not work here, steps take a half longer without: {why}")
+                self.say(f"warning: torch.compile does not work here, so steps take about 1.5 × as long: {why}")
             return False
         return True
 
@@ -205,7 +198,7 @@ class Worker:
 
 
 def train_loop_per_worker(config: dict) -> None:
-    """What Ray Train runs on every worker, and again after a failure, which the monitor hears of and counts."""
+    """Entry point of a Ray Train worker. Ray Train calls it again after a failure. The monitor counts failures."""
     monitor, measurement, learn = (config.pop(name) for name in ("monitor", "measurement", "learn"))
     rank = ray.train.get_context().get_world_rank()
     ray.get(monitor.started.remote(rank, ray.get_runtime_context().get_node_id(), own_gpu()))
@@ -213,21 +206,21 @@ def train_loop_per_worker(config: dict) -> None:
         network.meet()
         run(TrainConfig(**config), monitor, measurement, learn)
     except Exception as error:
-        own = not may_pass(error) and isinstance(error, ValueError | OSError)  # these are written for the user
+        own = not may_pass(error) and isinstance(error, ValueError | OSError)  # our own messages, written for the user
         why = str(error).strip().partition("\n")[0] if own else one_line(error)
         ray.get(monitor.failed.remote(rank, why, may_pass(error), fault_of(error)))
         raise
 
 
 def fault_of(error: Exception) -> str | None:
-    """What may be at fault: this worker's GPU, its host, or neither, when memory ran out."""
+    """What may be broken: this worker's "GPU", its "host", or None if memory ran out."""
     if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
         return None
     return "GPU" if "CUDA error" in str(error) else "host"
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether starting again may help: after what machines, networks and lost workers do, and not after wrong input."""
+    """Whether a new start may help. It may after errors of machines, networks and workers, but not of the input."""
     if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError | IsADirectoryError):
         return False
     return isinstance(error, OSError | RuntimeError | MemoryError | ray.exceptions.RayError) and not isinstance(
@@ -236,7 +229,7 @@ def may_pass(error: Exception) -> bool:
 
 
 def run(c: TrainConfig, monitor, measurement: Measurement | None, learn: Callable[[Worker], Learned]) -> None:
-    """Train from the run's newest checkpoint to num_iterations or a requested stop; the monitor is told which."""
+    """Train from the run's newest checkpoint to num_iterations or to a requested stop, and report the end."""
     left_out = ray.get(monitor.left_out.remote())
     worker = start(c, monitor.say.remote, monitor.begins.remote, learn)
     worker.measurement, worker.left_out = measurement, set(left_out or ())
@@ -246,20 +239,20 @@ def run(c: TrainConfig, monitor, measurement: Measurement | None, learn: Callabl
         note = partial(monitor.unmeasured.remote, "metrics.jsonl", 0)
         log = MetricsLog(c.run_dir, asdict(c), progress.step, monitor.say.remote, note)
     if log and worker.resumed:
-        monitor.say.remote(f"going on from step {progress.step}, workers: {worker.world_size}")
+        monitor.say.remote(f"resuming from step {progress.step}, workers: {worker.world_size}")
     if log and worker.device.type == "cuda":
         monitor.say.remote(f"attention by {worker.attention}, at most {c.device_batch_size} rows in a forward pass")
     error = None
     try:
         train(worker, monitor, log)
-    except (Diverged, NotSaved) as end:  # the same on every rank
+    except (Diverged, NotSaved) as end:  # raised on all ranks together
         error = str(end)
-        finish_save(worker, monitor)  # one that is being written is from before a divergence
+        finish_save(worker, monitor)  # the checkpoint being written was taken before the loss diverged, so keep it
     worker.writer.close()
     if log:
         log.write_rest()
         ray.get(monitor.finish.remote({"step": progress.step, "error": error}))
-        log.close()  # W&B may take a while, for which a driver that was told to stop does not wait
+        log.close()  # W&B may take a while; a driver that was asked to stop does not wait for it
 
 
 def train(worker: Worker, monitor, log: MetricsLog | None) -> None:
@@ -276,7 +269,7 @@ def train(worker: Worker, monitor, log: MetricsLog | None) -> None:
         saves = ending or measures or request == "save" or is_due(progress.step, c.save_every)
         if saves and saved_step != progress.step:
             begins(worker, monitor, f"saving step {progress.step}")
-            finish_save(worker, monitor)  # the one before
+            finish_save(worker, monitor)  # the previous checkpoint
             start_save(worker, log)
             saved_step = progress.step
         if ending or measures or request == "save":
@@ -299,14 +292,14 @@ def train(worker: Worker, monitor, log: MetricsLog | None) -> None:
         metrics, request = train_step(worker, peak, monitor)
         if log:
             log.log(metrics)
-        if not frozen:  # what the first step leaves stays to the end: the garbage collector need not look at it again
+        if not frozen:  # objects created so far live until the end; exclude them from garbage collection
             gc.collect()
             gc.freeze()
             frozen = True
 
 
 def rescue(worker: Worker) -> str:
-    """Where the weights of a last step are that the run's folder did not take: on this host's own disk."""
+    """Save the last step to this host's own disk, because the run's folder failed. Returns a message with the place."""
     run_dir = worker.config.run_dir
     where = storage.disk(run_dir)
     if worker.rank > 0:
@@ -322,7 +315,7 @@ def rescue(worker: Worker) -> str:
 
 
 def begins(worker: Worker, monitor, what: str | None, again: bool = False) -> None:
-    """Tell the driver what may take long from here on."""
+    """Tell the driver that work starts that may take long."""
     if worker.rank == 0 and not again:
         monitor.begins.remote(what)
 
@@ -341,13 +334,13 @@ def start(
     begins: Callable[[str], None] = lambda what: None,
     learn: Callable[[Worker], Learned] | None = None,
 ) -> Worker:
-    """Build the model and the optimizer, from the run's newest checkpoint when there is one."""
+    """Build the worker with model and optimizer, from the run's newest checkpoint if there is one."""
     device = ray.train.torch.get_device()
     context = ray.train.get_context()
     if device.type == "cpu":
         assigned = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
         threads = min(assigned, machine.available_cpus())
-    else:  # Ray gives a worker with a GPU one thread
+    else:  # share the host's CPUs, because Ray gives a worker with a GPU only one thread
         threads = machine.available_cpus() // context.get_local_world_size()
     torch.set_num_threads(max(1, threads))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(threads, COMPILE_THREADS))))
@@ -356,7 +349,7 @@ def start(
     torch.manual_seed(c.seed)  # the same weights on every rank
     if rank == 0:
         begins(f"building the model, {c.model['n_layer']} layers of {c.model['n_embd']} channels")
-    with device:  # a CPU would take long to fill a large model
+    with device:  # initialize on the device, because a CPU would take long for a large model
         model = GPT(GPTConfig(**c.model))
     model.init_weights()
     if rank == 0:
@@ -369,7 +362,7 @@ def start(
     model.set_compute_dtype(checkpoint.compute_dtype(c.dtype, device))
     optimizer = build_optimizer(model, **c.lrs, weight_decay=c.weight_decay)
     momentum_from = resume_from if c.stage == "rl" else origin
-    if momentum_from and checkpoint.has_optimizer(momentum_from):  # an imported checkpoint has none
+    if momentum_from and checkpoint.has_optimizer(momentum_from):  # an imported checkpoint has no optimizer state
         checkpoint.load_optimizer(optimizer, momentum_from)
     progress = Progress()
     if resume_from:
@@ -409,19 +402,19 @@ def all_reduce(worker: Worker, values: list[float]) -> list[float]:
 
 
 def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, str | None]:
-    """One optimizer step. Returns its metrics, and which of REQUESTS the monitor has (the same on every rank).
+    """One optimizer step. Returns its metrics, and the driver's request, one of REQUESTS, alike on all ranks.
 
-    Ends a checkpoint, too, when this step finds that every rank has written its part.
+    It also finishes a checkpoint if all ranks have written their parts.
     """
     c, progress = worker.config, worker.progress
     if worker.device.type == "cuda":
-        torch.cuda.current_stream(worker.device).synchronize()  # not for a checkpoint's copies, which have their own
-        torch.cuda.reset_peak_memory_stats(worker.device)  # evaluations and samples don't count in a step's peak
+        torch.cuda.current_stream(worker.device).synchronize()  # a checkpoint's copies have their own stream
+        torch.cuda.reset_peak_memory_stats(worker.device)  # don't count evaluations and samples in a step's peak
     began = time.perf_counter()
     answer = monitor.request.remote() if worker.rank == 0 else None
     set_rates(worker.optimizer, c, progress.step)
     learned = worker.learn(worker)
-    worker.writer.wait_for_copies()  # the optimizer overwrites what a checkpoint may be copying still
+    worker.writer.wait_for_copies()  # the optimizer overwrites weights that a checkpoint may still be copying
     worker.optimizer.step()
     request = float(REQUESTS.index(ray.get(answer))) if answer else 0.0
     written = float(worker.writer.written())
@@ -442,7 +435,7 @@ def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, str | None]:
         "train/dt": seconds,
         "train/tok_per_sec": learned.tokens / seconds,
         "train/mfu": c.flops_per_token * learned.tokens / seconds / peak,
-        "train/position": position,  # rows that all ranks consumed before this step
+        "train/position": position,  # rows consumed by all ranks before this step
         "train/world_size": worker.world_size,
         "train/peak_memory_mb": peak_memory_mb(worker.device),
     }
@@ -453,13 +446,13 @@ def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, str | None]:
 
 
 def show(worker: Worker, monitor) -> None:
-    """Give the driver the newest step's metrics, with the val/bpb that is known."""
+    """Send the newest step's metrics to the driver, with the last val/bpb."""
     if worker.rank == 0 and worker.newest:
         monitor.update.remote(worker.newest | {"val/bpb": worker.progress.val_bpb})
 
 
 def observe(worker: Worker, monitor, log: MetricsLog | None, last: bool) -> None:
-    """Measure what is due after this step, and note in the progress whether all of it was."""
+    """Make the measurements that are due after this step. If all succeed, note that in the progress."""
     c, progress, other = worker.config, worker.progress, worker.measurement
     done = True
     if c.rows and (last or due(progress.step, c.eval_every)):
@@ -474,11 +467,11 @@ def observe(worker: Worker, monitor, log: MetricsLog | None, last: bool) -> None
 
 
 def attempt(worker: Worker, monitor, what: str, function: Callable[[], bool | None], ranks: int | None = None) -> bool:
-    """Call a function on all ranks, or on one, that measures something. True: it was measured.
+    """Call a measuring function on all ranks, or on one. Returns True if it measured. A failure is noted.
 
-    What fails is noted. If only some ranks fail, the others wait for them in a collective: this raises then, Ray starts
-    the workers again, and the new ones leave out what ended the ones before. So they do with what killed workers twice.
-    An error of the collectives themselves may be that of a lost worker, and is raised.
+    If only some ranks fail, the others wait for them in a collective. Then this raises, Ray restarts the workers, and
+    these skip the measurement. They also skip a measurement during which workers died twice. An error of a collective
+    is raised, because it may mean a lost worker.
     """
     name, ranks = f"{what} of step {worker.progress.step}", ranks or worker.world_size
     if name in worker.left_out:
@@ -490,9 +483,9 @@ def attempt(worker: Worker, monitor, what: str, function: Callable[[], bool | No
         if ranks > 1 and isinstance(error, RuntimeError) and not isinstance(error, torch.OutOfMemoryError):
             raise
         ray.get(monitor.unmeasured.remote(name, worker.rank, f"{name} failed: {one_line(error)}"))
-        patience = time.monotonic() + TOGETHER_SECONDS
+        deadline = time.monotonic() + TOGETHER_SECONDS
         while ray.get(monitor.failed_ranks.remote(name)) < ranks:
-            if time.monotonic() > patience:
+            if time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
         return False
@@ -502,7 +495,7 @@ def attempt(worker: Worker, monitor, what: str, function: Callable[[], bool | No
 
 
 def note_measured(worker: Worker, monitor) -> None:
-    """Write into the checkpoint of this step what was measured after it."""
+    """Add this step's measurements to its checkpoint."""
     changes = {"progress": asdict(worker.progress), "val/bpb": worker.progress.val_bpb}
     try:
         worker.writer.amend(worker.progress.step, changes)
@@ -512,8 +505,8 @@ def note_measured(worker: Worker, monitor) -> None:
 
 
 def measure_bpb(worker: Worker, monitor, log: MetricsLog | None) -> bool:
-    """False: a stop was asked for meanwhile."""
-    worker.progress.val_bpb = None  # an earlier step's is not this one's
+    """Measure and log val/bpb. Returns False if a stop was requested meanwhile."""
+    worker.progress.val_bpb = None  # forget the value of an earlier step
     measured = evaluate(worker, worker.tokenizer.token_bytes(), monitor)
     if measured is None:
         return False
@@ -524,9 +517,9 @@ def measure_bpb(worker: Worker, monitor, log: MetricsLog | None) -> bool:
 
 
 def evaluate(worker: Worker, token_bytes, monitor) -> dict[str, float] | None:
-    """val/bpb, and of a mixture that of each source, over eval_tokens of the validation rows, as many of each source.
+    """val/bpb over eval_tokens of validation rows, and for a mixture that of each source, with equal shares of rows.
 
-    The ranks share them. None when a stop is asked for meanwhile."""
+    The ranks share the rows. Returns None if a stop was requested meanwhile."""
     c, stopped, by_source = worker.config, [], {}
     num_rows = max(c.eval_tokens // worker.model.config.sequence_len // len(worker.val_rows), worker.world_size)
     for part, rows in worker.val_rows.items():
@@ -538,7 +531,7 @@ def evaluate(worker: Worker, token_bytes, monitor) -> dict[str, float] | None:
 
 
 def until_stop(batches: Iterable, monitor, stopped: list) -> Iterator:
-    """The batches, until the driver asks for a stop, which is looked for once a second and noted in `stopped`."""
+    """The batches, until the driver requests a stop. It is asked once a second, and a stop is noted in `stopped`."""
     looked = time.monotonic()
     for batch in batches:
         if time.monotonic() > looked + 1:
@@ -550,9 +543,9 @@ def until_stop(batches: Iterable, monitor, stopped: list) -> Iterator:
 
 
 def learn_rows(worker: Worker) -> Learned:
-    """Gradients of the mean loss of a step's rows, by micro-batches.
+    """Gradients of the mean loss over a step's rows, in micro-batches.
 
-    Every learned target of the step weighs the same, on whichever rank and in whichever micro-batch it is.
+    All learned targets of the step have the same weight, on every rank and in every micro-batch.
     """
     c = worker.config
     with torch.profiler.record_function("data"):
@@ -594,11 +587,11 @@ def metrics_of(worker: Worker) -> dict:
 
 
 def start_save(worker: Worker, log: MetricsLog | None) -> None:
-    """Begin a checkpoint of where the run stands; it is written while training goes on."""
+    """Start a checkpoint of the current state. It is written while training continues."""
     progress = worker.progress
     worker.optimizer.gather_exactly()
     sums = torch.stack([p.detach().sum().float() for p in worker.model.parameters()])
-    if all_reduce(worker, [float(not sums.isfinite().all())])[0]:  # a rank whose copy alone is bad ends all
+    if all_reduce(worker, [float(not sums.isfinite().all())])[0]:  # stop if the copy of any rank is bad
         raise Diverged(f"weights are not finite after step {progress.step}: look at the data, or lower the rates")
     worker.writer.start(
         progress.step, worker.model, worker.optimizer, checkpoint_meta(worker), log.flush if log else None
@@ -611,14 +604,14 @@ def checkpoint_meta(worker: Worker) -> dict:
         "stage": c.stage,
         "progress": asdict(progress),
         "val/bpb": progress.val_bpb,
-        # what a finetuning inherits
+        # Finetuning inherits these.
         "lrs": c.lrs,
         "total_batch_size": c.total_batch_size,
     }
 
 
 def finish_save(worker: Worker, monitor) -> str | None:
-    """End the checkpoint that was begun, if any. Returns why it could not be written, or None, alike on every rank."""
+    """Finish the checkpoint in progress, if any. Returns None, or why it could not be written, alike on all ranks."""
     error = worker.writer.finish()
     if error and worker.rank == 0:
         monitor.say.remote(f"checkpoint: step {worker.writer.meta['step']} is not saved: {error}")
@@ -626,9 +619,9 @@ def finish_save(worker: Worker, monitor) -> str | None:
 
 
 def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
-    """Log what the run's Measurement gives. It takes no training time: only train_step counts."""
+    """Make and log the run's Measurement. It does not count as training time."""
     worker.optimizer.wait()
-    with worker.model.uncompiled():  # every prompt would be another shape to compile
+    with worker.model.uncompiled():  # each prompt length would compile again
         measured = worker.measurement.measure(worker.model, worker.tokenizer)
     if log:
         log.log(metrics_of(worker) | measured)
@@ -637,27 +630,27 @@ def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
 
 
 def write_samples(worker: Worker) -> None:
-    """Greedy continuations into samples.md, the newest last."""
+    """Add greedy continuations to samples.md."""
     append_samples(worker, sample(worker))
 
 
 def append_samples(worker: Worker, samples: list[str]) -> None:
-    """Lines of Markdown about this step into samples.md."""
+    """Add lines of Markdown about this step to the end of samples.md."""
     lines = [f"## step {worker.progress.step}", "", *samples]
     uri = storage.join(worker.config.run_dir, "samples.md")
     before = storage.read_text(uri) if storage.exists(uri) and worker.progress.step else ""
-    before = before.partition(lines[0] + "\n")[0]  # a resumed run writes these again
+    before = before.partition(lines[0] + "\n")[0]  # remove what a resumed run writes again
     storage.write_bytes(uri, (before + "\n".join(lines) + "\n\n").encode())
 
 
 def sample(worker: Worker) -> list[str]:
-    """A line for each of the run's prompts."""
+    """One line of Markdown per prompt of the run: the prompt and its greedy continuation."""
     worker.optimizer.wait()
     model, prompts, tokens = worker.model, worker.config.prompts, 24
-    length = max(map(len, prompts)) + tokens  # training needs the rest of the memory
+    length = max(map(len, prompts)) + tokens  # a small cache, because training needs the memory
     room = cache_bytes(model.config, len(prompts), length, model.compute_dtype.itemsize)
     engine = Engine(model, worker.tokenizer, len(prompts), room)
-    with model.uncompiled():  # every prompt and every token would be another shape to compile
+    with model.uncompiled():  # each length would compile again
         completions = engine.generate(prompts, SamplingParams(max_tokens=tokens, temperature=0.0))
     lines = []
     for prompt, completion in zip(prompts, completions, strict=True):

@@ -1,4 +1,4 @@
-"""What a run measures and where it goes: metrics.jsonl, W&B, MFU, memory, bits per byte."""
+"""Measurements of a run and their logs: MFU, memory, bits per byte; metrics.jsonl and W&B."""
 
 import json
 import math
@@ -22,9 +22,9 @@ from nanochat_ray import measuring, storage
 from nanochat_ray.data.mixture import Part, shares
 from nanochat_ray.model.gpt import GPT
 
-WANDB_SECONDS = 20.0  # W&B may take so long to answer at the start, and to send the rest at the end
-# Dense FLOP/s of one device in bf16 and, where known, in fp32 without TF32, from the vendors' data sheets; by a word of
-# the device's name.
+WANDB_SECONDS = 20.0  # timeout for W&B's first answer, and for sending the rest at the end
+# Dense FLOP/s of one device in bf16 and in fp32 without TF32 (NaN: unknown), from the vendors' data sheets. The key is
+# a part of the device's name.
 PEAK_FLOPS = {
     "GB200": (2.5e15, 80e12),
     "B200": (2.25e15, 75e12),
@@ -43,7 +43,7 @@ PEAK_FLOPS = {
 
 
 def gpu_peak_flops(name: str, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Peak FLOP/s of a GPU by (words of) its name. Raises ValueError for one that is not in the table."""
+    """Peak FLOP/s of a GPU by its name. Raises ValueError if no key of the table is in the name."""
     matches = [key for key in PEAK_FLOPS if re.search(rf"\b{key}\b", name, re.IGNORECASE)]
     if not matches:
         raise ValueError(f"no peak FLOP/s known for GPU {name!r}: known are {', '.join(PEAK_FLOPS)}")
@@ -51,9 +51,9 @@ def gpu_peak_flops(name: str, dtype: torch.dtype = torch.bfloat16) -> float:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s against which MFU is counted: a table for GPUs, on a CPU the best of a few 2048³ matmuls in `dtype`.
+    """Peak FLOP/s for MFU: from a table for GPUs, else from the fastest of five 2048³ matmuls in `dtype`.
 
-    A GPU that the table lacks gives NaN, so that a run on new hardware does not stop for it.
+    NaN for a GPU that is not in the table, so that runs work on new hardware.
     """
     if device.type == "cuda":
         try:
@@ -70,7 +70,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Peak device memory on CUDA since the step began, peak resident memory of this process on a CPU."""
+    """Peak memory in MiB: on CUDA, of the device since the step began; on a CPU, the process's resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -78,10 +78,10 @@ def peak_memory_mb(device: torch.device) -> float:
 
 @torch.no_grad()
 def bits_per_byte(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], token_bytes: np.ndarray) -> float:
-    """Σ nats / (ln 2 · Σ bytes) over the targets, summed over all ranks; NaN when no target stands for a byte.
+    """Σ nats / (ln 2 · Σ bytes) over the targets of all ranks. NaN if no target stands for a byte.
 
-    Batches are (idx, targets), both (B, T). Targets that stand for no bytes (special tokens) and ignored ones (−1)
-    count in neither sum, so the number does not depend on the vocabulary.
+    batches: (idx, targets), both int64 (B, T). token_bytes: int32 (vocab_size,). Special tokens, which stand for no
+    bytes, and ignored targets (−1) count in neither sum, so the result does not depend on the vocabulary.
     """
     device = model.lm_head.weight.device
     length = torch.as_tensor(token_bytes, dtype=torch.float64, device=device)
@@ -89,7 +89,7 @@ def bits_per_byte(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor
     rows = 0
     for idx, targets in batches:
         rows = rows or len(idx)
-        missing = (0, 0, 0, max(rows - len(idx), 0))  # the last batch is filled up: its size would be compiled apart
+        missing = (0, 0, 0, max(rows - len(idx), 0))  # pad the last batch, because another size would compile again
         idx, targets = F.pad(idx, missing), F.pad(targets, missing, value=-1)
         idx, targets = idx.to(device), targets.to(device)
         losses = model(idx, targets, loss_reduction="none").double()
@@ -104,7 +104,7 @@ def bits_per_byte(model: GPT, batches: Iterable[tuple[torch.Tensor, torch.Tensor
 
 
 def mixed_bpb(by_source: dict[Part, float]) -> dict[str, float]:
-    """{"val/bpb": the mean of the sources' bits per byte by their weights}, and of several "val/bpb/<name>" of each."""
+    """{"val/bpb": mean over sources, weighted by their shares}. Several sources add "val/bpb/<name>" for each."""
     weights = shares([part.weight for part in by_source])
     whole = sum(float(share) * bpb for share, bpb in zip(weights, by_source.values(), strict=True))
     each = {f"val/bpb/{part.name}": bpb for part, bpb in by_source.items()} if len(by_source) > 1 else {}
@@ -112,10 +112,10 @@ def mixed_bpb(by_source: dict[Part, float]) -> dict[str, float]:
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and W&B. A resumed run drops the lines its lost steps had written.
+    """Appends to metrics.jsonl and W&B. A resumed run removes the lines of steps that were lost.
 
-    Neither ends a run: what a full disk refuses is kept for later, and close notes what could not be written at all.
-    An object store can't append, so there the file is kept here and put whole at every flush.
+    A failure never ends the run. Lines that a full disk refuses are kept and written later; close notes a final
+    failure. Object stores can't append, so for them the lines are kept in memory and written as a whole at each flush.
     """
 
     def __init__(
@@ -132,12 +132,12 @@ class MetricsLog:
         self.file: int | None = None
         self._put(b"".join(self.lines))
         self.unwritten = b""
-        self.lock = threading.Lock()  # flush comes from the thread that writes checkpoints
+        self.lock = threading.Lock()  # the thread that writes checkpoints calls flush
         self.wandb = WandB(run_dir, config, say)
 
     def _put(self, content: bytes) -> None:
-        """Write a new file, and hold it open: what a worker left over from an earlier start still writes goes to the
-        file that this one replaces."""
+        """Write a new file and keep it open. A leftover worker of an earlier start still writes to the old, replaced
+        file."""
         storage.write_bytes(self.uri, content)
         if not storage.is_remote(self.uri):
             self.file = os.open(self.uri, os.O_RDWR | os.O_APPEND)
@@ -154,16 +154,16 @@ class MetricsLog:
         self.wandb.log(metrics)
 
     def _append(self) -> None:
-        """Raises OSError for what can't be written, which is then in `unwritten` still."""
-        if not os.fstat(self.file).st_nlink and not os.path.exists(self.uri):  # somebody deleted it
+        """Write the unwritten lines. Raises OSError if that fails; the rest stays in `unwritten`."""
+        if not os.fstat(self.file).st_nlink and not os.path.exists(self.uri):  # someone has deleted the file
             gone = self.file
             self._put(os.pread(gone, os.fstat(gone).st_size, 0))
             os.close(gone)
-        while self.unwritten:  # a disk that becomes full takes a part
+        while self.unwritten:  # a disk that becomes full may take only a part
             self.unwritten = self.unwritten[os.write(self.file, self.unwritten) :]
 
     def flush(self) -> None:
-        """Make sure of all lines so far, as who resumes from a checkpoint needs them. Raises OSError if it can't be."""
+        """Put all lines on disk, because a run that resumes from a checkpoint needs them. Raises OSError."""
         if self.file is None:
             with self.lock:
                 content = b"".join(self.lines)
@@ -185,7 +185,7 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: str) -> list[dict]:
-    """The lines of a run's metrics.jsonl; one that a crash tore is left out."""
+    """The lines of a run's metrics.jsonl, without a line that a crash cut off."""
     uri = storage.join(run_dir, "metrics.jsonl")
     if not storage.exists(uri):
         return []
@@ -198,9 +198,9 @@ def read_metrics(run_dir: str) -> list[dict]:
 
 
 class WandB:
-    """The run's curves at W&B: online where there is a key, else in files that `wandb sync` brings there later.
+    """The run's curves at W&B: online if there is a key, else in files that `wandb sync` uploads later.
 
-    What fails at W&B is said once, and the run goes on without: metrics.jsonl has the same numbers.
+    A failure of W&B is printed once, and the run continues without it. metrics.jsonl has the same numbers.
     """
 
     def __init__(self, run_dir: str, config: dict, say: Callable[[str], None]):
@@ -217,19 +217,19 @@ class WandB:
 
     def _give_up(self, why: str) -> None:
         self.run = None
-        self.say(f"warning: {why}; the run goes on without it")
+        self.say(f"warning: {why}; the run continues without it")
 
     def finish(self) -> None:
-        """Waits at most WANDB_SECONDS for what is not sent yet."""
+        """Wait at most WANDB_SECONDS until everything is sent."""
         if self.run is not None:
             with measuring.measuring("W&B", self._give_up):
                 self.run.finish()
 
 
 def _start_wandb(run_dir: str, config: dict, say: Callable[[str], None]):
-    import wandb  # takes a second to import: only the rank that logs pays
+    import wandb  # it takes a second, so import it only on the rank that logs
 
-    id_uri = storage.join(run_dir, "wandb_id")  # the same when the run resumes: one curve, not two
+    id_uri = storage.join(run_dir, "wandb_id")  # a resumed run uses the same id, so that there is one curve
     if not storage.exists(id_uri):
         storage.write_bytes(id_uri, uuid.uuid4().hex.encode())
     parent = storage.name(storage.parent(run_dir))
@@ -239,7 +239,7 @@ def _start_wandb(run_dir: str, config: dict, say: Callable[[str], None]):
         wandb.init,
         project="nanochat-ray",
         name=storage.name(run_dir),
-        group=None if parent == "runs" else parent,  # the runs of a sweep are in a folder of its own
+        group=None if parent == "runs" else parent,  # a sweep's folder groups its runs
         id=storage.read_text(id_uri),
         resume="allow",
         dir=local,
@@ -249,12 +249,12 @@ def _start_wandb(run_dir: str, config: dict, say: Callable[[str], None]):
     mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     try:
         run = start(mode=mode)
-    except Exception as error:  # no answer is no reason to end a run
+    except Exception as error:  # don't end the run because W&B does not answer
         why = measuring.one_line(error)
-        say(f"warning: W&B does not answer, `wandb sync` brings it what is logged from here on ({why})")
-        wandb.teardown()  # it would refuse another start of the same run
+        say(f"warning: W&B does not answer; logging to files, which `wandb sync` uploads later ({why})")
+        wandb.teardown()  # without it, W&B would refuse to start the same run again
         run = start(mode="offline")
-    # W&B counts steps of its own, which only grow. Ours is the axis: a resumed run logs lost steps again.
+    # Use our step as the axis. W&B's own step can only grow, but a resumed run logs lost steps again.
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run

@@ -1,4 +1,4 @@
-"""Which network interface the training workers talk over."""
+"""Chooses the network interface of the training workers, and connects them."""
 
 import fcntl
 import os
@@ -11,14 +11,14 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 
-# In which all ranks must have come to a collective: one that hangs ends then, and the run goes on without it. More than
-# a rank waits for another in good order: for a checkpoint of gigabytes on its way to a slow store.
+# All ranks must reach a collective within this time, or the workers are restarted. It must be longer than normal waits,
+# such as for a checkpoint of gigabytes on its way to a slow store.
 TIMEOUT_SECONDS = 600
-SIOCGIFADDR = 0x8915  # Linux: the address of an interface
+SIOCGIFADDR = 0x8915  # Linux's ioctl for the address of an interface
 
 
 def interface_of(address: str) -> str | None:
-    """The name of this host's interface with an IPv4 address, or None if none has it or the system can't say."""
+    """The name of this host's interface with an IPv4 address. None if no interface has it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         for _, name in socket.if_nameindex():
             try:
@@ -33,16 +33,15 @@ def interface_of(address: str) -> str | None:
 def choose_interface() -> None:
     """Let gloo and NCCL use the interface that carries this node's Ray address, unless the user set one.
 
-    Otherwise gloo connects to what the hostname resolves to, which is 127.0.1.1 on Debian and Ubuntu: no other host
-    reaches it.
+    Otherwise gloo uses the hostname's address, which is 127.0.1.1 on Debian and Ubuntu. Other hosts can't reach it.
     """
     if name := interface_of(ray.util.get_node_ip_address()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # just this one: NCCL takes a plain name as a prefix
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": NCCL takes a plain name as a prefix
 
 
 def meet() -> None:
-    """The first collective of this rank, in which NCCL connects. Raises ConnectionError that says where to look."""
+    """Run a first collective, in which NCCL connects. Raises ConnectionError that says where to look."""
     try:
         dist.all_reduce(torch.zeros(1, device=ray.train.torch.get_device()))
         if torch.cuda.is_initialized():
@@ -62,13 +61,13 @@ class TorchBackend(ray.train.torch.TorchConfig().backend_cls):
             worker_group.execute(choose_interface)  # before the workers connect
             super().on_start(worker_group, backend_config)
         except Exception:
-            worker_group._clear_state()  # Ray then takes it for one that has not started, and frees what it holds
+            worker_group._clear_state()  # so that Ray treats the group as not started and frees its resources
             raise
 
 
 @dataclass
 class TorchConfig(ray.train.torch.TorchConfig):
-    """Ray Train's process group, over the interface that Ray uses itself."""
+    """Ray Train's process group on the interface that Ray uses."""
 
     timeout_s: int = TIMEOUT_SECONDS
 

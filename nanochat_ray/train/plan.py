@@ -1,4 +1,4 @@
-"""What a depth decides, before a GPU is rented: sizes, horizon, rates, memory, time and cost."""
+"""`nanochat-ray plan`: what a depth implies, before you rent a GPU: sizes, horizon, rates, memory, time and cost."""
 
 import math
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ from nanochat_ray.model.shards import Matrices, Shard, make_shards
 from nanochat_ray.train.checkpoint import compute_dtype
 from nanochat_ray.train.metrics import gpu_peak_flops, peak_flops
 
-MAX_TOKENS_PER_GPU = 2**15  # in one forward pass: more would not make it more efficient
-MAX_TOKENS_PER_CPU = 2**12  # the activations of more would not stay in the cache
-PROCESS_BYTES = 900 * 2**20  # Python, torch, Ray and what compiling leaves behind
-CONTEXT_BYTES = 2**30  # of a GPU: CUDA context, cuBLAS's and cuDNN's workspaces, compiled kernels
-NCCL_BYTES = 2**30  # its buffers, where there are several workers
-# What CUDA can give of each GPU, in GiB: less than the name says, as vendors count in GB and keep some.
+MAX_TOKENS_PER_GPU = 2**15  # per forward pass; more tokens are not more efficient
+MAX_TOKENS_PER_CPU = 2**12  # per forward pass; activations of more tokens don't fit into the cache
+PROCESS_BYTES = 900 * 2**20  # Python, torch, Ray and what remains after compiling
+CONTEXT_BYTES = 2**30  # on a GPU: CUDA context, workspaces of cuBLAS and cuDNN, compiled kernels
+NCCL_BYTES = 2**30  # buffers, with several workers
+# GiB that CUDA can use of each GPU. It is less than the name says, because vendors count in GB and reserve some.
 GPU_GIB = {"B200": 178, "H200": 139, "H100": 79, "A100-80G": 79, "A100": 39, "L40S": 44, "L4": 22, "A10G": 22}
-# Of a link, that gloo uses on CPUs: in each exchange it sends in one direction after the other, and two run at a time.
-# Alone they use from 0.5 to 0.9 of it. Of NCCL nothing was measured.
+# Share of a link's bandwidth that gloo uses on CPUs. Measured: 0.5 to 0.9. gloo sends in one direction after the other,
+# and two exchanges run in parallel. NCCL is not measured and counts as 1.
 GLOO_SHARE = 0.75
-GPU_SHARE = 0.9  # of that memory, which the plan may fill: it is right to some 10 %
+GPU_SHARE = 0.9  # share of a GPU's memory that the plan may fill; the plan is accurate to about 10 %
 
 
 @dataclass
@@ -34,20 +34,21 @@ class PlanOptions:
     depth: int = 24
     """The dial: layers of the Transformer."""
     nodes: int = 1
-    """How many nodes train; several show what 1, 2, 4, … of them would do."""
+    """Number of nodes. With several, the plan also shows 1, 2, 4, … nodes."""
     gpus: int = 8
-    """GPUs of each node; 0 for one worker on its CPUs."""
+    """GPUs per node. 0: one worker on the CPUs."""
     gpu: str = "H100"
-    """Their kind, for the peak FLOP/s: H100, H200, B200, A100, L40S, L4, A10G, 4090, …"""
+    """Type of GPU, for its peak FLOP/s: H100, H200, B200, A100, L40S, L4, A10G, 4090, …"""
     dtype: str | None = None
-    """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
+    """float32 or bfloat16. Default: bfloat16 if the hardware is fast at it."""
     mfu: float = 0.5
-    """Share of the peak that training reaches on one node."""
+    """Share of the peak FLOP/s that training reaches on one node."""
     network: float = 100
-    """Gbit/s that each node sends, and receives at the same time; `nanochat-ray doctor` measures it."""
+    """Gbit/s that each node sends and receives at the same time. `nanochat-ray doctor` measures it."""
     latency: float = 30
-    """Microseconds of a message from one node to the next."""
+    """Microseconds for a message from one node to the next."""
     dollars_per_gpu_hour: float = 3.0
+    """Price of a GPU, for the cost."""
     target_param_data_ratio: float = 12
     """Training tokens per scaling parameter."""
     target_flops: float | None = None
@@ -57,7 +58,7 @@ class PlanOptions:
     head_dim: int = 128
     window_pattern: str = "SSSL"
     device_batch_size: int | None = None
-    """Rows in one forward pass of a worker; the default is what pretrain would take."""
+    """Rows in one forward pass of a worker. Default: as in pretrain."""
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,18 @@ class Prediction:
     memory: dict[str, float]  # bytes per worker, by part
     seconds: float
     dollars: float
-    steps: dict[int, "Step"]  # by the number of nodes
+    steps: dict[int, "Step"]  # by number of nodes
 
 
 @dataclass(frozen=True)
 class Step:
     seconds: float
-    waiting: float  # seconds of them in which the network alone is busy
-    sent: int  # bytes that each worker sends to the next of a ring
+    waiting: float  # part of these seconds in which only the network is busy
+    sent: int  # bytes that each worker sends to the next one in a ring
 
 
 def run(options: PlanOptions) -> Prediction:
-    """Print the plan; returns what it predicts. Raises ValueError for an unknown GPU."""
+    """Print the plan and return its predictions. Raises ValueError for an unknown GPU, or too many workers."""
     plan = plan_run(
         options.depth,
         target_param_data_ratio=options.target_param_data_ratio,
@@ -87,13 +88,16 @@ def run(options: PlanOptions) -> Prediction:
         target_flops=options.target_flops,
     )
     if options.nodes < 1 or options.network <= 0:
-        raise ValueError(f"{options.nodes} nodes on {options.network} Gbit/s: give at least one, and a network")
+        raise ValueError(
+            f"--nodes {options.nodes} --network {options.network}: give at least one node, and a speed above 0"
+        )
     workers = options.nodes * max(1, options.gpus)
     dtype = torch.bfloat16 if options.gpus and options.dtype is None else compute_dtype(options.dtype, "cpu")
     most = plan.total_batch_size // (options.sequence_len * workers)
     if options.nodes > 1 and not most:
         raise ValueError(
-            f"{workers} workers for {plan.total_batch_size // options.sequence_len} rows a step: take fewer"
+            f"{workers} workers are too many for {plan.total_batch_size // options.sequence_len} rows per step: take "
+            "fewer"
         )
     most = max(1, most)
     memory = GPU_SHARE * gpu_memory(options.gpu) if options.gpus else math.inf
@@ -124,7 +128,7 @@ def run(options: PlanOptions) -> Prediction:
 
 
 def plan_shards(config: GPTConfig, workers: int, dtype: torch.dtype) -> list[Shard]:
-    """The optimizer's own, as its first rank has them, in the order in which a backward has their gradients."""
+    """The optimizer's shards on its first rank, in the order in which the backward pass gives their gradients."""
     with torch.device("meta"):
         model = GPT(config)
         groups = build_optimizer(model.set_compute_dtype(dtype), **BASE_LRS, weight_decay=0.0).param_groups
@@ -132,7 +136,7 @@ def plan_shards(config: GPTConfig, workers: int, dtype: torch.dtype) -> list[Sha
 
 
 def muon_flops(shards: list[Shard]) -> int:
-    """Of one worker: its five steps on r × c matrices, r the smaller, are 5 · (4 r² c + 2 r³) FLOPs."""
+    """FLOPs of Muon on one worker: five iterations on r × c matrices, r ≤ c, are 5 · (4 r² c + 2 r³) FLOPs."""
     matrices = [view.shape for shard in shards if isinstance(shard, Matrices) for view in shard.owned()]
     return sum(5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in matrices)
 
@@ -140,13 +144,15 @@ def muon_flops(shards: list[Shard]) -> int:
 def predict_step(
     shards: list[Shard], nodes: int, compute: float, update: float, passes: int, network: float, latency: float
 ) -> Step:
-    """A step of `compute` seconds on each worker, `update` of them the optimizer's. network: bits/s of each node.
+    """Predict a step of `compute` seconds on each worker, `update` of which are the optimizer's.
 
-    Follows the optimizer: gradients of the last of `passes` backwards travel as they come, one shard after the other;
-    each shard is updated when it has arrived, from the first layer on; and weights travel in that order while the next
-    forward runs, which waits for those of each layer. A forward takes half as long as a backward. What travels goes
-    around a ring of all workers, which enters and leaves each node once, so the slowest node's network decides; each
-    collective waits for one message after the other between the nodes. Within a node nothing is counted.
+    network: bits/s of each node. latency: seconds per message between nodes. passes: micro-batches of a step.
+
+    The model follows the optimizer. Gradients of the last backward pass are sent as they appear, shard by shard. Each
+    shard is updated when it has arrived, starting with the first layer. Weights are sent in that order while the next
+    forward pass runs, and each layer waits for its weights. A forward pass takes half as long as a backward pass. Data
+    go around a ring of all workers, which enters and leaves each node once, so the node's network is the limit. Each
+    collective waits for one message after the other between the nodes. Traffic within a node counts as free.
     """
     sent = [shard.bytes_sent() for shard in shards]
     total = sum(map(sum, sent))
@@ -159,9 +165,10 @@ def predict_step(
     layers = 1 + max(shard.layer for shard in shards if shard.layer < math.inf)
     forward = (compute - update) / passes / 3
     backward = 2 * forward
-    free, reduced = 0.0, []  # from the last backward's start on: when the network is free, and gradients are there
+    # Times since the start of the last backward pass: when the network is free, and when gradients have arrived.
+    free, reduced = 0.0, []
     for shard, (gradients, _) in zip(shards, sent, strict=True):
-        done = max(0.0, 1 - shard.layer / layers)  # of the backward
+        done = max(0.0, 1 - shard.layer / layers)  # share of the backward pass
         free = max(free, backward * done) + travel(gradients)
         reduced.append(free)
     now, arrived = backward, []
@@ -169,7 +176,7 @@ def predict_step(
         now = max(now, arrival) + update / len(shards)
         free = max(free, now) + travel(weights)
         arrived.append(free)
-    ahead = now  # when the forward would have begun, had it not waited since
+    ahead = now  # start of the next forward pass, delayed by the sum of its waits
     for shard, arrival in zip(reversed(shards), arrived, strict=True):
         ahead = max(ahead, arrival - forward * min(1.0, shard.layer / layers))
     waiting = ahead - backward - update
@@ -179,20 +186,20 @@ def predict_step(
 def predict_memory(
     config: GPTConfig, world_size: int, rows: int, on_cpu: bool, dtype: torch.dtype, recompute: bool = False
 ) -> dict[str, float]:
-    """Peak bytes of a worker by part, with rows of T tokens in each forward pass; on a CPU of the whole process.
+    """Peak bytes of a worker by part, with `rows` rows of T tokens in a forward pass. On a CPU, of the whole process.
 
-    Activations count what autograd keeps of a compiled block, and the gradients of one block, as numbers a channel:
-    on a GPU about 19 are kept (residual, norms, q, k, v before and after rotation, attention's output, the MLP's two
-    hidden layers of 4 each), and the matrices in the compute dtype; depths 12 and 24 on one H200 took 5 and 3 % less
-    than this. On a CPU also attention's weights, for the blocks of keys that a query's block sees, and copies that its
-    matmuls take, and a tenth more for gaps between blocks of memory. A GPU's optimizer uses the memory of the
-    activations again: its copies count as far as they exceed those.
+    Activations are what autograd keeps of a compiled block, and the gradients of one block, in numbers per channel. On
+    a GPU, autograd keeps about 19 (residual, norms, q, k, v before and after rotation, attention's output, the MLP's
+    two hidden layers of 4 each), and the matrices in the compute dtype. Depths 12 and 24 on one H100 used 5 and 3 %
+    less than this. A CPU also keeps attention's weights for the blocks of keys that a block of queries sees, and
+    copies for matmuls, and needs a tenth more for gaps between blocks of memory. A GPU's optimizer reuses the memory of
+    the activations, so only the excess of its copies counts.
     """
     counts, tokens, size = param_counts(config), rows * config.sequence_len, dtype.itemsize
     embeddings, matrices = counts["wte"] + counts["value_embeds"], counts["transformer_matrices"]
     masters = counts["total"] - embeddings
     chunk = min(chunk_size(config.vocab_size, not on_cpu), tokens) * config.vocab_size
-    stack = 4 * config.n_layer * config.n_embd**2  # the largest that Muon updates at once, the MLPs' matrices
+    stack = 4 * config.n_layer * config.n_embd**2  # the largest stack that Muon updates at once: the MLPs' matrices
     kept = [19 + on_cpu * (7 + 1.3 * seen / config.head_dim) for seen in visible_keys(config)]
     channels = (len(kept) + max(kept) if recompute else sum(kept)) + 20 + 30 * on_cpu
     parts = {
@@ -201,7 +208,7 @@ def predict_memory(
         "optimizer shard": (4 * matrices + 8 * (counts["total"] - matrices)) / world_size,
         "optimizer's copies": 32 * stack / world_size,
         "activations": (1.1 if on_cpu else 1) * size * config.n_embd * tokens * channels,
-        "logits": size * chunk + (size + 4) * counts["lm_head"],  # of a chunk, with the head's gradient beside it
+        "logits": size * chunk + (size + 4) * counts["lm_head"],  # one chunk, and the head's gradient
         "process": PROCESS_BYTES,
     }
     if not on_cpu:
@@ -215,7 +222,7 @@ def predict_memory(
 
 
 def gpu_memory(kind: str) -> float:
-    """Bytes of a GPU by its kind, as Ray or the options name it; inf for one that is not in the table."""
+    """Bytes of a GPU by its type, as Ray or the options name it. inf if it is not in the table."""
     kind = kind.upper()
     return GPU_GIB.get(kind, GPU_GIB.get(kind.partition("-")[0], math.inf)) * 2**30
 
@@ -223,7 +230,7 @@ def gpu_memory(kind: str) -> float:
 def rows_that_fit(
     config: GPTConfig, rows: int, world_size: int, on_cpu: bool, dtype: torch.dtype, memory: float, recompute: bool
 ) -> int:
-    """Rows of a forward pass: at most `rows` and MAX_TOKENS, halved until the memory plan fits; one at least."""
+    """Rows in a forward pass: at most `rows` and MAX_TOKENS_…, halved until the memory plan fits, at least 1."""
     rows = max(1, min(rows, (MAX_TOKENS_PER_CPU if on_cpu else MAX_TOKENS_PER_GPU) // config.sequence_len))
     while rows > 1 and sum(predict_memory(config, world_size, rows, on_cpu, dtype, recompute).values()) > memory:
         rows //= 2
@@ -231,7 +238,7 @@ def rows_that_fit(
 
 
 def visible_keys(config: GPTConfig) -> list[float]:
-    """By layer, the mean number of keys that a query's block of the CPU's attention computes with."""
+    """For each layer, the mean number of keys that the CPU's attention computes per block of queries."""
     T = config.sequence_len
     return [(T + BLOCK) / 2 if window >= T else min(window + BLOCK, T) for window in config.window_sizes]
 
@@ -258,10 +265,10 @@ def _print(plan: RunPlan, options: PlanOptions, rows: int, prediction: Predictio
     waiting = f", {options.network:g} Gbit/s" if options.nodes > 1 else ""
     outlook = {"time": f"{prediction.seconds:,.0f} s ({hours:.2f} h) at {options.mfu:.0%} MFU{waiting}"}
     if options.gpus:
-        outlook["cost"] = f"${prediction.dollars:,.0f} at ${options.dollars_per_gpu_hour:g} a GPU hour"
+        outlook["cost"] = f"${prediction.dollars:,.0f} at ${options.dollars_per_gpu_hour:g} per GPU hour"
     for title, values in {
         f"depth {plan.depth}": sizes,
-        f"memory per worker, {rows} rows a forward pass": memory,
+        f"memory per worker, {rows} rows per forward pass": memory,
         f"{options.nodes * options.gpus} × {options.gpu}" if options.gpus else "this machine's CPUs": outlook,
     }.items():
         table = Table(title=title, show_header=False, title_justify="left", min_width=60)
@@ -272,7 +279,7 @@ def _print(plan: RunPlan, options: PlanOptions, rows: int, prediction: Predictio
 
 def _print_nodes(plan: RunPlan, options: PlanOptions, prediction: Prediction) -> None:
     console = Console(highlight=False)
-    title = f"{plan.total_batch_size:,} tokens a step over {options.network:g} Gbit/s"
+    title = f"{plan.total_batch_size:,} tokens per step over {options.network:g} Gbit/s"
     columns = ("nodes", "step", "waiting for the network", "tokens/s", "efficiency", "hours")
     table = Table(*columns, title=title, title_justify="left", min_width=60)
     one, previous, enough = prediction.steps[1].seconds, 1, None
@@ -293,11 +300,11 @@ def _print_nodes(plan: RunPlan, options: PlanOptions, prediction: Prediction) ->
     console.print(table)
     if enough:
         many = f"{enough} nodes" if enough > 1 else "one node"
-        console.print(f"more than {many} hardly pay: over half of what they add is spent waiting")
+        console.print(f"more than {many} hardly pay: over half of the added time is spent waiting for the network")
     counts = plan.param_counts
     size = 4 * counts["total"] + (8 * counts["total"] - 4 * counts["transformer_matrices"])
     first = size - (size - 4 * counts["total"]) * (1 - 1 / options.nodes)
     console.print(
         f"checkpoints of {size / 1e9:,.2f} GB each leave the first node in {8e-9 * first / options.network:,.1f} s at "
-        f"best, while training goes on; rows are {plan.total_batch_size * 2 / 1e6:,.1f} MB a step"
+        f"best, while training continues; rows are {plan.total_batch_size * 2 / 1e6:,.1f} MB per step"
     )

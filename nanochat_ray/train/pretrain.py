@@ -1,4 +1,4 @@
-"""Pretraining: a depth and a folder of rows, or a mixture of several -> a base model."""
+"""Pretraining: a depth and a folder of rows, or a mixture of several folders -> a base model."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,15 +24,16 @@ SAMPLE_PROMPTS = (
 @dataclass
 class PretrainOptions:
     depth: int = 12
-    """The dial: layers of the Transformer; width, batch, horizon and rates follow from it."""
+    """The dial: layers of the Transformer. Width, batch, horizon and learning rates follow from it."""
     rows: str | None = None
-    """Folder of rows, or of a mixture, that prepare made; the default is the one made last."""
+    """Folder of rows or of a mixture, made by prepare. Default: the newest."""
     run: str | None = None
-    """Name of the run folder; the default is made of the depth and a hash of these options."""
+    """Name of the run folder. Default: made from the depth and a hash of these options."""
     head_dim: int = 128
     """Channels of one attention head; the width is rounded up to a multiple of it."""
     window_pattern: str = "SSSL"
-    """Tiled over layers: S sees a quarter of the context, L all of it; the last layer is always L."""
+    """Attention windows, repeated over the layers. S sees a quarter of the context, L all of it. The last layer is
+    always L."""
     target_param_data_ratio: float = 12
     """Training tokens per scaling parameter (matrices of the blocks and the head)."""
     target_flops: float | None = None
@@ -40,37 +41,37 @@ class PretrainOptions:
     num_iterations: int | None = None
     """Train for this many steps instead of for FLOPs or a ratio."""
     total_batch_size: int | None = None
-    """Tokens in a step, over all workers; the default follows from depth and ratio."""
+    """Tokens per step over all workers. Default: from depth and ratio."""
     lr_factor: float = 1.0
-    """Times the plan's learning rates, which are too low for batches of a few thousand tokens."""
+    """Factor on the plan's learning rates, which are too low for batches of a few thousand tokens."""
     device_batch_size: int | None = None
-    """Most rows in one forward pass of a worker; the default is what fits."""
+    """Most rows in one forward pass of a worker. Default: as many as fit."""
     workers: int | None = None
-    """Most training workers; the default is every GPU of the cluster, else one a host. While a node is lost, the
-    run goes on with fewer."""
+    """Most training workers. Default: every GPU of the cluster, else one per host. If a node is lost, the run continues
+    with fewer."""
     use_gpu: bool | None = None
-    """Train on GPUs, for which the cluster is asked if it has none yet; the default is to if it has some."""
+    """Train on GPUs. If the cluster has none yet, it is asked for them. Default: use GPUs if there are some."""
     wait_minutes: float = 10
-    """How long to wait for hosts with room for all workers; then the run starts with fewer, and takes what comes."""
+    """Minutes to wait for hosts with room for all workers. Then the run starts with fewer and grows later."""
     eval_every: int = 250
-    """Steps between measurements of val/bpb; 0 for the end alone."""
+    """Steps between measurements of val/bpb. 0: only at the end."""
     eval_tokens: int = 10_485_760
-    """Validation tokens in each measurement; of a mixture an equal part of each source."""
+    """Validation tokens in each measurement. A mixture measures an equal number of each source."""
     sample_every: int = 2000
-    """Steps between greedy samples; 0 for the end alone."""
+    """Steps between greedy samples. 0: only at the end."""
     save_every: int = 1000
-    """Steps between checkpoints; 0 for the end alone. The last two and the best are kept."""
+    """Steps between checkpoints. 0: only at the end. The last two and the best are kept."""
     dtype: str | None = None
-    """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
+    """float32 or bfloat16. Default: bfloat16 if the hardware is fast at it."""
     compile: bool | None = None
-    """torch.compile, a minute at the start for steps a third shorter; the default is on, on CPUs if they have a C++
-    compiler."""
+    """Use torch.compile. It takes a minute at the start and makes steps a third shorter. Default: on, on CPUs only with
+    a C++ compiler."""
     recompute: bool = False
-    """Activation checkpointing: for depths that don't fit; a third more work."""
+    """Activation checkpointing, for depths that don't fit in memory. It takes a third more work."""
     fp8: bool = False
-    """Matmuls of the blocks in float8, on Hopper GPUs and later, with torchao (the extra `gpu`)."""
+    """Compute the blocks' matmuls in float8. Needs a Hopper GPU or later, and torchao (the extra `gpu`)."""
     seed: int = 42
-    """Of the weights and of the order of rows."""
+    """Seed of the weights and of the order of rows."""
 
 
 def run(
@@ -80,14 +81,15 @@ def run(
     base_lrs: dict[str, float] = BASE_LRS,
     failing: ActorHandle | None = None,
 ) -> TrainResult:
-    """Pretrain, go on where the run's newest checkpoint stands, or return at once when it is finished.
+    """Pretrain. An interrupted run resumes from its newest checkpoint; a finished one returns at once.
 
-    report, failing: see launch.train. base_lrs: for a search of them.
-    Raises FileNotFoundError without rows, ValueError for options that can't be, or not in this run folder.
+    report, failing: see launch.train. base_lrs: other base rates, for a search.
+    Raises FileNotFoundError without rows, and ValueError for options that don't fit together or differ from those with
+    which the run folder was started.
     """
     rows, manifest = find_rows(options)
     plan = plan_of(options, manifest)
-    say_what_is_read(rows, plan)
+    print_epochs(rows, plan)
     inputs = {
         "stage": "pretrain",
         "model": asdict(plan.config),
@@ -124,8 +126,8 @@ def run(
     return train(config, record, request, measurement, report, failing)
 
 
-def say_what_is_read(rows: str, plan: RunPlan) -> None:
-    """A line for each source of a mixture: its share, and how often it is read. Of one source only if that is often."""
+def print_epochs(rows: str, plan: RunPlan) -> None:
+    """Print each source's share of a mixture and how often it is read; of a single source, only if more than once."""
     parts = read_parts(rows)
     for part, share in zip(parts, shares([part.weight for part in parts]), strict=True):
         manifest, wanted = read_manifest(part.rows), float(share) * plan.total_tokens
@@ -154,7 +156,7 @@ def plan_of(options: PretrainOptions, manifest: dict) -> RunPlan:
 
 
 def find_rows(options: PretrainOptions) -> tuple[str, dict]:
-    """(folder, manifest) of the rows that the options name, or of the newest. Raises FileNotFoundError without any."""
+    """(folder, manifest) of the options' rows, or of the newest. Raises FileNotFoundError if there are none."""
     rows = storage.absolute(options.rows) if options.rows else newest_rows()
     return rows, read_manifest(rows)
 

@@ -64,7 +64,7 @@ def test_a_job_from_outside_is_killed_submitted_again_and_ends(cluster):
     job = submit(cluster, *command)
     said, _ = job.communicate(timeout=300)
     assert job.returncode == 0, said[-3000:]
-    assert "pretrain: going on from step" in said
+    assert "pretrain: resuming from step" in said
     failed, sent = cluster.proxy.faults.counts.total(), cluster.proxy.faults.requests.total()
     print(f"{time.monotonic() - began:.0f} s; {failed} of {sent} requests failed")
     assert failed > 0

@@ -157,7 +157,7 @@ def test_a_preempted_job_ends_as_the_one_beside_it(cluster, golden):
     for one in (whole, preempted):
         print(f"ended: {one.wait_until(lambda one=one: one.told('JobState') == 'COMPLETED'):.0f} s")
     assert whole.told("Restarts") == "0" and "failed" not in whole.said
-    assert "pretrain: going on from step" in preempted.said and "pretrain: going on" not in whole.said
+    assert "pretrain: resuming from step" in preempted.said and "pretrain: resuming" not in whole.said
     for run in ("whole", "preempted"):
         assert_every_row_once(runs / run, NUM_ITERATIONS, ROWS_PER_STEP)
     assert_same_weights(runs / "whole", runs / "preempted")

@@ -210,4 +210,4 @@ def test_the_same_job_goes_on_when_its_driver_was_killed_and_in_a_new_cluster(st
 
 
 def resumed(run: Run, times: int) -> bool:
-    return len(re.findall(r"going on from step \d+, workers: 3", run.said)) == times
+    return len(re.findall(r"resuming from step \d+, workers: 3", run.said)) == times

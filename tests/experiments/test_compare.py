@@ -56,7 +56,7 @@ def test_a_revision_is_taken_as_it_was_committed(checkout, monkeypatch):
     code, commit = compare.archive("HEAD")
     assert zipfile.ZipFile(io.BytesIO(code)).read("code/nanochat_ray/train/pretrain.py") == b"speed = 1\n"
     assert re.fullmatch(r"[0-9a-f]{12}", commit)
-    with pytest.raises(ValueError, match="'nowhere' is no folder, and no revision"):
+    with pytest.raises(ValueError, match="'nowhere' is neither a folder nor a revision"):
         compare.archive("nowhere")
 
 
@@ -101,7 +101,7 @@ def test_a_folder_without_the_package_is_refused(tmp_path):
 def test_options_of_the_stage_are_by_name():
     o = compare.with_options(compare.RlTrial(checkpoint="a", task="b"), ["staleness=1", "advantage_by_std=True"])
     assert (o.checkpoint, o.task, o.staleness, o.advantage_by_std) == ("a", "b", 1, True)
-    with pytest.raises(ValueError, match="'staleness' is no NAME=VALUE"):
+    with pytest.raises(ValueError, match="'staleness' is not NAME=VALUE"):
         compare.with_options(o, ["staleness"])
     with pytest.raises(ValueError, match="'seed=3': run, seed, depth, rows are not among"):
         compare.with_options(o, ["seed=3"])

@@ -111,7 +111,7 @@ def test_a_budget_without_a_minimum_is_said_to_be_so_and_not_used():
     assert alone.size is None and not alone.optima[0].note
     two = flops == 1e18
     two[2:] = False
-    assert "a parabola takes 3" in fits.isoflop(*(v[two] for v in (flops, sizes, tokens, losses))).optima[0].note
+    assert "a parabola needs 3" in fits.isoflop(*(v[two] for v in (flops, sizes, tokens, losses))).optima[0].note
 
 
 def test_far_points_are_left_out_of_a_parabola():

@@ -64,7 +64,7 @@ def test_one_source_as_target_takes_all_and_too_few_points_are_refused():
     shares = mixing_laws.design(8, [1, 1, 1], seed=0)
     fit = mixing_laws.fit(shares, losses(shares, 0.002, 0), [0, 1, 0])
     assert fit.best[1] > 0.85 and fit.gain(fit.best, np.full(3, 1 / 3)).low > 0
-    with pytest.raises(ValueError, match="4 mixtures of 3 sources: a law takes at least 5"):
+    with pytest.raises(ValueError, match="4 mixtures of 3 sources are too few: a law needs at least 5"):
         mixing_laws.fit(shares[:4], losses(shares[:4], 0, 0), TARGET)
 
 
@@ -112,7 +112,7 @@ def test_findings_say_what_is_best_and_whether_it_holds(tmp_path):
     for depth in (1, 2):
         assert f"depth {depth}: the best mixture is docs 4" in said
         assert f"depth {depth}: the best mixture is 0." in said and "below the equal mixture [-" in said
-    assert "28 pairs of mixtures in one order" in said
+    assert "28 pairs of mixtures the same way" in said
     assert "the best mixture of depth 1 holds at depth 2" in said
     write_report([folder], str(tmp_path / "report.html"))
     page = (tmp_path / "report.html").read_text()
@@ -121,4 +121,4 @@ def test_findings_say_what_is_best_and_whether_it_holds(tmp_path):
 
 def test_findings_of_too_few_results_say_so(tmp_path):
     said = findings.read(write_results(tmp_path, {1: 1.0}, points=4)).sentences
-    assert "depth 1: 4 mixtures of 3 sources: a law takes at least 5" in said
+    assert "depth 1: 4 mixtures of 3 sources are too few: a law needs at least 5" in said

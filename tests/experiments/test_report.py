@@ -177,7 +177,7 @@ def test_what_a_sweep_says_may_be_broken_too(tmp_path):
     (tmp_path / "sweep" / "sweep.json").write_text('{"kind": "miniseries", "inputs": {}}')
     (tmp_path / "sweep" / "results.csv").write_text("run,depth,val_bpb\nd1,one,high\n")
     source, page = report(tmp_path, str(tmp_path / "sweep"))
-    assert "what the results say is left out: " in page.text
+    assert "the findings are left out: " in page.text
     assert "<svg" in source
 
 
@@ -228,4 +228,4 @@ def test_a_file_of_another_shape_is_left_out_with_a_note(tmp_path):
     (run / "stages.json").write_text('[{"stage": "rows"}]')
     _, page = report(tmp_path, str(run))
     for name in ("chat.json", "stages.json"):
-        assert f"{name} is left out, it is not what a run writes" in page.text
+        assert f"{name} is left out, its content is not what a run writes" in page.text

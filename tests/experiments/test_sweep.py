@@ -134,7 +134,7 @@ def test_out_of_memory_the_device_batch_is_halved(rows, ray_session, nanochat_ra
     )  # fmt: skip
     result, used, notes = sweep.train_within_memory(options, BASE_LRS, sweep.shared())
     assert result.step == 1
-    assert notes[0] == "out of memory with 256 rows a forward pass, went on with 128"
+    assert notes[0] == "out of memory with 256 rows per forward pass, continued with 128"
     assert used == replace(options, device_batch_size=256 >> len(notes))
 
 
@@ -143,7 +143,7 @@ def test_a_folder_is_of_one_sweep(nanochat_ray_home):
     name, folder = sweep.begin("miniseries", options, {"rows": "a", "seed": 1})
     assert (name, folder) == ("mine", str(nanochat_ray_home / "runs" / "mine"))
     assert sweep.begin("miniseries", options, {"rows": "a", "seed": 1}, budgets=[1]) == (name, folder)
-    with pytest.raises(ValueError, match="was begun with seed 1, not seed 2: take another --name"):
+    with pytest.raises(ValueError, match="was started with seed 1, not seed 2: take another --name"):
         sweep.begin("miniseries", options, {"rows": "a", "seed": 2})
     names = {sweep.begin("miniseries", sweep.SweepOptions(), {"seed": seed})[0] for seed in (1, 2, 2)}
     assert len(names) == 2

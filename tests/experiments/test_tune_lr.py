@@ -23,7 +23,7 @@ def test_a_search_claims_no_gain():
     double = {key: 2 * lr for key, lr in BASE_LRS.items()}
     found = [{"val_bpb": 3.0, **BASE_LRS}, {"val_bpb": 2.7, **double}]
     said = tune_lr.best_seen(0.3, 1, found, found[1])
-    assert "the best seen of 2 finished trials" in said and "matrix × 2.00" in said and "%" not in said
+    assert "the best of 2 finished trials" in said and "matrix × 2.00" in said and "%" not in said
     assert "nothing to check" in tune_lr.best_seen(0.3, 1, found, found[0])
 
 
@@ -59,7 +59,7 @@ def fake_trials(monkeypatch, nanochat_ray_home):
 def test_what_is_found_is_checked_with_fresh_seeds(fake_trials, nanochat_ray_home):
     tune_lr.run(tune_lr.TuneLrOptions(rows="rows", name="search", seed=1, samples=8, check_seeds=3))
     said = storage.read_json(str(nanochat_ray_home / "runs" / "search" / "sweep.json"))["findings"]
-    assert len(said) == 4 and "the best seen of" in said[0]
+    assert len(said) == 4 and "the best of" in said[0]
     assert "depth 1: better" in said[1] and "depth 2: better" in said[2] and "over all depths: better" in said[3]
     checked = [r for r in sweep.read_results(str(nanochat_ray_home / "runs" / "search")) if r["side"]]
     assert {row["seed"] for row in checked} == {2, 3, 4} and len(checked) == 12

@@ -90,9 +90,9 @@ def test_hosts_without_the_rows_are_named_before_training(ray_session, monkeypat
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"workers": 3}, "^3 workers on 2 CPUs: give at most one a CPU$"),
+        ({"workers": 3}, "^3 workers are too many for 2 CPUs: give at most one per CPU$"),
         ({"workers": 2, "total_batch_size": 64}, "one at least for each of 2 workers"),
-        ({"use_gpu": True}, "^no GPU on this machine: leave out --use-gpu and --preset gpu$"),
+        ({"use_gpu": True}, "^no GPU on this machine: omit --use-gpu and --preset gpu$"),
     ],
 )
 def test_a_run_that_is_refused_leaves_nothing(changes, why, tiny, nanochat_ray_home):

@@ -97,7 +97,7 @@ def test_wandb_without_a_network_is_one_warning_and_files_to_sync(tmp_path, monk
     log.log({"step": 1, "train/loss": 2.0})
     log.close()
     assert time.monotonic() - began < 30
-    assert len(said) == 1 and said[0].startswith("warning: W&B does not answer, `wandb sync` brings it what is logged")
+    assert len(said) == 1 and said[0].startswith("warning: W&B does not answer; logging to files")
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert len(read_metrics(str(tmp_path / "run"))) == 1
 
@@ -126,7 +126,7 @@ def test_wandb_that_fails_in_mid_run_is_one_warning_and_a_resumed_run_has_our_st
         log.log({"step": step})
     log.close()
     assert run.axes == {"step": None, "*": "step"} and run.logged == [(1, {}), (2, {}), (1, {})]
-    assert said == ["warning: W&B failed: BrokenPipeError: the service is gone; the run goes on without it"]
+    assert said == ["warning: W&B failed: BrokenPipeError: the service is gone; the run continues without it"]
 
 
 def test_numbers_that_json_has_no_words_for_are_null(tmp_path, monkeypatch):

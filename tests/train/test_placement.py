@@ -87,7 +87,7 @@ def test_a_host_on_which_workers_fail_twice_is_left_out(monitor):
     monitor.failed(2, "Connection closed by peer")
     assert not hosts.fails_again(monitor, monitor, dead=[])
     assert monitor.bad == {("1", None)}
-    assert monitor.lines[-1] == "workers failed twice on host a: the run goes on without if there are others"
+    assert monitor.lines[-1] == "workers failed twice on host a: the run avoids them if there are others"
     monitor.failed(2, "no such file")
     assert hosts.fails_again(monitor, monitor, dead=[])
     assert monitor.outcome["error"] == "workers failed 3 times in a row without a new step: no such file"
@@ -102,7 +102,7 @@ def test_a_gpu_on_which_workers_fail_twice_is_left_out_and_its_host_if_that_does
     monitor.update({"step": 1})  # what breaks under load lets steps pass
     assert not hosts.fails_again(monitor, monitor, dead=[1])
     assert monitor.bad == {("1", "1")}
-    assert monitor.lines[-1] == "workers failed twice on GPU 1 of host a: the run goes on without if there are others"
+    assert monitor.lines[-1] == "workers failed twice on GPU 1 of host a: the run avoids them if there are others"
     monitor.failed(0, "CUDA out of memory", fault=None)
     assert not hosts.fails_again(monitor, monitor, dead=[])
     assert not hosts.fails_again(monitor, monitor, dead=[0])

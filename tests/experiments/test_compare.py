@@ -103,7 +103,7 @@ def test_options_of_the_stage_are_by_name():
     assert (o.checkpoint, o.task, o.staleness, o.advantage_by_std) == ("a", "b", 1, True)
     with pytest.raises(ValueError, match="'staleness' is not NAME=VALUE"):
         compare.with_options(o, ["staleness"])
-    with pytest.raises(ValueError, match="'seed=3': run, seed, depth, rows are not among"):
+    with pytest.raises(ValueError, match="'seed=3': --both and --change can't set run, seed, depth, rows"):
         compare.with_options(o, ["seed=3"])
 
 

@@ -136,7 +136,7 @@ def test_a_preparation_that_was_killed_does_the_missing_shards_alone(ray_session
     times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.arrow")}
     capsys.readouterr()
     assert prepare_conversations(sharded, tokenizer, 64) == str(folder)
-    assert f"train {number - 2} of {number} shards are there already\n" in capsys.readouterr().out
+    assert f"train {number - 2} of {number} shards are finished already\n" in capsys.readouterr().out
     assert contents(folder) == made
     done = {path.name for path in folder.rglob("*.arrow") if times.get(path) != path.stat().st_mtime_ns}
     assert done == {"rows_00003.arrow", "rows_00007.arrow"}

@@ -14,7 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference import grammar
-from nanochat_ray.inference.sampling import MOST_LOGPROBS, SamplingParams
+from nanochat_ray.inference.sampling import MAX_LOGPROBS, SamplingParams
 from serving.messages import Message, turns_of
 from serving.protocol import ApiError, Body, Ignored
 
@@ -227,7 +227,7 @@ class CompletionRequest(Completing):
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: int | None = None
     suffix: str | None = None
 
@@ -303,7 +303,7 @@ class ChatRequest(Conversing, Completing):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     function_call: Literal["none", "auto"] | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from nanochat_ray.data.tokenizer import Tokenizer
-from nanochat_ray.inference.sampling import MOST_LOGPROBS
+from nanochat_ray.inference.sampling import MAX_LOGPROBS
 from serving.answers import Piece, TextToken, Writer, chat_logprobs
 from serving.messages import Message, listed, turns_of
 from serving.protocol import ApiError, Body, Ignored, event
@@ -42,7 +42,7 @@ class ResponsesRequest(Conversing):
     instructions: str | None = None
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None
     include: list[str] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     text: TextOptions | None = None
     stream_options: ResponsesStreamOptions | None = None
     background: Literal[False] | None = None

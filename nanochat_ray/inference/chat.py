@@ -1,4 +1,4 @@
-"""Chat in the terminal: one question, or a conversation."""
+"""Chat in the terminal: a single question or a conversation."""
 
 import signal
 import sys
@@ -29,11 +29,11 @@ class ChatOptions:
     prompt: Annotated[str | None, tyro.conf.arg(aliases=["-p"])] = None
     """Answer this and exit; without it, chat."""
     temperature: float = 0.6
-    """0 always takes the likeliest token."""
+    """0 takes the likeliest token every time."""
     top_k: int | None = 50
-    """Sample among this many likeliest tokens."""
+    """Sample among the k likeliest tokens."""
     max_tokens: int = 512
-    """Longest answer, in tokens."""
+    """Tokens of an answer at most."""
     seed: int = 42
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str | None = None
@@ -41,14 +41,14 @@ class ChatOptions:
 
 
 def chat(model, tokenizer, options: ChatOptions) -> None:
-    """Answer options.prompt, or else each of the questions with the conversation so far as context, on stdout.
+    """Print the answer to options.prompt, or else answer questions from stdin, each with the conversation before it.
 
-    The oldest turns are forgotten when the conversation outgrows the context. Raises ValueError for bad options, and
+    It drops the oldest turns when the conversation outgrows the context. Raises ValueError for bad options, and
     KeyboardInterrupt when Ctrl-C is pressed twice during an answer.
     """
     for stream in (sys.stdin, sys.stdout):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 loses characters, not the chat
+            stream.reconfigure(errors="replace")  # print "?" for characters that the terminal cannot show
     engine = Engine(model, tokenizer, max_batch_size=1)
     params = SamplingParams(options.max_tokens, options.temperature, options.top_k, seed=options.seed)
     if options.prompt is not None:
@@ -56,7 +56,7 @@ def chat(model, tokenizer, options: ChatOptions) -> None:
         return
     if sys.stdin.isatty():
         print("Ctrl-C stops an answer, /clear starts over, /quit leaves.")
-    turns = []  # token ids of each question with its answer
+    turns = []  # token ids of each question and its answer
     for question in questions():
         if question == "/quit":
             return
@@ -65,14 +65,14 @@ def chat(model, tokenizer, options: ChatOptions) -> None:
         elif question:
             try:
                 turns = answer(engine, turns, question, params)
-            except ValueError as error:  # a question beyond the model's reach: ask another
+            except ValueError as error:  # the question is too long
                 print(f"error: {error}")
 
 
 def questions() -> Iterator[str]:
-    """Lines of stdin; on a terminal they are edited, with history, and lines that are pasted together are one question.
+    """Lines of stdin. A terminal has line editing and history, and lines pasted together are one question.
 
-    There Ctrl-C drops what was typed, and ends an empty line as Ctrl-D does.
+    In a terminal Ctrl-C clears the line. On an empty line it ends the chat, as Ctrl-D does.
     """
     if not sys.stdin.isatty():
         yield from map(str.strip, sys.stdin)
@@ -91,12 +91,12 @@ def questions() -> Iterator[str]:
 
 
 def answer(engine: Engine, turns: list[list[int]], question: str, params: SamplingParams) -> list[list[int]]:
-    """Print the answer as it is generated; returns the turns that were in context and the new one."""
+    """Print the answer as it is generated. Returns the turns in context, with the new one."""
     tokenizer, context = engine.tokenizer, engine.config.sequence_len
     bos, *turn = tokenizer.render_for_completion({"messages": [{"role": "user", "content": question}]})
-    # A short context keeps half of itself for the conversation, however long an answer may be.
+    # Keep at least half of the context for the conversation, however long an answer may be.
     turns = fit_turns(turns, context - min(params.max_tokens, context // 2) - len(turn) - 1)
-    with stoppable() as stopped:  # a stopped answer stays in the conversation as far as it came
+    with stoppable() as stopped:  # the conversation keeps what was generated of a stopped answer
         tokens = takewhile(lambda _: not stopped.is_set(), engine.stream([bos, *chain(*turns), *turn], params))
         for text in decode_stream(_recorded(tokens, turn), tokenizer):
             print(text, end="", flush=True)
@@ -105,14 +105,14 @@ def answer(engine: Engine, turns: list[list[int]], question: str, params: Sampli
 
 
 def fit_turns(turns: list[list[int]], room: int) -> list[list[int]]:
-    """The latest turns that have at most `room` tokens together."""
+    """The latest turns, of at most `room` tokens in total."""
     while turns and sum(map(len, turns)) > room:
         turns = turns[1:]
     return turns
 
 
 def decode_stream(tokens: Iterable[int], tokenizer) -> Iterator[str]:
-    """Text of the tokens as they come, tool calls in brackets."""
+    """The text of tokens as they come, with tool calls in brackets."""
     stream = AnswerStream(tokenizer)
     for token in tokens:
         before = stream.kind
@@ -132,7 +132,7 @@ def _recorded(tokens: Iterable[int], record: list[int]) -> Iterator[int]:
 
 @contextmanager
 def stoppable() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that the engine is left between two steps; a second one is a KeyboardInterrupt."""
+    """An event that Ctrl-C sets, so that the engine stops between steps. A second Ctrl-C raises KeyboardInterrupt."""
     stopped = threading.Event()
 
     def stop(*_) -> None:

@@ -1,6 +1,7 @@
-"""Continuous batching: sequences join and leave between steps; a step decodes a batch and reads parts of prompts.
+"""Continuous batching with chunked prefill. Sequences join and leave between steps.
 
-Results do not depend on who else is in the batch, but for rounding.
+A step decodes one token of each running sequence and prefills parts of waiting prompts. Up to rounding, the result of a
+sequence does not depend on the others in its batch.
 """
 
 import math
@@ -21,7 +22,7 @@ from nanochat_ray.inference.sampling import (
     drawn_logprobs,
     logprobs,
     penalize,
-    sample_and_tell,
+    sample_with_logprobs,
 )
 from nanochat_ray.inference.scheduler import Scheduler
 from nanochat_ray.inference.sequence import Completion, Sequence
@@ -29,36 +30,37 @@ from nanochat_ray.inference.text import AnswerStream
 from nanochat_ray.inference.tools import calculate
 from nanochat_ray.model.gpt import ROTARY_REACH
 
-CHUNK = 512  # most tokens of prompts in a step
-# The same on a GPU: alone, and beside sequences that decode, which wait for it. Fewer would leave the GPU idle between
-# kernels.
-GPU_CHUNK, GPU_CHUNK_BESIDE_ROWS = 8192, 2048
-LEAST_CHUNK = 12  # beside running sequences: so that a prompt is read at all, however slow the machine
-STALL = 0.5  # of a decoding step's time: how much longer a step may become by a part of a prompt
-ENDING = 3  # times that if prompts end in it
-SCORED = 128  # tokens of prompts whose logits are there at a time
+MAX_PREFILL_TOKENS = 512  # per step on a CPU
+# Per step on a GPU: without and with running sequences, which wait for the prefill. Smaller values leave the GPU idle
+# between kernels.
+GPU_MAX_PREFILL_TOKENS, GPU_MAX_PREFILL_TOKENS_BESIDE_DECODE = 8192, 2048
+MIN_PREFILL_TOKENS = 12  # per step beside running sequences, so that slow machines prefill at all
+PREFILL_SLOWDOWN = 0.5  # a prefill chunk may lengthen a decode step by half
+FINISHING_FACTOR = 3  # it may lengthen the step by three times that if prompts finish in it
+SCORING_BATCH = 128  # prompt tokens whose logits are in memory at once
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A step on its way. Its first `rows` sequences decode, the others had their prompts read to the end."""
+    """A step in flight. Its first `rows` sequences decode; the prompts of the others end in this step."""
 
     sequences: list[Sequence]
     rows: int
     logits: torch.Tensor  # (sequences or more, V), valid until the next step is launched
-    tokens: object  # tolist() waits for them
+    tokens: object  # the sampled tokens; tolist() waits for the device
     began: float
     prompt_tokens: int
-    needs_logits: bool  # whether any of the sequences does
-    logprobs: object | None = None  # of what was drawn, if a sequence is for training; tolist() waits for them
+    needs_logits: bool  # whether the host needs the logits of a sequence
+    logprobs: object | None = None  # of the sampled tokens, if a sequence is for training; tolist() waits
 
 
 class Engine:
-    """Generates for up to max_batch_size sequences at once.
+    """Generates up to max_batch_size sequences at once.
 
-    Without a tokenizer nothing stops a sequence before its length, and no tool is called. kv_bytes: memory for keys and
-    values; the default holds max_batch_size sequences of the model's sequence_len, or one as long as its reach. chunk:
-    tokens of prompts that are read in a step; by default as many as keep those that are being answered from waiting.
+    Without a tokenizer, sequences end by their length alone and no tool is called. kv_bytes: memory of the KV cache.
+    The default holds max_batch_size sequences of the model's sequence_len, or one of the longest that rotary positions
+    reach. chunk: prompt tokens to prefill per step. By default it adapts, so that prefill slows decoding by at most
+    half.
     """
 
     def __init__(
@@ -83,43 +85,43 @@ class Engine:
         names = ("assistant_end", "python_start", "python_end", "output_start", "output_end")
         self.special = {name: tokenizer.special(f"<|{name}|>") for name in names} if tokenizer else {}
         self.stop = {self.special["assistant_end"], tokenizer.bos_id} if tokenizer else set()
-        self.watched = {NO_TOKEN, *self.stop, *self.special.values()}  # tokens that are more than a part of the answer
+        self.watched = {NO_TOKEN, *self.stop, *self.special.values()}  # tokens that _append has to look at
         self.grammars = Grammars(tokenizer, config.vocab_size) if tokenizer else None
-        self.rows: list[Sequence] = []  # whose tables the runner has, row by row
+        self.rows: list[Sequence] = []  # the sequence in each row of the runner
         self.controls = Controls([], config.vocab_size, self.runner.device)
-        self.changed: set[Sequence] = set()  # their tables changed since the runner was told
-        self.in_flight: Launched | None = None  # on a GPU, the step before the one that is launched next
-        self.decode_seconds: dict[int, float] = {}  # of a decoding step, by its rows
-        self.token_seconds = 0.0  # that each token of a prompt makes a step longer
+        self.changed: set[Sequence] = set()  # their tables changed after the runner got them
+        self.in_flight: Launched | None = None  # on a GPU, the step that was launched last
+        self.decode_seconds: dict[int, float] = {}  # time of a decode step, by its number of rows
+        self.prefill_seconds_per_token = 0.0
         self.arrivals = 0
         self.counts = {"requests": 0, "prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0}
 
     def compile(self) -> None:
         """Make steps several times as fast.
 
-        On a CPU by torch.compile, a minute or two; it may run in a thread beside the one that steps, which goes on
-        uncompiled until it is done. On a GPU by CUDA graphs, seconds, and not while another thread steps.
+        On a CPU this runs torch.compile for one or two minutes. It may run in a second thread: the thread that steps
+        goes on uncompiled meanwhile. On a GPU it captures CUDA graphs in seconds, and no thread may step meanwhile.
         """
         self.runner.compile()
-        self.decode_seconds = {}  # what uncompiled steps took; the thread that steps may hold the old ones for one more
+        self.decode_seconds = {}  # reset: timings of uncompiled steps no longer apply
 
     def refresh_weights(self, model) -> None:
-        """Take the weights of the engine's model as they are now, and forget what the cache knows by the old ones.
+        """Copy the weights of `model` into the engine, and clear the prefix cache of the old weights.
 
-        Raises RuntimeError while there are sequences. A compiled engine on CPUs, whose code holds the weights, goes on
-        uncompiled.
+        Raises RuntimeError while there are sequences. On CPUs compiled code contains the weights, so a compiled engine
+        goes on uncompiled.
         """
         if self.busy:
-            raise RuntimeError("an engine takes new weights when all its sequences have ended")
+            raise RuntimeError("the engine has sequences: it takes new weights only when all of them have ended")
         self.runner.refresh_weights(model)
         self.manager.forget()
 
     def submit(self, prompt: list[int], params: SamplingParams) -> list[Sequence]:
-        """Queue params.n sequences that go on from the prompt; step() moves them on.
+        """Queue params.n sequences that continue the prompt. Each step() advances them.
 
-        max_tokens is cut where the model's reach or the room for keys and values ends. Raises ValueError for a prompt
-        that is empty, too long, or holds ids outside the vocabulary, for a bias of such ids, for stop strings or a
-        grammar without a tokenizer, and for a grammar that is wrong.
+        max_tokens is clamped to what the rotary positions and the KV cache allow. Raises ValueError for a prompt that
+        is empty, too long, or has ids outside the vocabulary, for a logit_bias of such ids, for stop strings or a
+        grammar without a tokenizer, and for an invalid grammar.
         """
         capacity, vocab_size = self.manager.capacity, self.config.vocab_size
         if not prompt:
@@ -147,7 +149,7 @@ class Engine:
         return sequences
 
     def cancel(self, sequence: Sequence) -> None:
-        """Let a sequence end where it is, between steps; its memory is free at once."""
+        """End a sequence where it is. Call it between steps; the memory is free at once."""
         if sequence.finish_reason is None:
             sequence.finish_reason = "cancelled"
             self.scheduler.drop(sequence)
@@ -158,12 +160,12 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Sequence]:
-        """One forward: the next token of every running sequence, and beside them as much of the next prompts as the
-        budget allows; those whose prompts end join. Returns those that moved on.
+        """Run one forward. Returns the sequences that got a token.
 
-        On a GPU the forward is only launched, and its tokens are taken in at the next step, while the GPU runs that
-        one. A sequence that ends has then been read once more, for nothing. Sequences whose logits the host needs are
-        not launched ahead.
+        It decodes the next token of every running sequence and prefills as much of the waiting prompts as the budget
+        allows. Prompts that end in this step join the batch.
+        On a GPU this only launches the forward. The next step collects its tokens while the GPU runs that step. So a
+        sequence that ends is computed once too often. Steps whose logits the host needs are collected at once.
         """
         launched = self._launch()
         moved = self._collect(self.in_flight) if self.in_flight else []
@@ -176,23 +178,23 @@ class Engine:
     def _launch(self) -> Launched | None:
         scheduler, began = self.scheduler, time.perf_counter()
         self._place_rows(self.changed.union(scheduler.make_room()))
-        rows, chunks = self.rows, scheduler.next_chunks(*self._chunk_budget())
+        rows, chunks = self.rows, scheduler.next_chunks(*self._prefill_budget())
         if not rows and not chunks:
             return None
         joining = [sequence for sequence, end in chunks if end == len(sequence.ids)]
         sequences = [*rows, *joining]
         needs_logits = any(sequence.needs_logits for sequence in sequences)
         matchers = [sequence.matcher for sequence in sequences] if needs_logits else []
-        allowed = self.grammars.allowed(matchers) if any(matchers) else None  # found while the forward runs
+        allowed = self.grammars.allowed(matchers) if any(matchers) else None  # computed while the forward runs
         logits, drawn = self.runner.run(rows, chunks)
         self._score_prompts(chunks)
         prompt_tokens = 0
         for sequence, end in chunks:
             prompt_tokens += end - sequence.table.length
             self.manager.advance(sequence.table, sequence.ids, end)
-        told, logs = any(sequence.params.for_training for sequence in sequences), None
+        for_training, logs = any(sequence.params.for_training for sequence in sequences), None
         if needs_logits or not self.runner.filters:
-            drawn, logs = self._sample(logits, drawn, sequences, allowed, told)
+            drawn, logs = self._sample(logits, drawn, sequences, allowed, for_training)
         for sequence in joining:
             scheduler.start(sequence)
             if not sequence.generated:
@@ -205,18 +207,18 @@ class Engine:
                 scheduler.retire(sequence)
         drawn = drawn[: len(sequences)]
         tokens = self.runner.fetch(drawn)
-        if told and logs is None:
+        if for_training and logs is None:
             controls = self._controls([sequence.params for sequence in sequences])
             logs = drawn_logprobs(logits[: len(sequences)], drawn, controls)
-        logs = self.runner.fetch(logs) if told else None
+        logs = self.runner.fetch(logs) if for_training else None
         return Launched(sequences, len(rows), logits, tokens, began, prompt_tokens, needs_logits, logs)
 
     def _collect(self, step: Launched) -> list[Sequence]:
-        """Give each sequence of a step its next token: tool output that is due, else the one that was drawn."""
+        """Append to each sequence of a step its next token: pending tool output, else the sampled one."""
         tokens, moved, rows = step.tokens.tolist(), [], step.rows
         for slot, sequence in enumerate(step.sequences):
             sequence.in_flight -= 1
-            if sequence.finish_reason is not None:  # it ended, or was cancelled, after the step was launched
+            if sequence.finish_reason is not None:  # ended or cancelled after the launch
                 continue
             if sequence.forced:
                 tokens[slot] = sequence.forced[0]
@@ -239,13 +241,13 @@ class Engine:
                 self._append(sequence, token)
         self.counts["generated_tokens"] += sum([sequence.max_tokens > 0 for sequence, _ in moved])
         if rows and not self.runner.runs_ahead:
-            self._adapt(time.perf_counter() - step.began, step.prompt_tokens, step.rows)
+            self._record_time(time.perf_counter() - step.began, step.prompt_tokens, step.rows)
         return [sequence for sequence, _ in moved]
 
     def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[Completion]:
-        """params.n completions of each prompt, in the order of the prompts, a prompt's samples adjacent.
+        """params.n completions of each prompt, in the order of the prompts. The samples of a prompt are adjacent.
 
-        params: of all prompts, or a list with those of each. Sequences beyond max_batch_size wait for a place. Raises
+        params: one for all prompts, or a list with one for each. Sequences beyond max_batch_size wait for a row. Raises
         ValueError as submit does.
         """
         sequences = []
@@ -261,55 +263,59 @@ class Engine:
         return [sequence.completion() for sequence in sequences]
 
     def stream(self, prompt: list[int], params: SamplingParams) -> Iterator[int]:
-        """The tokens of the prompt's first completion as they come, tool output included. Raises as submit does."""
+        """Yield the tokens of one completion as they come, tool output included. Raises as submit does."""
         sequence, *others = self.submit(prompt, params)
         for other in others:
             self.cancel(other)
         return self._follow(sequence)
 
     def _follow(self, sequence: Sequence) -> Iterator[int]:
-        told = 0
+        yielded = 0
         try:
-            while told < sequence.generated or sequence.finish_reason is None:
-                if told == sequence.generated:
+            while yielded < sequence.generated or sequence.finish_reason is None:
+                if yielded == sequence.generated:
                     self.step()
                 else:
-                    yield sequence.ids[sequence.prompt_len + told]
-                    told += 1
+                    yield sequence.ids[sequence.prompt_len + yielded]
+                    yielded += 1
         finally:
             self.cancel(sequence)
 
-    def _chunk_budget(self) -> tuple[int, int]:
-        """Tokens of a long prompt to read in the next step, as many as make it longer by STALL, and the most if prompts
-        are read to their ends: what is left would make other steps longer, each by more than its tokens cost."""
+    def _prefill_budget(self) -> tuple[int, int]:
+        """(prompt tokens to prefill in the next step, the limit if prompts finish in it).
+
+        The budget lets prefill lengthen a decode step by PREFILL_SLOWDOWN. Prompts that finish may take
+        FINISHING_FACTOR times as much, because a short rest would lengthen another step by more than it is worth.
+        """
         if self.chunk is not None:
             return self.chunk, self.chunk
         if self.runner.runs_ahead:
-            chunk = GPU_CHUNK_BESIDE_ROWS if self.rows else GPU_CHUNK
+            chunk = GPU_MAX_PREFILL_TOKENS_BESIDE_DECODE if self.rows else GPU_MAX_PREFILL_TOKENS
             return chunk, chunk
         if not self.rows:
-            return CHUNK, CHUNK
-        budget, known = 4 * LEAST_CHUNK, self.decode_seconds
-        if known and self.token_seconds:
+            return MAX_PREFILL_TOKENS, MAX_PREFILL_TOKENS
+        budget, known = 4 * MIN_PREFILL_TOKENS, self.decode_seconds
+        if known and self.prefill_seconds_per_token:
             rows, scheduler = len(self.rows), self.scheduler
             joining = min(len(scheduler.waiting), scheduler.max_batch_size - rows)
-            crowd = max(1, joining / rows)  # few that run do not hold up many that could
-            wanted = crowd * STALL * _between(known, rows) / self.token_seconds
-            budget = int(min(CHUNK, max(LEAST_CHUNK, wanted)))
-        return budget, min(CHUNK, ENDING * budget)
+            joining_per_row = max(1, joining / rows)  # a few running sequences must not hold up many waiting ones
+            slowdown = joining_per_row * PREFILL_SLOWDOWN * _interpolate(known, rows)  # seconds
+            wanted = slowdown / self.prefill_seconds_per_token
+            budget = int(min(MAX_PREFILL_TOKENS, max(MIN_PREFILL_TOKENS, wanted)))
+        return budget, min(MAX_PREFILL_TOKENS, FINISHING_FACTOR * budget)
 
-    def _adapt(self, seconds: float, tokens: int, rows: int) -> None:
-        """Note how long a step took in which so many rows decoded and tokens of a prompt were read."""
+    def _record_time(self, seconds: float, tokens: int, rows: int) -> None:
+        """Update the moving averages with a step that decoded `rows` rows and prefilled `tokens` prompt tokens."""
         known = self.decode_seconds
         if not tokens:
             known[rows] = 0.7 * known.get(rows, seconds) + 0.3 * seconds
-        elif known and tokens >= LEAST_CHUNK:  # a prompt's short rest costs more a token
-            alone = _between(known, rows)
+        elif known and tokens >= MIN_PREFILL_TOKENS:  # a shorter chunk costs more per token
+            alone = _interpolate(known, rows)
             each = max(seconds - alone, 0.1 * alone) / tokens
-            self.token_seconds = 0.7 * (self.token_seconds or each) + 0.3 * each
+            self.prefill_seconds_per_token = 0.7 * (self.prefill_seconds_per_token or each) + 0.3 * each
 
     def _place_rows(self, changed: set[Sequence]) -> None:
-        """Tell the runner who is in which row."""
+        """Tell the runner which sequence is in which row."""
         running, placed = self.scheduler.running, self.rows
         self.changed.clear()
         if changed or running != placed:
@@ -319,13 +325,13 @@ class Engine:
             self.rows = list(running)
 
     def _sample(
-        self, logits: torch.Tensor, drawn: torch.Tensor, sequences: list[Sequence], allowed, told: bool
+        self, logits: torch.Tensor, drawn: torch.Tensor, sequences: list[Sequence], allowed, for_training: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tokens that the runner drew, with those replaced that parameters or grammars are to change. If all were,
-        and it is to be told, also the log probabilities that they were drawn with.
+        """The sampled tokens, with those sampled again that need parameters or a grammar that the runner lacks.
 
-        Where a grammar allows the runner's token it is taken, else one is drawn of those that it allows: together that
-        is as likely as drawing once among those, and costs less.
+        If all are sampled again and for_training is set, it also returns their log probabilities.
+        If a grammar allows the runner's token, it is kept; else one is sampled among the allowed tokens. Both ways
+        together give the same distribution as sampling once among the allowed tokens, and cost less.
         """
         filters, mask, chosen, keys = self.runner.filters, None, [], []
         if allowed is not None:
@@ -346,19 +352,19 @@ class Engine:
             picked.masked_fill_(~torch.from_numpy(mask[chosen]).to(picked.device), -math.inf)
         drawn = drawn.clone()
         controls = self._controls(params)
-        told = told and len(chosen) == len(sequences)
-        tokens, logs = sample_and_tell(picked, controls, np.array(keys, dtype=np.uint64), told)
+        with_logprobs = for_training and len(chosen) == len(sequences)
+        tokens, logs = sample_with_logprobs(picked, controls, np.array(keys, dtype=np.uint64), with_logprobs)
         drawn[chosen] = tokens.to(drawn.dtype)
         return drawn, logs
 
     def _controls(self, params: list[SamplingParams]) -> Controls:
-        """Of a step's rows; those of the last step are taken again when nothing has changed."""
+        """The sampling parameters of a step as tensors. The last ones are reused if nothing has changed."""
         if self.controls.rows != params:
             self.controls = Controls(params, self.config.vocab_size, self.runner.device)
         return self.controls
 
     def _score_prompts(self, chunks: list[tuple[Sequence, int]]) -> None:
-        """Note the log probabilities of prompts' tokens, after those that this step has read."""
+        """Record the log probabilities of prompt tokens, for the positions that this step has prefilled."""
         wanted, place = [], len(self.rows)
         for sequence, end in chunks:
             start = sequence.table.length
@@ -367,8 +373,8 @@ class Engine:
                 last = min(end, sequence.prompt_len - 1)
                 wanted += [(sequence, place + at - start, sequence.ids[at + 1]) for at in range(first, last)]
             place += end - start
-        for i in range(0, len(wanted), SCORED):
-            sequences, places, tokens = zip(*wanted[i : i + SCORED], strict=True)
+        for i in range(0, len(wanted), SCORING_BATCH):
+            sequences, places, tokens = zip(*wanted[i : i + SCORING_BATCH], strict=True)
             most = max(s.params.prompt_logprobs for s in sequences)
             scores = logprobs(self.runner.logits_at(list(places)), list(tokens), min(most, self.config.vocab_size))
             for sequence, (own, likeliest) in zip(sequences, scores, strict=True):
@@ -421,7 +427,7 @@ class Engine:
         if sequence.matcher:
             if not sequence.matcher.consume_token(token):
                 return self._fail(sequence, sequence.matcher.get_error())
-            if sequence.matcher.is_stopped():  # it is complete, and nothing may follow
+            if sequence.matcher.is_stopped():  # the grammar is complete and allows no more tokens
                 return self._end(sequence, "stop")
         if len(sequence.ids) == sequence.longest:
             self._end(sequence, "length")
@@ -435,7 +441,7 @@ class Engine:
         self.scheduler.drop(sequence)
 
     def _use_tool(self, sequence: Sequence, token: int) -> None:
-        """On python_end, queue the calculator's answer; code without one is left without output."""
+        """On python_end, queue the output of the calculator. Code that it cannot evaluate gets no output."""
         if token == self.special["python_start"]:
             sequence.code_start = len(sequence.ids)
         elif token == self.special["python_end"] and sequence.code_start is not None:
@@ -447,15 +453,15 @@ class Engine:
 
 
 def runner_of(model):
-    """The class that runs the model on its device."""
+    """The runner class for the device of the model."""
     if model.cos.device.type != "cuda":
         return ModelRunner
-    from nanochat_ray.inference.gpu_runner import GPURunner  # needs Triton, which only a GPU's torch brings
+    from nanochat_ray.inference.gpu_runner import GPURunner  # needs Triton, which only CUDA builds of torch bring
 
     return GPURunner
 
 
-def _between(known: dict[int, float], at: int) -> float:
-    """Linearly between what is known, and the nearest beyond it."""
+def _interpolate(known: dict[int, float], at: int) -> float:
+    """Linear interpolation of known {x: y}; outside of them the nearest value."""
     places = sorted(known)
     return float(np.interp(at, places, [known[place] for place in places]))

@@ -27,7 +27,7 @@ UNKNOWN = -1  # instead of a place in `drawn`: the host gives the token's id its
 # Rows of a step's inputs, all int32; floats travel as their bits. One column a token, or a sequence.
 TOKEN_FIELDS = ("idx", "source", "previous", "at", "row")
 SAMPLING_FIELDS = ("temperature", "uniform", "top_k", "top_p", "min_p")
-# Tokens of prompts in a step that have a graph; the largest is the engine's GPU_CHUNK.
+# Tokens of prompts in a step that have a graph; the largest is the engine's GPU_MAX_PREFILL_TOKENS.
 READ_SIZES = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 LEAST_PROMPTS, TOKENS_A_PROMPT = 4, 32  # a graph takes a prompt for each so many tokens, and this many at least
 

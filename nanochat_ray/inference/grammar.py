@@ -1,6 +1,6 @@
-"""Answers that follow a grammar, by llguidance: grammars from schemas, and which tokens may come next.
+"""Constrained decoding with llguidance: makes grammars from schemas and says which tokens may come next.
 
-JSON has no white space but a space after `,` and `:`, so a model cannot write spaces for ever.
+JSON may have white space only after `,` and `:`, so that a model cannot write spaces for ever.
 """
 
 import json
@@ -13,13 +13,12 @@ from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from llguidance.tiktoken import lltokenizer_from_encoding
 
-COMPILED = 64  # grammars that are kept
+CACHED_GRAMMARS = 64
 JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def from_json_schema(schema: dict) -> str:
-    """The grammar of JSON that a schema (draft 2020-12) takes. Raises ValueError for one with a part that cannot be
-    kept to."""
+    """The grammar of JSON that is valid under a schema (draft 2020-12). Raises ValueError for unsupported schemas."""
     if not isinstance(schema, dict):
         raise ValueError(f"a JSON schema is an object, not {type(schema).__name__}")
     return _checked(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_STYLE))
@@ -31,13 +30,13 @@ def json_object() -> str:
 
 
 def from_regex(pattern: str) -> str:
-    """The grammar of what a regular expression matches as a whole. Raises ValueError for one that is wrong, or that
-    looks ahead or behind."""
+    """The grammar of texts that a regular expression matches as a whole. Raises ValueError for an invalid one, and for
+    lookahead or lookbehind."""
     return _checked(LLMatcher.grammar_from_regex(pattern))
 
 
 def from_choices(choices: list[str]) -> str:
-    """The grammar of one of these texts. Raises ValueError when there is none, or an empty one."""
+    """The grammar of exactly one of these texts. Raises ValueError without texts, and for an empty one."""
     if not choices or not all(choices):
         raise ValueError("choices need one or more texts that are not empty")
     return from_regex("|".join(map(re.escape, choices)))
@@ -51,28 +50,30 @@ def _checked(grammar: str) -> str:
 
 
 def _reason(error: str) -> str:
-    """The line of an error that says what is wrong."""
+    """The line of an error message that names the cause."""
     lines = [line.strip() for line in error.splitlines()]
     return next((line for line in lines if line.startswith("error: ")), lines[0]).removeprefix("error: ")
 
 
 class Grammars:
-    """Matchers of grammars for a tokenizer and a model's vocabulary, and the tokens that they allow."""
+    """Compiles grammars for a tokenizer and finds the tokens that they allow next."""
 
     def __init__(self, tokenizer, vocab_size: int):
         self.tokenizer, self.vocab_size = tokenizer, vocab_size
         self.ends = [tokenizer.special("<|assistant_end|>"), tokenizer.bos_id]
         self.forbidden = [token for token in tokenizer.special_tokens.values() if token not in self.ends]
         self.thread = ThreadPoolExecutor(1, "grammar")
-        self.compiled = lru_cache(COMPILED)(self._compile)
+        self.compiled = lru_cache(CACHED_GRAMMARS)(self._compile)
 
     def matcher(self, grammar: str) -> LLMatcher:
-        """One at the grammar's beginning. Compiles it unless it is known, which may take a second; any thread may.
-        Raises ValueError for a grammar that is wrong or too large."""
+        """A matcher at the start of the grammar. The first call compiles it, which may take a second. Thread-safe.
+
+        Raises ValueError for a grammar that is invalid or too large.
+        """
         return self.compiled(grammar).deep_copy()
 
     def allowed(self, matchers: list[LLMatcher | None]) -> "Future[np.ndarray]":
-        """Which tokens may come next, (B, V) bool, in a thread: all where there is no matcher."""
+        """A future of bool (B, V): the tokens that may come next. Rows without a matcher allow all."""
         return self.thread.submit(self._allowed, matchers)
 
     def _allowed(self, matchers: list[LLMatcher | None]) -> np.ndarray:
@@ -95,7 +96,7 @@ class Grammars:
 
     def _compile(self, grammar: str) -> LLMatcher:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
-        matcher.compute_bitmask()  # the first one may take a second, for which others' answers would wait
+        matcher.compute_bitmask()  # the first call may take a second; make it here, outside the engine's steps
         if matcher.is_error():
             raise ValueError(f"grammar: {_reason(matcher.get_error())}")
         return matcher

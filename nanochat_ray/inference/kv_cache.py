@@ -1,8 +1,9 @@
-"""Who holds which keys and values: pages of PAGE tokens of one layer, given to sequences in blocks, shared by prefix.
+"""The block manager of the paged KV cache (arXiv:2309.06180), with prefix reuse.
 
-Layers of one window form a group. A block is PAGE tokens of a sequence in one group, a page for each of its layers.
-As in vLLM (arXiv:2309.06180), a full block can be found by its tokens and all before them, and stays to be found until
-its pages are needed; a window's layers keep only the blocks that the next token can see.
+A page has the keys and values of PAGE tokens in one layer. Layers with the same window form a group. A block is PAGE
+tokens of a sequence in one group: one page for each layer of the group. A full block is found again by the hash of its
+tokens and all tokens before them, until its pages are needed for others. In groups with a window, a sequence holds only
+the blocks that its next token can see.
 """
 
 import hashlib
@@ -16,30 +17,30 @@ import numpy as np
 from nanochat_ray.model.gpt import ROTARY_REACH, GPTConfig
 
 PAGE = 32  # tokens
-NULL_PAGE = 0  # what padding points to; never given to a sequence
+NULL_PAGE = 0  # padding points to it; no sequence gets it
 
 
 class CacheFull(Exception):
-    """There are too few pages left for what a sequence needs."""
+    """Too few pages are free for a sequence."""
 
 
 @dataclass(eq=False, slots=True)
 class Block:
-    pages: list[int]  # one a layer of its group
+    pages: list[int]  # one per layer of its group
     references: int = 1
-    key: tuple | None = None  # by which it is found: the group, and a hash of all tokens up to its end
+    key: tuple | None = None  # of a full block: its group, and the hash of all tokens up to its end
 
 
 @dataclass(eq=False)
 class BlockTable:
-    """What one sequence holds: per group, adjacent blocks, and which block of the sequence the first of them is."""
+    """The blocks of one sequence: for each group adjacent blocks, and the index of the first of them."""
 
     blocks: list[list[Block]]
     first: list[int]
     length: int = 0  # tokens whose keys and values are stored
-    room: int = 0  # tokens that the blocks have a place for
-    hashes: list[bytes] = field(default_factory=list)  # of the sequence up to the end of each full block
-    root: bytes = b""  # the hash that the first block's goes on from
+    room: int = 0  # tokens that fit into the blocks
+    hashes: list[bytes] = field(default_factory=list)  # hash of all tokens up to the end of each full block
+    root: bytes = b""  # start of the hash chain, from the salt
 
 
 def page_bytes(config: GPTConfig, itemsize: int) -> int:
@@ -47,13 +48,13 @@ def page_bytes(config: GPTConfig, itemsize: int) -> int:
 
 
 def cache_bytes(config: GPTConfig, sequences: int, length: int, itemsize: int) -> int:
-    """Memory for so many sequences of this length in every layer, whatever the windows, and the null page."""
+    """Bytes for this many sequences of this length, with full windows in every layer, and the null page."""
     return (sequences * (length // PAGE + 1) * config.n_layer + 1) * page_bytes(config, itemsize)
 
 
 class BlockManager:
     def __init__(self, config: GPTConfig, num_pages: int):
-        """num_pages: of all layers together, the null page included. Raises ValueError for too few to hold a token."""
+        """num_pages: pages of all layers, including the null page. Raises ValueError if no token fits."""
         self.windows = sorted(set(config.window_sizes))
         self.layers = [[i for i, w in enumerate(config.window_sizes) if w == window] for window in self.windows]
         self.num_layers, self.num_pages = config.n_layer, num_pages - 1
@@ -62,17 +63,19 @@ class BlockManager:
             raise ValueError(f"{num_pages} pages of {PAGE} tokens are too few for {config.n_layer} layers")
         self.free = list(range(num_pages - 1, NULL_PAGE, -1))
         self.found: dict[tuple, Block] = {}
-        self.unused: OrderedDict[Block, None] = OrderedDict()  # held by nobody but found, in the order to give up
+        self.unused: OrderedDict[Block, None] = OrderedDict()  # full blocks without a holder, oldest first
         self.unused_pages = 0
 
     @property
     def used_pages(self) -> int:
-        """Pages that sequences hold now."""
+        """Pages that sequences hold."""
         return self.num_pages - len(self.free) - self.unused_pages
 
     def open(self, tokens: list[int], most: int | None = None, salt: str = "") -> BlockTable:
-        """A table that holds the longest prefix of tokens that is known with this salt: at most `most` of them, and not
-        the last one, which is always computed."""
+        """A table that holds the longest cached prefix of `tokens` with this salt, of at most `most` tokens.
+
+        The last token is never taken from the cache, because its logits are needed.
+        """
         table = BlockTable([[] for _ in self.windows], [0 for _ in self.windows], root=_root(salt))
         limit = len(tokens) - 1 if most is None else min(most, len(tokens) - 1)
         hashes = self._longest_known(tokens[: limit // PAGE * PAGE], table.root)
@@ -90,7 +93,7 @@ class BlockManager:
         return table
 
     def reserve(self, table: BlockTable, length: int) -> bool:
-        """Make room for tokens up to length; returns whether blocks were added. Raises CacheFull, having taken none."""
+        """Add blocks for tokens up to `length`; returns whether any were added. Raises CacheFull and adds none."""
         if length <= table.room:
             return False
         count = -(-(length - table.room) // PAGE)  # in every group
@@ -104,8 +107,10 @@ class BlockManager:
         return True
 
     def advance(self, table: BlockTable, tokens: list[int], length: int) -> bool:
-        """Note that the first `length` of the sequence's tokens are stored: full blocks can be found from now on, and
-        those that no later token sees are let go. Returns whether any was."""
+        """Record that the first `length` tokens are stored. Returns whether blocks were released.
+
+        Full blocks become findable. Blocks outside the window of all later tokens are released.
+        """
         before, table.length = len(table.hashes), length
         if length // PAGE == before:
             return False
@@ -127,12 +132,12 @@ class BlockManager:
 
     def close(self, table: BlockTable) -> None:
         for blocks in table.blocks:
-            for block in reversed(blocks):  # the start of a prefix is given up last: the rest is of no use without it
+            for block in reversed(blocks):  # evict the start of a prefix last: without it the rest is useless
                 self._release(block)
             blocks.clear()
 
     def forget(self) -> None:
-        """Let no block be found any more, as when the weights have changed. Sequences keep what they hold."""
+        """Clear the prefix cache, for new weights. Sequences keep their blocks."""
         for block in self.found.values():
             block.key = None
             if block.references == 0:
@@ -142,10 +147,10 @@ class BlockManager:
         self.unused_pages = 0
 
     def _capacity(self, reach: int) -> int:
-        """The longest sequence, in tokens, that fits when it is alone and its prompt is read in chunks of a page."""
+        """Tokens of the longest single sequence that fits, when its prompt is prefilled page by page."""
         pages = 0
         for start in range(0, reach, PAGE):
-            # Beyond its window a group gives back a block for each that it takes.
+            # Beyond its window, a group releases a block for each one that it takes.
             pages += sum(len(g) for g, window in zip(self.layers, self.windows, strict=True) if start <= window + PAGE)
             if pages > self.num_pages:
                 return start
@@ -170,8 +175,7 @@ class BlockManager:
         return taken
 
     def _longest_known(self, tokens: list[int], root: bytes) -> list[bytes]:
-        """The hashes of the blocks of the longest prefix that can be gone on from: those that its next token sees are
-        there in all groups."""
+        """Block hashes of the longest usable prefix: all groups have the blocks that its next token sees."""
         hashes, known, runs = [], 0, [0] * len(self.windows)
         for key in self._hashes(tokens, root):
             hashes.append(key)
@@ -187,7 +191,7 @@ class BlockManager:
         return hashes[:known]
 
     def _hashes(self, tokens: list[int], last: bytes) -> Iterator[bytes]:
-        """Of each block's tokens and all before them; sha256, since a collision would show one user another's text."""
+        """The hash of all tokens up to the end of each block. sha256, as a collision would leak text between users."""
         stored, size = array("i", tokens).tobytes(), 4 * PAGE
         for start in range(0, len(stored), size):
             last = hashlib.sha256(last + stored[start : start + size]).digest()
@@ -195,7 +199,7 @@ class BlockManager:
 
 
 def _root(salt: str) -> bytes:
-    """What no block's hash can be but by collision: 32 bytes are hashed, fewer than a block has."""
+    """The start of the hash chain. It hashes 32 bytes, fewer than a block has, so it equals no block's hash."""
     return hashlib.sha256(hashlib.sha256(salt.encode()).digest()).digest() if salt else b""
 
 
@@ -205,5 +209,5 @@ def _first_visible(length: int, window: int) -> int:
 
 
 def pages_of(blocks: list[Block], layers: list[int]) -> np.ndarray:
-    """(layers, blocks): the page of each block of a group in each of the group's layers."""
+    """int64 (layers, blocks): the page of each block of a group in each of its layers."""
     return np.array([block.pages for block in blocks], dtype=np.int64).reshape(len(blocks), len(layers)).T

@@ -1,4 +1,4 @@
-"""Forwards over the paged cache: packed weights, attention over pages, and the arrays that describe a batch."""
+"""Runs the model over the paged KV cache on CPUs: packed weights, attention over pages, and a batch's inputs."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -13,15 +13,16 @@ from nanochat_ray.inference.sampling import GREEDY, draw, uniforms
 from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.model.gpt import GPT, SMEAR_CHANNELS, Attention, Linear
 
-# Of tables, and of sequences in a step of several tokens: for 1 torch.compile would make a graph apart.
-LEAST_WIDTH, LEAST_ROWS = 2, 2
+# Smallest width of a page table, and fewest sequences in a step of several tokens. torch.compile would make a graph of
+# its own for a size of 1.
+MIN_WIDTH, MIN_ROWS = 2, 2
 
 
 class PackedLinear(nn.Module):
-    """A Linear on CPUs, its weight in the compute dtype, and in oneDNN's layout: 2 to 5 times faster on few rows.
+    """A Linear for CPUs with its weight in the compute dtype and in oneDNN's layout: 2 to 5 times faster on few rows.
 
-    For one row, and for gates of a few channels, compiled products and sums: twice as fast as oneDNN on one row, and
-    fused with what is around them.
+    For one row, and for gates of a few channels, compiled code multiplies and sums instead. That is twice as fast as
+    oneDNN on one row, and inductor fuses it with its neighbours.
     """
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
@@ -38,7 +39,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedAttention(Attention):
-    """With its three projections as one matmul."""
+    """Attention with q, k and v projected by one matmul."""
 
     def project(self, u):
         return self.c_qkv(u).split(self.sizes, dim=-1)
@@ -51,8 +52,10 @@ class PackedAttention(Attention):
 
 
 def for_inference(model: GPT) -> GPT:
-    """A copy whose matmul weights are held in the compute dtype, packed where torch has oneDNN (not on Macs);
-    embeddings and what needs no cast are shared with model: copy it again after training it."""
+    """A copy of the model with matmul weights in the compute dtype, packed if torch has oneDNN (Macs have none).
+
+    The copy shares embeddings, and all weights that need no cast, with the model. Copy it again after training.
+    """
     with torch.device("meta"):
         copy = GPT(model.config)
     copy.load_state_dict({name: weight.detach() for name, weight in model.state_dict().items()}, assign=True)
@@ -80,9 +83,10 @@ def for_inference(model: GPT) -> GPT:
 class Step:
     """The `cache` of one model.hidden call over idx (1, N): the next tokens of S sequences, one after the other.
 
-    at, previous (1, N): the tokens' positions, and the ids before them. sequence (N,): whose each is; last (S,): the
-    place of each sequence's last. By group of layers, pages (layers, S, W) of adjacent blocks, and first (S,), which
-    block of its sequence each begins with. groups, by layer: its group and its place there.
+    at (1, N): the position of each token in its sequence. previous (1, N): the id before it. sequence (N,): the index
+    of its sequence. last (S,): the index of each sequence's last token. pages, for each group of layers: (layers, S, W)
+    pages of adjacent blocks. first, for each group: (S,) index of the first of these blocks in its sequence. groups,
+    for each layer: its group and its index in the group.
     """
 
     keys: torch.Tensor  # (pages, K, PAGE, D)
@@ -96,8 +100,7 @@ class Step:
     groups: list[tuple[int, int]]
 
     def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        """Store k and v (1, N, K, D), let q (1, N, H, D) attend to all its sequence has within the window:
-        (1, N, H, D)."""
+        """Store k and v (1, N, K, D); then q (1, N, H, D) attends within the window of its sequence. (1, N, H, D)."""
         group, place = self.groups[layer]
         table, at = self.pages[group][place], self.at[0] - self.first[group][self.sequence] * PAGE
         page, slot = table[self.sequence, at // PAGE], at % PAGE
@@ -108,7 +111,7 @@ class Step:
 
 
 def _attend(q, keys, values, table, last, at, window: int) -> torch.Tensor:
-    """paged_attention in plain torch: sequences with as many tokens as their neighbours at once."""
+    """paged_attention in plain torch. Neighbours with equally many tokens are computed at once."""
     y, sequence, token = torch.empty_like(q), 0, 0
     for T, alike in groupby(last.diff(prepend=last.new_tensor([-1])).tolist()):
         B = len(list(alike))
@@ -120,13 +123,15 @@ def _attend(q, keys, values, table, last, at, window: int) -> torch.Tensor:
 
 
 def _attend_alike(q, keys, values, table, at, window: int) -> torch.Tensor:
-    """q (B, T, H, D) at places `at` (B, T) of the tokens that a row's table (B, W) has. No maximum before exp, as in
-    training: the norms of q and k bound scores by 1.44·√D."""
+    """q (B, T, H, D) at positions `at` (B, T) of the tokens in each row's table (B, W).
+
+    No maximum is subtracted before exp, as in training: the norms of q and k bound scores by 1.44·√D.
+    """
     B, T, H, D = q.shape
     keys, values = (x[table].transpose(1, 2).flatten(2, 3) for x in (keys, values))
     K, seen, queries = keys.size(1), torch.arange(keys.size(2), device=q.device), at.unsqueeze(-1)
     visible = (seen <= queries) & (seen >= queries - window)
-    q = (q * D**-0.5).transpose(1, 2).reshape(B, K, -1, D)  # a group of query heads as further queries of its key head
+    q = (q * D**-0.5).transpose(1, 2).reshape(B, K, -1, D)  # the query heads of a key head as more queries
     scores = (q @ keys.mT).float().view(B, K, -1, T, keys.size(2))
     weights = torch.where(visible.view(B, 1, 1, T, -1), scores.exp(), 0)
     y = (weights.to(values.dtype).view(B, K, -1, keys.size(2)) @ values).view(B, H, T, D)
@@ -134,20 +139,19 @@ def _attend_alike(q, keys, values, table, at, window: int) -> torch.Tensor:
 
 
 class ModelRunner:
-    """Holds the weights, the pages and, for each row of the running batch, its table. On CPUs; gpu_runner.py is for
-    GPUs."""
+    """Holds the weights, the pages, and the page table of each row. For CPUs; see gpu_runner.py for GPUs."""
 
-    runs_ahead = False  # run() needs every sequence's last token
-    filters = False  # run() draws by temperature alone
+    runs_ahead = False  # run() needs the last token of every sequence
+    filters = False  # run() samples by temperature alone
 
     def __init__(self, model: GPT, manager: BlockManager, max_rows: int):
         config, self.device = model.config, model.cos.device
         self.model, self.layers = for_inference(model), manager.layers
         shape = (1 + manager.num_pages, config.n_kv_head, PAGE, config.head_dim)
-        # Zeros, since attention multiplies what it masks by 0 and 0 · NaN would spread.
+        # Zeros, because attention multiplies masked values by 0, and 0 · NaN would spread.
         self.keys = torch.zeros(shape, device=self.device, dtype=model.compute_dtype)
         self.values = torch.zeros(shape, device=self.device, dtype=model.compute_dtype)
-        most, width = max(max_rows, LEAST_ROWS), -(-manager.capacity // PAGE) + LEAST_WIDTH
+        most, width = max(max_rows, MIN_ROWS), -(-manager.capacity // PAGE) + MIN_WIDTH
         self.tables = [np.full((len(group), most, width), NULL_PAGE) for group in self.layers]
         self.first = [np.zeros(most, dtype=np.int64) for _ in self.layers]
         self.widths = [np.zeros(most, dtype=np.int64) for _ in self.layers]
@@ -161,23 +165,24 @@ class ModelRunner:
 
     @torch.inference_mode()
     def compile(self) -> None:
-        """Graphs for one token and for several, of one sequence or more, each for all sizes."""
+        """Compile one graph for a single token and one for several tokens; both are for all sizes."""
         for pool in (self.keys, self.values):
             torch._dynamo.mark_static(pool)
         build_paged_attention()
-        # Python between the kernels and asserts took 1 ms of 4, on one row of d6
+        # Python between the kernels and asserts took 1 of 4 ms, for one row of d6.
         options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
         compiled = torch.compile(self._forward, dynamic=True, options=options | {"guard_filter_fn": _guards_of_inputs})
-        # Weights are constants of the graph, which inductor needs to call oneDNN on packed ones. Dynamo asks for this
-        # when it compiles, so options won't do. One patch for all steps: each leaves a context variable in its thread.
+        # Inductor calls oneDNN on packed weights only if they are constants of the graph. Dynamo reads this setting
+        # while it compiles, so it cannot be one of `options`. All steps share one patch, because each patch leaves a
+        # context variable in its thread.
         freezing = torch._inductor.config.patch(freezing=True)
 
         def forward(*inputs) -> tuple[torch.Tensor, ...]:
             with freezing:
                 return compiled(*inputs)
 
-        # Sizes that are equal here would have to be equal always, so they are primes that nothing else is. The null
-        # page takes what is stored, beside what the engine does meanwhile.
+        # Dynamo assumes that sizes which are equal here are always equal, so use primes that nothing else equals. The
+        # stored keys and values go to the null page, so the engine may step meanwhile.
         for S, tokens in ((1, 1), (97, 85)):
             pages = [np.full((len(g), S, W), NULL_PAGE) for g, W in zip(self.layers, (101, 103), strict=False)]
             first = [np.zeros(S, dtype=np.int64) for _ in self.layers]
@@ -187,7 +192,7 @@ class ModelRunner:
         self.forward = forward
 
     def place(self, row: int, table: BlockTable) -> None:
-        """Let a row of the tables be those of this sequence, or note that they changed."""
+        """Copy the table of a sequence into a row of the page tables."""
         for group, blocks in enumerate(table.blocks):
             pages = self.tables[group][:, row]
             pages[:, : len(blocks)] = pages_of(blocks, self.layers[group])
@@ -197,10 +202,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, rows: list[Sequence], prompts: list[tuple[Sequence, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Read the last token of each sequence that has its row, and of others the tokens up to a position.
+        """Decode the last token of each row's sequence, and prefill others up to a position.
 
-        The logits (S, V) after the rows and the prompts, and a token drawn from each by its sequence's temperature and
-        seed, (S,), NO_TOKEN where the logits are not numbers.
+        Returns logits (S, V) after the rows and the prompts, and a token (S,) sampled from each by its sequence's
+        temperature and seed: NO_TOKEN for logits with NaN.
         """
         sequences = [*rows, *(sequence for sequence, _ in prompts)]
         idx, previous, at = [s.ids[-1] for s in rows], [s.ids[-2:][0] for s in rows], [len(s.ids) - 1 for s in rows]
@@ -214,12 +219,12 @@ class ModelRunner:
             counts.append(end - start)
         temperature = [max(s.params.temperature, GREEDY) for s in sequences]
         chances = uniforms(np.array([s.key for s in sequences], dtype=np.uint64)).tolist()
-        S = max(len(sequences), LEAST_ROWS) if len(idx) > 1 else 1
+        S = max(len(sequences), MIN_ROWS) if len(idx) > 1 else 1
         for row in range(len(sequences), S):
             self.place(row, self.padding)
             for each, value in zip((idx, previous, at, counts, temperature, chances), (0, 0, 0, 1, 1, 0), strict=True):
                 each.append(value)
-        widths = [max(LEAST_WIDTH, int(widths[:S].max())) for widths in self.widths]
+        widths = [max(MIN_WIDTH, int(widths[:S].max())) for widths in self.widths]
         pages = [table[:, :S, :width] for table, width in zip(self.tables, widths, strict=True)]
         first = [first[:S] for first in self.first]
         draws = np.array([temperature, chances], dtype=np.float32)[..., None]
@@ -228,15 +233,15 @@ class ModelRunner:
 
     @torch.inference_mode()
     def logits_at(self, places: list[int]) -> torch.Tensor:
-        """The logits (n, V) after those of the last run's tokens, which are counted from its first row on."""
+        """Logits (n, V) after tokens of the last run, by their index: first those of the rows, then of the prompts."""
         return self.model.logits(self.hidden[places])
 
     def fetch(self, drawn: torch.Tensor) -> torch.Tensor:
-        """Tokens whose tolist() the engine may call later."""
+        """Tokens on which the engine may call tolist() later."""
         return drawn
 
     def _inputs(self, idx: list[int], previous: list[int], at: list[int], counts: list[int], pages, first, *draws):
-        """Of _forward; counts: how many tokens each sequence has."""
+        """The arguments of _forward. counts: the number of tokens of each sequence."""
 
         def to_device(*arrays: np.ndarray) -> list[torch.Tensor]:
             return [torch.from_numpy(array.copy()).to(self.device) for array in arrays]
@@ -249,12 +254,12 @@ class ModelRunner:
         return idx, step, *to_device(*draws)
 
     def _forward(self, idx: torch.Tensor, step: Step, temperature: torch.Tensor, uniforms: torch.Tensor):
-        """Logits after each sequence's last token, what is drawn from them, and the hidden states of all tokens."""
+        """Logits after each sequence's last token, tokens sampled from them, and hidden states of all tokens."""
         hidden = self.model.hidden(idx, step)[0]
         logits = self.model.logits(hidden[step.last])
         return logits, draw(logits, temperature, uniforms), hidden
 
 
 def _guards_of_inputs(guards) -> list[bool]:
-    """Which guards a compiled forward needs: those of its sizes, not the thousand that the model is what it was."""
+    """Keep the guards on the inputs, and drop the thousand guards on the model: it never changes."""
     return [not guard.is_global and not guard.name.startswith("self") for guard in guards]

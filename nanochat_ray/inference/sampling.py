@@ -1,4 +1,4 @@
-"""Choosing the next token of every row at once. A row's choice depends on its own parameters, seed and step alone."""
+"""Samples the next token of all rows at once. Each row depends on its own parameters, seed and step alone."""
 
 import math
 from collections import Counter
@@ -9,30 +9,30 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-GREEDY = 1e-30  # stands for temperature 0: small enough that all but the largest logit have no weight
-BLOCK = 128  # tokens whose weights are summed, so that the running sum is a short one
-MOST_SORTED = 1024  # likeliest tokens among which top_p is looked for before the whole vocabulary is sorted
-MOST_LOGPROBS = 20
-NO_TOKEN = -1  # stands for a token where logits are not numbers
+GREEDY = 1e-30  # temperature that stands for 0: all but the largest logit get weight 0
+BLOCK = 128  # tokens per block of the two-level cumulative sum
+MAX_SORTED = 1024  # top_p sorts this many of the likeliest tokens first, and the vocabulary only if they are too few
+MAX_LOGPROBS = 20
+NO_TOKEN = -1  # the result for a row whose logits are NaN
 ONE = np.uint64(1)
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to answer a prompt.
+    """How to sample the answers to a prompt. Raises ValueError for a value out of range.
 
     Applied in this order: repetition_penalty (arXiv:1909.05858, over the prompt and the answer); OpenAI's
     presence_penalty and frequency_penalty (over the answer) and logit_bias, pairs of a token and what is added to its
-    logit; grammar; temperature, top_k, top_p over what top_k left, min_p (arXiv:2407.01082). Temperature 0 and top_p 0
-    are greedy; top_k 0 and -1 are off.
+    logit; grammar; temperature, top_k, top_p among the top_k, min_p (arXiv:2407.01082). Temperature 0 and top_p 0 are
+    greedy; top_k 0 and -1 are off.
 
-    grammar: what inference/grammar.py makes of a schema; the answer follows it, calls no tool, and ends where it does.
-    stop: strings that end the answer, also before its grammar does.
-    logprobs: how many of the likeliest tokens to tell with each, by the model's own distribution.
-    prompt_logprobs: the same of the prompt's tokens; then max_tokens may be 0. for_training: tell with each token the
-    log probability that it was drawn with, and leave the one that ends the turn in the answer.
-    cache_salt: requests share what the cache knows of their prompts with those of the same salt alone.
-    Of the n samples of a prompt, sample i is the same whatever n is. Raises ValueError for a value out of range.
+    n: samples of the prompt. Sample i is the same whatever n is.
+    grammar: from inference/grammar.py. The answer follows it, calls no tool, and ends when the grammar is complete.
+    stop: strings that end the answer, also before its grammar is complete.
+    logprobs: how many of the likeliest tokens to return for each token, by the model's own distribution.
+    prompt_logprobs: the same for the prompt's tokens; max_tokens may then be 0.
+    for_training: return the log probability with which each token was sampled, and keep the token that ends the turn.
+    cache_salt: only requests of the same salt share cached prefixes.
     """
 
     max_tokens: int = 256
@@ -78,19 +78,19 @@ class SamplingParams:
         _check("stop", self.stop, valid, "a tuple of texts that are not empty")
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
-            valid = count is None or (isinstance(count, int) and 0 <= count <= MOST_LOGPROBS)
-            _check(name, count, valid, f"from 0 to {MOST_LOGPROBS}")
+            valid = count is None or (isinstance(count, int) and 0 <= count <= MAX_LOGPROBS)
+            _check(name, count, valid, f"from 0 to {MAX_LOGPROBS}")
         _check("grammar", self.grammar, self.grammar is None or bool(self.grammar), "a grammar that is not empty")
 
     @cached_property
     def penalizes(self) -> bool:
-        """Whether logits change by what was said, or by a bias."""
+        """Whether a penalty or a bias changes the logits."""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
         return bool(penalties or self.logit_bias)
 
     @cached_property
     def filters(self) -> bool:
-        """Whether some tokens are left out by their probability."""
+        """Whether tokens are excluded by their probability."""
         return bool(self.top_k or self.min_p > 0) or (self.top_p is not None and self.top_p < 1)
 
 
@@ -100,8 +100,7 @@ def _check(name: str, value, valid: bool, expected: str) -> None:
 
 
 class Controls:
-    """The parameters of a batch's rows that choose among tokens: what they ask for, and as columns (B, 1), which are
-    made when they are used."""
+    """The sampling parameters of a batch as columns (B, 1), which are made at first use."""
 
     def __init__(self, rows: list[SamplingParams], vocab_size: int, device="cpu"):
         self.rows, self.vocab_size, self.device = rows, vocab_size, device
@@ -114,9 +113,9 @@ class Controls:
 
     @cached_property
     def most(self) -> int:
-        """How many of a row's likeliest tokens are looked at first."""
+        """How many of the likeliest tokens of a row to take first."""
         top_ks = [min(p.top_k or self.vocab_size, self.vocab_size) for p in self.rows]
-        return max(k if k < self.vocab_size else min(MOST_SORTED, self.vocab_size) for k in top_ks)
+        return max(k if k < self.vocab_size else min(MAX_SORTED, self.vocab_size) for k in top_ks)
 
     @cached_property
     def temperature(self) -> torch.Tensor:
@@ -140,8 +139,8 @@ class Controls:
 
 
 def penalize(logits: torch.Tensor, rows: list[SamplingParams], said: list[tuple[list[int], int]]) -> None:
-    """Change logits (B, V) by the penalties and biases of their rows. said: each row's ids, the prompt's and the
-    answer's, and how many are the prompt's."""
+    """Apply the penalties and biases of each row to logits (B, V), in place. said: for each row the ids of the prompt
+    and the answer, and how many belong to the prompt."""
     repeated, added = [], []
     for row, (params, (ids, prompt_len)) in enumerate(zip(rows, said, strict=True)):
         if params.repetition_penalty != 1:
@@ -168,26 +167,28 @@ def _columns(entries: list[tuple[int, int, float]], device) -> tuple[tuple[torch
 
 
 def sample(logits: torch.Tensor, controls: Controls, keys: np.ndarray) -> torch.Tensor:
-    """Logits (B, V) to token ids (B,), NO_TOKEN where they are not numbers, or all -inf. Row b's randomness is a
-    function of the integers keys[b] alone.
+    """Logits (B, V) to token ids (B,), NO_TOKEN for rows with NaN or only -inf. Ties go to the lowest id.
 
-    keys is (B, any) uint64; the engine uses (seed, sample, step). Ties go to the lowest id.
+    The randomness of row b is a function of the integers keys[b] alone. keys is (B, any) uint64; the engine uses
+    (seed, sample, step).
     """
-    return sample_and_tell(logits, controls, keys, tell=False)[0]
+    return sample_with_logprobs(logits, controls, keys, with_logprobs=False)[0]
 
 
-def sample_and_tell(
-    logits: torch.Tensor, controls: Controls, keys: np.ndarray, tell: bool
+def sample_with_logprobs(
+    logits: torch.Tensor, controls: Controls, keys: np.ndarray, with_logprobs: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """What `sample` draws, and what drawn_logprobs says of it if that is to be told, which filters them but once."""
+    """The tokens of `sample`, and with_logprobs their drawn_logprobs, too. It filters the logits once for both."""
     weights = _chosen_weights(logits, controls)
     tokens = _draw(weights, controls.temperature, uniforms(keys).to(logits.device).unsqueeze(-1))
-    return tokens, _logprobs_of(tokens, weights) if tell else None
+    return tokens, _logprobs_of(tokens, weights) if with_logprobs else None
 
 
 def drawn_logprobs(logits: torch.Tensor, tokens: torch.Tensor, controls: Controls) -> torch.Tensor:
-    """The log probability (B,), in nats, with which `sample` draws each row's token (B,) from logits (B, V): after
-    temperature, top_k, top_p and min_p. -inf for a token that these leave out."""
+    """The log probability (B,) in nats with which `sample` draws each row's token (B,) from logits (B, V).
+
+    It includes temperature, top_k, top_p and min_p: -inf for a token that they exclude.
+    """
     return _logprobs_of(tokens, _chosen_weights(logits, controls))
 
 
@@ -197,7 +198,7 @@ def _logprobs_of(tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 
 
 def _chosen_weights(logits: torch.Tensor, controls: Controls) -> torch.Tensor:
-    """What tokens are drawn in proportion to (B, V)."""
+    """Weights (B, V) after temperature and filters. Tokens are sampled in proportion to them."""
     weights = _weights(logits, controls.temperature)
     if controls.filters:
         weights = _filter(weights / weights.sum(dim=-1, keepdim=True), controls)
@@ -207,19 +208,24 @@ def _chosen_weights(logits: torch.Tensor, controls: Controls) -> torch.Tensor:
 
 
 def draw(logits: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """What sample does for rows that have a temperature and no more: logits (B, V), temperature and uniforms (B, 1)
-    to token ids (B,). Compiled with the forward it costs a fifth."""
+    """`sample` for rows without filters: logits (B, V), temperature and uniforms (B, 1) to token ids (B,).
+
+    Compiled with the forward it takes a fifth of the time.
+    """
     return _draw(_weights(logits, temperature), temperature, uniforms)
 
 
 def _weights(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """A softmax but for its sum."""
+    """A softmax without the division by its sum."""
     return ((logits - logits.amax(dim=-1, keepdim=True)) / temperature).exp()
 
 
 def _draw(weights: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Inverse CDF in the order of the vocabulary, where rounding that swaps two almost equal logits changes nothing:
-    first the block of tokens, then the one in it. Greedy rows get the first token that has a weight."""
+    """Inverse CDF in the order of the vocabulary: first the block of tokens, then the token in it.
+
+    In this order, rounding that swaps two almost equal logits does not change the result. Greedy rows get the first
+    token with a weight.
+    """
     weights = F.pad(weights, (0, -weights.size(-1) % BLOCK)).unflatten(-1, (-1, BLOCK))
     sums = weights.sum(dim=-1).cumsum(dim=-1)
     target = torch.where(temperature > GREEDY, uniforms, 0) * sums[:, -1:]
@@ -231,19 +237,19 @@ def _draw(weights: torch.Tensor, temperature: torch.Tensor, uniforms: torch.Tens
 
 
 def _first_above(cdf: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Where each row of running sums (B, N) first exceeds its target (B, 1), or else reaches its total: (B, 1)."""
+    """(B, 1): where the cumulative sums (B, N) of a row first exceed its target (B, 1), or else reach their total."""
     above, total = (cdf <= target).sum(dim=-1, keepdim=True), (cdf < cdf[:, -1:]).sum(dim=-1, keepdim=True)
     return torch.minimum(above, total)
 
 
 def _filter(weights: torch.Tensor, controls: Controls) -> torch.Tensor:
-    """The probabilities (B, V) of a row's top_k likeliest, of those the fewest that reach top_p together; else 0."""
+    """Probabilities (B, V) with all set to 0 but the top_k likeliest, and of those the fewest that sum to top_p."""
     largest = weights.topk(controls.most, dim=-1).values
     if controls.nuclear:
         largest, count = _nucleus(weights, largest, controls)
     else:
         count = controls.top_k.clamp(max=controls.most)
-    least = torch.finfo(weights.dtype).tiny  # tokens that cannot come are not chosen
+    least = torch.finfo(weights.dtype).tiny  # never choose tokens of probability 0
     threshold = largest.gather(-1, count - 1).clamp(min=least).masked_fill(controls.unfiltered, 0)
     chosen = weights >= threshold
     tied = chosen.sum(dim=-1, keepdim=True) > count.masked_fill(controls.unfiltered, weights.size(-1))
@@ -254,15 +260,15 @@ def _filter(weights: torch.Tensor, controls: Controls) -> torch.Tensor:
 
 
 def _first_of_tied(weights: torch.Tensor, threshold: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """Which tokens (B, V) are the `count` likeliest; of those at the threshold the first ones."""
+    """Bool (B, V) of the `count` likeliest tokens. Among tokens at the threshold the lowest ids win."""
     above, tied = weights > threshold, weights == threshold
     return above | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= count - above.sum(dim=-1, keepdim=True)))
 
 
 def _nucleus(weights: torch.Tensor, largest: torch.Tensor, controls: Controls):
-    """Each row's largest probabilities (B, most), sorted, and how many of them top_k and top_p leave (B, 1)."""
+    """The largest probabilities of each row, sorted (B, most), and how many of them top_k and top_p keep (B, 1)."""
     most = largest.size(-1)
-    # Rows without top_k share their probability among all tokens, also those beyond the sorted ones.
+    # Without top_k the probabilities of a row sum to 1 over all tokens, not over the sorted ones.
     short = (controls.top_k > most) & (largest.sum(dim=-1, keepdim=True) < controls.top_p)
     if (short & (controls.top_p < 1)).any():
         largest, most = weights.sort(dim=-1, descending=True).values, weights.size(-1)
@@ -275,7 +281,7 @@ def _nucleus(weights: torch.Tensor, largest: torch.Tensor, controls: Controls):
 
 
 def logprobs(logits: torch.Tensor, chosen: list[int], most: int) -> list[tuple[float, list[tuple[int, float]]]]:
-    """Of logits (B, V): per row, the chosen token's log probability in nats, and the likeliest tokens with theirs."""
+    """For each row of logits (B, V): the chosen token's log probability in nats, and the `most` likeliest tokens."""
     logs = logits.log_softmax(dim=-1)
     values, ids = logs.topk(most, dim=-1) if most else (logs[:, :0], logs[:, :0])
     own = logs.gather(-1, torch.tensor(chosen, device=logs.device).unsqueeze(-1)).squeeze(-1)
@@ -286,7 +292,7 @@ def logprobs(logits: torch.Tensor, chosen: list[int], most: int) -> list[tuple[f
 def uniforms(keys: np.ndarray) -> torch.Tensor:
     """(B, any) uint64 to (B,) fp32 in [0, 1): SplitMix64 (doi:10.1145/2660193.2660195) over each row's integers.
 
-    A hash instead of a generator: there is no state to keep, copy or rewind with a sequence.
+    A hash, unlike a generator, has no state that a sequence would have to keep, copy or rewind.
     """
     z = np.zeros(len(keys), dtype=np.uint64)
     for key in keys.T:
@@ -295,7 +301,7 @@ def uniforms(keys: np.ndarray) -> torch.Tensor:
 
 
 def hashed(z: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """The hash (B,) uint64 of the integers whose hash is z, and one more."""
+    """Extend the hash z (B,) uint64 of a row's integers by one more integer."""
     z = z + (key + ONE) * np.uint64(0x9E3779B97F4A7C15)  # the golden ratio in 64 bits; sums and products wrap
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -303,5 +309,5 @@ def hashed(z: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def chances(z: np.ndarray) -> np.ndarray:
-    """Hashes to fp32 in [0, 1). 23 bits: their product with a sum stays below the sum."""
+    """Hashes to fp32 in [0, 1). 23 bits, so that their product with a sum stays below the sum."""
     return (z >> np.uint64(41)).astype(np.float32) / np.float32(2**23)

@@ -1,4 +1,4 @@
-"""Which sequences run, which wait, and which make way when the cache is full."""
+"""Decides which sequences to prefill, decode or preempt."""
 
 from collections import deque
 from itertools import islice
@@ -6,33 +6,35 @@ from itertools import islice
 from nanochat_ray.inference.kv_cache import PAGE, BlockManager, CacheFull
 from nanochat_ray.inference.sequence import Sequence
 
-# Reading prompts together costs less than one after another. So where MANY run for each that waits, and little is lost
-# by it, prompts wait for others to come, at most LINGER steps.
-MANY, LINGER = 12, 2
+# Prefilling several prompts together is cheaper than one after another. When at least RUNNING_PER_WAITING sequences run
+# per waiting prompt, the prompts wait up to MAX_DELAY steps for others to join them.
+RUNNING_PER_WAITING, MAX_DELAY = 12, 2
 
 
 class Scheduler:
-    """Sequences are served in the order of arrival: the prompts at the head of `waiting` are being read.
+    """Serves sequences in the order of arrival. The prompts at the head of `waiting` are prefilled first.
 
-    Preempting is giving up what a sequence has in the cache; it waits at the head and is computed again, mostly from
-    blocks that can still be found.
+    A preempted sequence frees its pages and goes back to the head of `waiting`. Its prefill then starts over, but
+    finds most of its blocks in the cache.
     """
 
     def __init__(self, manager: BlockManager, max_batch_size: int):
         self.manager, self.max_batch_size = manager, max_batch_size
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # the batch's rows
-        self.retired: set[Sequence] = set()  # their last token is in flight; they hold pages until it is known
-        self.preemptions = self.lingered = 0
+        self.running: list[Sequence] = []  # sequences that decode, one per row of the batch
+        self.retired: set[Sequence] = set()  # their last token is in flight; they hold their pages until it arrives
+        self.preemptions = self.delayed_steps = 0
 
     def next_chunks(self, budget: int, most: int) -> list[tuple[Sequence, int]]:
-        """The sequences to read on, with room made for the tokens from table.length to the returned position: as many
-        as end within `most` tokens, and of a longer one so many as those leave of budget."""
+        """(sequence, end) of each prompt to prefill in this step, from table.length to end. Reserves the pages.
+
+        Takes prompts while they end within `most` tokens. The last one may be longer: it gets what is left of `budget`.
+        """
         chunks = []
-        if self._linger():
+        if self._delays_prefill():
             return chunks
         for sequence in islice(self.waiting, self.max_batch_size - len(self.running)):
-            if sequence.in_flight:  # preempted while a step was on its way: its last token is not known yet
+            if sequence.in_flight:  # preempted while a step was in flight: its last token is not known yet
                 break
             end = self._next_chunk(sequence, budget, most, chunks)
             if end is None:
@@ -44,20 +46,21 @@ class Scheduler:
                 break
         return chunks
 
-    def _linger(self) -> bool:
-        """Let this step pass without a prompt, if few wait and none is half read. Returns whether it does."""
-        few = bool(self.waiting) and len(self.running) >= MANY * len(self.waiting) and self.waiting[0].table is None
-        self.lingered = self.lingered + 1 if few and self.lingered < LINGER else 0
-        return self.lingered > 0
+    def _delays_prefill(self) -> bool:
+        """Whether this step has no prefill, because few prompts wait and none of them has been started."""
+        few = self.waiting and len(self.running) >= RUNNING_PER_WAITING * len(self.waiting)
+        delays = few and self.waiting[0].table is None and self.delayed_steps < MAX_DELAY
+        self.delayed_steps = self.delayed_steps + 1 if delays else 0
+        return self.delayed_steps > 0
 
     def _next_chunk(self, sequence: Sequence, budget: int, most: int, others: list[tuple[Sequence, int]]) -> int | None:
-        """Up to which position to read a sequence in this step, beside others, or None."""
+        """The position up to which to prefill a sequence in this step. None if it has to wait."""
         alone = not self.running and not self.retired and not others
         if sequence.table is None:
             sequence.table = self.manager.open(sequence.ids, sequence.findable, sequence.params.cache_salt)
             too_long = not budget and len(sequence.ids) - sequence.table.length > most
             if too_long or not (alone or self._fits(sequence, len(others))) or _repeats(sequence, others):
-                self._give_up(sequence)
+                self._free(sequence)
                 return None
             if not sequence.generated:
                 sequence.cached_tokens = sequence.table.length
@@ -67,13 +70,13 @@ class Scheduler:
             self.manager.reserve(sequence.table, end)
         except CacheFull:
             if not alone:
-                return None  # those that run will free some
+                return None  # running sequences will free pages
             end = min(end, (start // PAGE + 1) * PAGE)
-            self.manager.reserve(sequence.table, end)  # alone it has room: its length was limited to that
+            self.manager.reserve(sequence.table, end)  # always fits: submit() limits the length of a single sequence
         return end
 
     def _fits(self, sequence: Sequence, others: int) -> bool:
-        """Whether all of a sequence has room now, with a block more to grow in for each that runs or joins."""
+        """Whether the free pages hold all of a sequence, and one more block for each sequence that runs or joins."""
         manager, missing = self.manager, 0
         blocks = len(sequence.ids) // PAGE + 1
         for window, layers, held in zip(manager.windows, manager.layers, sequence.table.blocks, strict=True):
@@ -82,15 +85,15 @@ class Scheduler:
         return missing + min(growth, manager.num_pages // 8) <= len(manager.free) + manager.unused_pages
 
     def start(self, sequence: Sequence) -> None:
-        """Let the head of the queue, whose ids are all read, join the batch."""
+        """Move the head of the queue into the batch, once all its tokens are prefilled."""
         head = self.waiting.popleft()
         assert head is sequence
         self.running.append(sequence)
 
     def make_room(self) -> list[Sequence]:
-        """A place for the next token of every row; those that run and whose tables have changed.
+        """Reserve a place for the next token of every row. Returns the running sequences whose tables have changed.
 
-        When there is none left the youngest makes way. A sequence alone always has room: its length was limited to it.
+        Preempts the youngest sequences when pages run out. A single sequence always fits: submit() limits its length.
         """
         changed = []
         growing = [s for s in self.running if len(s.ids) + s.in_flight > s.table.room]
@@ -105,24 +108,24 @@ class Scheduler:
         return [sequence for sequence in changed if sequence.table is not None]
 
     def preempt(self) -> None:
-        """The youngest sequence that holds pages gives them up."""
+        """Free the pages of the youngest sequence that holds some."""
         held = [s for s in self.running if s.table is not None] + [s for s in self.waiting if s.table is not None]
         youngest = max(held, key=lambda s: s.arrival)
-        self._give_up(youngest)
+        self._free(youngest)
         self.preemptions += 1
         if youngest in self.running:
             self._leave(youngest)
             self.waiting.appendleft(youngest)
 
     def retire(self, sequence: Sequence) -> None:
-        """Take a sequence out of the batch whose last token is on its way. drop() gives up what it holds."""
+        """Take a sequence out of the batch while its last token is in flight. drop() frees its pages later."""
         self._leave(sequence)
         self.retired.add(sequence)
 
     def drop(self, sequence: Sequence) -> None:
-        """Forget a sequence that has ended or was cancelled."""
+        """Remove a sequence that has ended or was cancelled, and free its pages."""
         if sequence.table is not None:
-            self._give_up(sequence)
+            self._free(sequence)
         if sequence in self.retired:
             self.retired.remove(sequence)
         elif sequence in self.running:
@@ -131,18 +134,18 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def _leave(self, sequence: Sequence) -> None:
-        """Drop a row of the batch; the last one takes its place."""
+        """Remove a row of the batch. The last row moves to its place."""
         row, last = self.running.index(sequence), self.running.pop()
         if last is not sequence:
             self.running[row] = last
 
-    def _give_up(self, sequence: Sequence) -> None:
+    def _free(self, sequence: Sequence) -> None:
         self.manager.close(sequence.table)
         sequence.table = None
 
 
 def _repeats(sequence: Sequence, others: list[tuple[Sequence, int]]) -> bool:
-    """Whether the next block that a sequence lacks is being read for another: after this step it can be found."""
+    """Whether this step prefills the next block of a sequence for another one. After the step the cache has it."""
     end, salt = sequence.table.length + PAGE, sequence.params.cache_salt
     alike = (s for s, read in others if read >= end and s.params.cache_salt == salt)
     return end <= sequence.findable and any(s.ids[:end] == sequence.ids[:end] for s in alike)

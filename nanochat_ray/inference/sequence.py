@@ -1,4 +1,4 @@
-"""One sample of one prompt on its way, and what it is in the end."""
+"""A sequence that is being generated, and the completion that it becomes."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -9,23 +9,25 @@ from nanochat_ray.inference.kv_cache import BlockTable
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.inference.text import AnswerStream
 
-SECOND = 2**32  # more than the samples that a prompt has
+SECOND_DRAW = 2**32  # added to the sample's number for a second draw; no prompt has so many samples
 Logprob = tuple[float, list[tuple[int, float]]]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What was generated after a prompt. mask is 1 where a token was sampled, 0 where a tool's output was put in.
+    """What was generated after a prompt. mask is 1 for sampled tokens and 0 for tool output.
 
-    finish_reason is "stop" when the model ended its turn (assistant_end or bos; that token is left out of tokens), said
-    a stop string, or came to the end of its grammar; "length" when max_tokens, the model's reach, or the room for keys
-    and values came first; "error" when no token could be drawn.
-    logprobs: if asked for, of each token its log probability in nats, and the likeliest tokens with theirs, by the
-    model alone, before penalties and grammar. A tool's output has those that the model gave it.
-    prompt_logprobs: the same of the prompt's tokens, if asked for, by the prompt's first sample. None for the first
-    token, which follows nothing.
-    drawn_logprobs: of answers for training, of each token the log probability in nats that it was drawn with; 0 where a
-    tool's output was put in.
+    finish_reason:
+    - "stop": the model ended its turn (assistant_end or bos, not in tokens), generated a stop string, or completed its
+      grammar.
+    - "length": max_tokens, the reach of rotary positions or the KV cache ended it.
+    - "error": no token could be sampled.
+    - "cancelled": the caller ended it.
+    logprobs, if requested: for each token its log probability in nats, and the likeliest tokens with theirs. They are
+    the model's own, before penalties and grammar.
+    prompt_logprobs, if requested: the same for the prompt's tokens, on the prompt's first sample. None for the first
+    token.
+    drawn_logprobs, for training: the log probability in nats with which each token was sampled; 0 for tool output.
     """
 
     tokens: list[int]
@@ -40,28 +42,28 @@ class Completion:
 class Sequence:
     ids: list[int]  # the prompt, then what was generated
     params: SamplingParams
-    sample: int  # which of the prompt's params.n
+    sample: int  # index among the prompt's params.n samples
     max_tokens: int
     answer: AnswerStream | None = None  # watches for stop strings
-    matcher: LLMatcher | None = None  # of the grammar: it has read the answer so far
-    prompt_logprobs: list[Logprob | None] | None = None  # if they are asked for, of the tokens that were scored yet
+    matcher: LLMatcher | None = None  # state of the grammar after the answer so far
+    prompt_logprobs: list[Logprob | None] | None = None  # if requested, of the tokens scored so far
     prompt_len: int = 0
-    arrival: int = 0  # place in the order of arrival
+    arrival: int = 0  # index in the order of arrival
     mask: list[int] = field(default_factory=list)
     logprobs: list[Logprob] = field(default_factory=list)
-    drawn_logprobs: list[float] | None = None  # if they are asked for
-    forced: deque[int] = field(default_factory=deque)  # tool output that is still to be put in
-    code_start: int | None = None  # where in ids the code after python_start begins
-    table: BlockTable | None = None  # while it has a place in the cache
-    cached_tokens: int = 0  # of the prompt, found in the cache
-    in_flight: int = 0  # tokens drawn by launched steps that the host does not know yet; at most 1 between steps
-    slot: int = 0  # its place in the step that was launched last
+    drawn_logprobs: list[float] | None = None  # if requested
+    forced: deque[int] = field(default_factory=deque)  # pending tokens of tool output
+    code_start: int | None = None  # index in ids of the first token after python_start
+    table: BlockTable | None = None  # its blocks in the KV cache, while it has some
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    in_flight: int = 0  # tokens that launched steps sample and the host has not seen; at most 1 between steps
+    slot: int = 0  # its index in the step that was launched last
     finish_reason: str | None = None
     error: str | None = None  # why finish_reason is "error"
-    ending: tuple[int, tuple] | None = None  # with logprobs: the token that ended the turn, and its log probabilities
-    longest: int = 0  # tokens of the prompt and of an answer of max_tokens
-    needs_logits: bool = False  # whether the host has to look at the logits, or the tokens so far, for the next token
-    plain: bool = False  # whether a token that is none of the special ones is just added to the answer
+    ending: tuple[int, tuple] | None = None  # with logprobs: the token that ended the turn, and its Logprob
+    longest: int = 0  # limit of len(ids): the prompt and max_tokens
+    needs_logits: bool = False  # whether the host needs the logits, or all earlier tokens, for the next token
+    plain: bool = False  # whether ordinary tokens are appended without further checks
 
     def __post_init__(self):
         self.prompt_len = len(self.ids)
@@ -76,32 +78,32 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens of the prompt and the answer, those in flight included."""
+        """Tokens of the prompt and the answer, including those in flight."""
         return len(self.ids) + self.in_flight
 
     @property
     def findable(self) -> int:
-        """How many of its first tokens may be found in the cache: those whose logits are of no use any more."""
+        """How many of its first tokens may come from the prefix cache. Tokens that wait for their score may not."""
         scored = self.prompt_len if self.prompt_logprobs is None else len(self.prompt_logprobs)
         return (len(self.ids) if scored == self.prompt_len else scored) - 1
 
     @property
     def last_token(self) -> int | None:
-        """Its id, or None while the host does not know it."""
+        """The id of the last token, or None while the host has not seen it."""
         if not self.in_flight:
             return self.ids[-1]
         return self.forced[0] if self.forced else None  # a forced token replaces what is drawn
 
     @property
     def key(self) -> tuple[int, int, int]:
-        """What the next token's randomness is a function of."""
+        """The integers that decide the randomness of the next token."""
         return self.params.seed, self.sample, self.generated + self.in_flight
 
     @property
     def second_key(self) -> tuple[int, int, int]:
-        """The same when it is drawn a second time."""
+        """The key of a second draw of the same token."""
         seed, sample, step = self.key
-        return seed, sample + SECOND, step
+        return seed, sample + SECOND_DRAW, step
 
     @property
     def tokens(self) -> list[int]:

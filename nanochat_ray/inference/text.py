@@ -1,9 +1,9 @@
-"""The text of an answer as its tokens come: in parts of speech, code and tool output, up to a stop string."""
+"""Turns the tokens of an answer into text as they come: parts of text, code and tool output, up to a stop string."""
 
 import codecs
 from itertools import groupby
 
-KINDS = {  # what follows a special token
+KINDS = {  # kind of the part that a special token begins
     "<|python_start|>": "python",
     "<|python_end|>": "text",
     "<|output_start|>": "python_output",
@@ -12,10 +12,10 @@ KINDS = {  # what follows a special token
 
 
 class AnswerStream:
-    """Tokens in, parts (kind, text) out, the kinds being those of a conversation: text, python, python_output.
+    """Takes tokens and returns parts (kind, text). Kinds: text, python, python_output, as in conversations.
 
-    Bytes wait until they make a whole character, and text that may be the beginning of a stop string until it is not.
-    After `stopped` nothing more comes; the stop string itself is left out.
+    It holds back bytes that are no whole character yet, and text that may begin a stop string. A stop string sets
+    `stopped` and ends the output; it is not part of it.
     """
 
     def __init__(self, tokenizer, stop: tuple[str, ...] = ()):
@@ -25,13 +25,13 @@ class AnswerStream:
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, *tokens: int) -> list[tuple[str, str]]:
-        """The parts that tokens complete, none of them empty."""
+        """The parts that these tokens complete. None is empty."""
         parts = []
         for special, run in groupby(tokens, self.kinds.__contains__):
             if self.stopped:
                 break
             if not special:
-                parts += self._say(self.decoder.decode(self.tokenizer.decode_bytes(list(run))))
+                parts += self._split(self.decoder.decode(self.tokenizer.decode_bytes(list(run))))
                 continue
             parts += self.finish()
             *_, last = run
@@ -39,15 +39,15 @@ class AnswerStream:
         return parts
 
     def finish(self) -> list[tuple[str, str]]:
-        """What was held back."""
-        parts = self._say(self.decoder.decode(b"", final=True))
+        """Return the text that was held back."""
+        parts = self._split(self.decoder.decode(b"", final=True))
         self.decoder.reset()
         if self.held and not self.stopped:
             parts.append((self.kind, self.held))
         self.held = ""
         return parts
 
-    def _say(self, text: str) -> list[tuple[str, str]]:
+    def _split(self, text: str) -> list[tuple[str, str]]:
         text = self.held + text
         ends = [at for stop in self.stop if (at := text.find(stop)) >= 0]
         self.stopped = self.stopped or bool(ends)
@@ -56,7 +56,7 @@ class AnswerStream:
         return [(self.kind, text[:safe])] if safe else []
 
     def _beginning(self, text: str) -> int:
-        """How many of the last characters may be the beginning of a stop string."""
+        """How many of the last characters may begin a stop string."""
         longest = max(map(len, self.stop), default=1) - 1
         for length in range(min(longest, len(text)), 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self.stop):

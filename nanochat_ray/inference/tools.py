@@ -1,4 +1,4 @@
-"""The calculator a model may call between python_start and python_end. Nothing is executed: an AST is walked."""
+"""The calculator that a model calls between python_start and python_end. It walks an AST and executes nothing."""
 
 import ast
 import math
@@ -7,7 +7,7 @@ import re
 
 MAX_LENGTH = 512  # characters of an expression
 MAX_DEPTH = 100  # nested operations
-MAX_BITS = 1024  # of a whole number: as large as floats go
+MAX_BITS = 1024  # of an integer: the range of floats
 
 OPERATORS = {
     ast.Add: operator.add,
@@ -38,7 +38,7 @@ def calculate(expression: str) -> str | None:
 
 
 def _evaluate(node: ast.expr, depth: int) -> int | float:
-    """The number a node stands for. Raises ValueError or ArithmeticError when it has none."""
+    """The value of a node. Raises ValueError or ArithmeticError if it has none."""
     if depth == 0:
         raise ValueError("nested too deep")
     match node:
@@ -49,7 +49,7 @@ def _evaluate(node: ast.expr, depth: int) -> int | float:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             a, b = _evaluate(left, depth - 1), _evaluate(right, depth - 1)
             if isinstance(op, ast.Pow) and type(a) is type(b) is int and b * (abs(a).bit_length() - 1) > MAX_BITS:
-                raise ValueError("too large a power")  # known before the work is done
+                raise ValueError("too large a power")  # fail before computing it
             value = OPERATORS[type(op)](a, b)
         case ast.Call(
             func=ast.Attribute(value=ast.Constant(value=str(text)), attr="count"),
@@ -59,7 +59,7 @@ def _evaluate(node: ast.expr, depth: int) -> int | float:
             value = text.count(part)
         case _:
             raise ValueError("not arithmetic")
-    # Every value on the way is a plain number of bounded size: no text, no bool, no complex, no infinity.
+    # Allow only finite numbers of bounded size, also between operations: no text, bool, complex or infinity.
     if type(value) not in (int, float) or not math.isfinite(value):
         raise ValueError("not a number")
     if type(value) is int and value.bit_length() > MAX_BITS:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from nanochat_ray import machine, storage
 from nanochat_ray.data.loader import Loader
 from nanochat_ray.data.tokenizer import Tokenizer
-from nanochat_ray.inference.engine import CHUNK, GPU_CHUNK, Engine
+from nanochat_ray.inference.engine import GPU_MAX_PREFILL_TOKENS, MAX_PREFILL_TOKENS, Engine
 from nanochat_ray.inference.kv_cache import cache_bytes
 from nanochat_ray.inference.sampling import GREEDY, SamplingParams
 from nanochat_ray.inference.sequence import Completion
@@ -225,8 +225,8 @@ class Asker:
         rows = min(o.prompts_per_step * o.num_samples, GPU_ROWS if on_gpu else CPU_ROWS)
         longest = max(len(self.prompt(c)) for c in [*self.task.train, *self.task.val]) + o.max_new_tokens
         room = cache_bytes(model.config, rows, longest, model.compute_dtype.itemsize)
-        # By a fixed chunk the same batches come about each time: a resumed run rounds alike.
-        self.engine = Engine(model, self.tokenizer, rows, room, GPU_CHUNK if on_gpu else CHUNK)
+        chunk = GPU_MAX_PREFILL_TOKENS if on_gpu else MAX_PREFILL_TOKENS  # fixed: a resumed run has equal batches
+        self.engine = Engine(model, self.tokenizer, rows, room, chunk)
         if on_gpu:
             self.engine.compile()
 

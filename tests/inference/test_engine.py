@@ -327,13 +327,13 @@ def test_how_much_of_a_prompt_is_read_follows_the_rows_beside_it(lively, random_
     [sequence] = engine.submit(prompt, SamplingParams(1))
     lengths = []
     while not sequence.generated:
-        engine.decode_seconds, engine.token_seconds = {1: 0.1, 3: 0.3}, 0.002  # 0.2 s for two rows
+        engine.decode_seconds, engine.prefill_seconds_per_token = {1: 0.1, 3: 0.3}, 0.002  # 0.2 s for two rows
         engine.step()
         lengths.append(sequence.table.length if sequence.table else len(prompt))
     assert lengths == [50, 100, 150, 270]
 
     sequences = [engine.submit(prompt, GREEDY)[0] for prompt in random_prompts(90, 170, 250, seed=2)]
-    engine.decode_seconds, engine.token_seconds = {1: 0.1, 3: 0.3}, 0.001
+    engine.decode_seconds, engine.prefill_seconds_per_token = {1: 0.1, 3: 0.3}, 0.001
     engine.cancel(engine.rows[0])
     engine.step()
     # One runs, three could join it: three times 0.5 of 0.1 s, and three times as much where prompts end

@@ -44,7 +44,7 @@ def test_refreshed_weights_are_those_of_a_new_engine(lively, random_prompts):
             for p in model.parameters():
                 p.mul_(1.1)
         engine.submit(prompts[0], params)
-        with pytest.raises(RuntimeError, match="all its sequences have ended"):
+        with pytest.raises(RuntimeError, match="only when all of them have ended"):
             engine.refresh_weights(model)
         while engine.busy:
             engine.step()

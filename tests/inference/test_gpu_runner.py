@@ -7,7 +7,7 @@ import torch
 
 from nanochat_ray.inference import engine as engine_module
 from nanochat_ray.inference import grammar
-from nanochat_ray.inference.engine import GPU_CHUNK, Engine
+from nanochat_ray.inference.engine import GPU_MAX_PREFILL_TOKENS, Engine
 from nanochat_ray.inference.kv_cache import page_bytes
 from nanochat_ray.inference.model_runner import ModelRunner
 from nanochat_ray.inference.sampling import SamplingParams
@@ -190,7 +190,7 @@ def test_no_token_is_drawn_from_nan(small, random_prompts):
 def test_few_graph_sizes_with_little_padding():
     from nanochat_ray.inference.gpu_runner import READ_SIZES, graph_sizes
 
-    assert READ_SIZES[-1] == GPU_CHUNK
+    assert READ_SIZES[-1] == GPU_MAX_PREFILL_TOKENS
     for most in (1, 2, 5, 32, 100, 256, 1000):
         sizes = graph_sizes(most)
         assert sizes == sorted(set(sizes)) and sizes[-1] == most and len(sizes) < 40

@@ -77,18 +77,18 @@ def test_drawing_by_blocks_takes_the_first_token_whose_running_sum_exceeds_the_d
 
 
 def test_top_p_reaches_beyond_the_sorted_tokens():
-    """Among more than MOST_SORTED tokens, alone and beside a row that keeps few."""
-    V = 4 * sampling.MOST_SORTED
+    """Among more than MAX_SORTED tokens, alone and beside a row that keeps few."""
+    V = 4 * sampling.MAX_SORTED
     logits = torch.linspace(0, 1, V)  # almost uniform: 90 % of the probability is in about 85 % of the tokens
     probability, order = logits.softmax(0).sort(descending=True)
     count = int((probability.cumsum(0) - probability < 0.9).sum())
-    assert sampling.MOST_SORTED < count < V
+    assert sampling.MAX_SORTED < count < V
     wide, narrow = SamplingParams(top_p=0.9), SamplingParams(top_k=5)
     for others in ([], [narrow, SamplingParams()]):
         rows = [wide, *others] * 500
         tokens = draw(logits.expand(len(rows), -1), rows)[:: len(others) + 1]
         assert set(tokens.tolist()) <= set(order[:count].tolist())
-        assert tokens.min() < V - 3 * sampling.MOST_SORTED  # also from those that were not sorted at first
+        assert tokens.min() < V - 3 * sampling.MAX_SORTED  # also from those that were not sorted at first
     head = draw(logits.expand(600, -1) * 20, [SamplingParams(top_p=0.5), narrow, SamplingParams()] * 200)
     probability = (logits * 20).softmax(0).flip(0)
     assert head[0::3].min() >= V - int((probability.cumsum(0) < 0.5).sum()) - 1

@@ -1,10 +1,12 @@
 """Storage on S3: a real API over HTTP, and the faults that it has."""
 
 import json
+import math
 import os
 import pickle
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import boto3
 import pyarrow as pa
@@ -245,6 +247,18 @@ def test_the_cache_of_a_node_is_bounded(store, proxy, monkeypatch):
     assert proxy.faults.requests == {"HEAD": 1}  # a look whether the file has changed
     storage.write_bytes(uris[1], b"new")
     assert localize(uris[1]).read_bytes() == b"new"
+
+
+def test_of_several_that_want_a_file_one_downloads_it(store, proxy):
+    """As the ranks of a node do at the start. Each has a file of its own open, so threads lock as processes do."""
+    uri = f"s3://{BUCKET}/rows"
+    write(uri)
+    proxy.faults.reset()
+    proxy.faults.latency = 0.1
+    with ThreadPoolExecutor(4) as pool:
+        copies = list(pool.map(localize, [uri] * 4))
+    assert proxy.faults.requests["GET"] == math.ceil(len(CONTENT) / object_store.PIECE_BYTES)
+    assert len(set(copies)) == 1 and copies[0].read_bytes() == CONTENT
 
 
 def test_sources_and_rows(store, proxy, tmp_path):

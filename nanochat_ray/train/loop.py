@@ -337,13 +337,9 @@ def start(
     """Build the worker with model and optimizer, from the run's newest checkpoint if there is one."""
     device = ray.train.torch.get_device()
     context = ray.train.get_context()
-    if device.type == "cpu":
-        assigned = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
-        threads = min(assigned, machine.available_cpus())
-    else:  # share the host's CPUs, because Ray gives a worker with a GPU only one thread
-        threads = machine.available_cpus() // context.get_local_world_size()
-    torch.set_num_threads(max(1, threads))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, min(threads, COMPILE_THREADS))))
+    threads = cpu_threads(device)
+    torch.set_num_threads(threads)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(threads, COMPILE_THREADS)))
     rank, world_size = context.get_world_rank(), context.get_world_size()
 
     torch.manual_seed(c.seed)  # the same weights on every rank
@@ -391,6 +387,15 @@ def start(
         writer=checkpoint.Writer(c.run_dir, tokenizer, rank, world_size),
         say=say,
     )
+
+
+def cpu_threads(device: torch.device) -> int:
+    """Of this worker: one for each CPU that it has. To a worker with a GPU Ray gives none: it takes an even share of
+    its host's."""
+    if device.type == "cpu":
+        assigned = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
+        return max(1, min(assigned, machine.available_cpus()))
+    return max(1, machine.available_cpus() // ray.train.get_context().get_local_world_size())
 
 
 def all_reduce(worker: Worker, values: list[float]) -> list[float]:

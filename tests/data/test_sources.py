@@ -187,6 +187,7 @@ class NastyServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), NastyHandler)
         self.files, self.faults, self.requests = files, defaultdict(list), []
         self.ranges, self.sha256, self.transfer = True, True, "length"
+        self.running, self.most, self.lock = 0, 0, threading.Lock()  # requests at once, and the most that there were
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -400,6 +401,27 @@ def test_fetch_does_not_repeat_what_cannot_succeed(server, tmp_path, status, err
         download.fetch(f"{server.url}/x/{NAME}", str(tmp_path / NAME))
     assert len(server.requests) == 1
     assert not (tmp_path / NAME).exists()
+
+
+def test_a_node_has_few_transfers_at_once(server, tmp_path, monkeypatch):
+    """However many files and CPUs there are: a server limits how much one address asks."""
+    do_get = NastyHandler.do_GET
+
+    def counted(handler):
+        with server.lock:
+            server.running += 1
+            server.most = max(server.most, server.running)
+        time.sleep(0.02)
+        do_get(handler)
+        with server.lock:
+            server.running -= 1
+
+    monkeypatch.setattr(NastyHandler, "do_GET", counted)
+    server.files |= {f"{i}": b"text" for i in range(40)}
+    files = [(f"{server.url}/x/{i}", str(tmp_path / f"{i}")) for i in range(40)]
+    events = list(download._fetch_share._function(files, None))
+    assert events == [(i, None, None) for i in range(1, 41)]
+    assert 1 < server.most <= download.TRANSFERS
 
 
 @pytest.mark.slow

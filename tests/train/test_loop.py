@@ -114,3 +114,13 @@ def test_the_optimizer_waits_for_the_copies_of_a_checkpoint(monkeypatch):
     with pytest.raises(InterruptedError):
         train_step(worker, 1.0, None)
     assert order == ["gradients", "copied", "update"]
+
+
+@pytest.mark.parametrize(("kind", "threads"), [("cpu", 3), ("cuda", 4)])
+def test_a_worker_with_a_gpu_has_its_share_of_the_hosts_cpus(monkeypatch, kind, threads):
+    """Ray gives it none, and PyTorch one thread."""
+    monkeypatch.setattr(loop.machine, "available_cpus", lambda: 16)
+    given = SimpleNamespace(get_assigned_resources=lambda: {"CPU": 3.0})
+    monkeypatch.setattr(loop.ray, "get_runtime_context", lambda: given)
+    monkeypatch.setattr(loop.ray.train, "get_context", lambda: SimpleNamespace(get_local_world_size=lambda: 4))
+    assert loop.cpu_threads(torch.device(kind)) == threads

@@ -27,6 +27,7 @@ source .venv/bin/activate # or put `apptainer exec --nv --bind /scratch nanochat
 # `ray symmetric-run`, which refuses to start beside another Ray and ends with `ray stop`, which ends all of them.
 port=$((20000 + SLURM_JOB_ID % 1000 * 10))
 export port folder=/tmp/ray-$SLURM_JOB_ID RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/slurm-$SLURM_JOB_ID
+unset RAY_AUTH_TOKEN # sbatch passes on the shell's, which Ray would prefer to this job's file
 mkdir -p "$HOME/.ray"
 (umask 077 && od -An -N32 -tx1 /dev/urandom | tr -d ' \n' > "$RAY_AUTH_TOKEN_PATH")
 address=$(python -c 'import ray.util; print(ray.util.get_node_ip_address())')

@@ -255,13 +255,15 @@ def read_keys(uri: str | None) -> list[str]:
     """The sha256 of each key, first on its line, as `printf %s KEY | sha256sum` prints it. Raises ValueError else."""
     if uri is None:
         return []
-    lines = [line.split()[0] for line in storage.read_text(uri).splitlines() if line.strip()]
-    for line in lines:
-        if len(line) != 64 or set(line) - set("0123456789abcdef"):
-            raise ValueError(f"{uri} holds {line!r}, which is not a sha256 in hexadecimal: printf %s KEY | sha256sum")
-    if not lines:
+    lines = storage.read_text(uri).splitlines()
+    keys = {number: line.split()[0] for number, line in enumerate(lines, 1) if line.strip()}
+    for number, key in keys.items():
+        if len(key) != 64 or set(key) - set("0123456789abcdef"):
+            # The message goes to logs. It must not show the line, which may be the key itself.
+            raise ValueError(f"{uri}, line {number}: not a sha256 in hexadecimal: printf %s KEY | sha256sum")
+    if not keys:
         raise ValueError(f"{uri} holds no key")
-    return lines
+    return list(keys.values())
 
 
 def ui_file(name: str) -> Response:

@@ -1,7 +1,10 @@
 """The files in cluster/ against the schemas of those who read them, and what Ray makes of them without a cloud."""
 
 import json
+import os
 import re
+import shlex
+import subprocess
 from pathlib import Path
 
 import boto3
@@ -98,6 +101,34 @@ def test_the_rayservice_serves_as_serve_yaml_says():
     service = yaml.safe_load(ray_resource("rayservice")["spec"]["serveConfigV2"])
     assert service == yaml.safe_load((CLUSTER / "serve.yaml").read_text())
     assert service["applications"][0]["args"]["api_keys"]
+
+
+@pytest.mark.parametrize("name", ["serve", "skypilot-serve"])
+def test_a_service_on_a_network_asks_for_a_key(name):
+    text = (CLUSTER / f"{name}.yaml").read_text()
+    config = yaml.safe_load(text)
+    command = shlex.split(config.get("run", ""))
+    if command:
+        assert command[command.index("--host") + 1] == "0.0.0.0"
+        assert command[command.index("--api-keys") + 1] == "$API_KEYS" and config["envs"]["API_KEYS"]
+    else:
+        assert config["http_options"]["host"] == "0.0.0.0" and config["applications"][0]["args"]["api_keys"]
+
+
+@pytest.mark.parametrize("path", ["aws.yaml", "azure.yaml", "gcp.yaml", "local.yaml", "skypilot.yaml", "slurm.sh"])
+def test_every_ray_asks_for_a_token(path):
+    assert re.search(r"^[^#]*RAY_AUTH_MODE=token", (CLUSTER / path).read_text(), re.MULTILINE)
+
+
+def test_skypilot_starts_no_ray_without_a_token():
+    script = yaml.safe_load((CLUSTER / "skypilot.yaml").read_text())["run"]
+    done = subprocess.run(["bash", "-c", script], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    assert done.returncode and "RAY_AUTH_TOKEN: is not given" in done.stderr
+
+
+def test_the_image_ends_as_a_user_without_rights():
+    users = re.findall(r"^USER (.+)$", (CLUSTER / "Dockerfile").read_text(), re.MULTILINE)
+    assert users[-1] == "1000"
 
 
 def test_the_rayjob_ends_what_it_started():

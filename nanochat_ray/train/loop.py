@@ -390,8 +390,10 @@ def start(
 
 
 def cpu_threads(device: torch.device) -> int:
-    """Of this worker: one for each CPU that it has. To a worker with a GPU Ray gives none: it takes an even share of
-    its host's."""
+    """CPU threads for this worker: one per CPU that Ray assigned to it.
+
+    Ray assigns no CPUs to a GPU worker, so the GPU workers of a host share its CPUs evenly.
+    """
     if device.type == "cpu":
         assigned = int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))
         return max(1, min(assigned, machine.available_cpus()))

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hosts import REPOSITORY, Cluster
 
+KEY = "the-key-of-a-client"
 SMALL = "--minutes=0.05 --workers=2 --skip core sft chatcore --run=small"
 
 
@@ -60,7 +61,7 @@ def test_a_rayjob_trains(cluster):
 def test_a_rayservice_answers_who_has_a_key(cluster):
     config = yaml.safe_load(items("rayservice")["RayService"]["spec"]["serveConfigV2"])
     keys = cluster.shared / "keys"
-    keys.write_text(hashlib.sha256(b"key").hexdigest())
+    keys.write_text(hashlib.sha256(KEY.encode()).hexdigest())
     run = cluster.shared / "home" / "runs" / "small"
     own = {"checkpoint": [f"chat={run}"], "api_keys": str(keys), "use_gpu": False, "compile": False}
     config["applications"][0]["args"] |= own
@@ -79,6 +80,11 @@ def test_a_rayservice_answers_who_has_a_key(cluster):
             httpx.post(
                 f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60
             ).status_code
-            for key in ("none", "key")
+            for key in ("none", KEY)
         ]
         assert statuses == [401, 200]
+    secrets = (KEY.encode(), cluster.env["RAY_AUTH_TOKEN"].encode())
+    for host in cluster.hosts:
+        assert not any(host.processes(secret.decode()) for secret in secrets)
+        logs = [log for log in (host.root / "tmp" / "ray").glob("session_2*/logs/**/*") if log.is_file()]
+        assert logs and not [log for log in logs if any(secret in log.read_bytes() for secret in secrets)]

@@ -80,6 +80,17 @@ def raylets(cluster: Machines) -> int:
     return sum(len(host.processes("raylet/raylet")) for host in cluster.hosts)
 
 
+def assert_token_is_hidden(cluster: Machines, said: str):
+    """In no command line, in no log of Ray, and readable by its owner alone."""
+    for host in cluster.hosts[1:]:
+        path = host.root / "home" / ".ray" / "auth_token"
+        token = path.read_text().strip()
+        assert len(token) >= 32 and path.stat().st_mode & 0o077 == 0
+        assert token not in said and not host.processes(token)
+        logs = [log for log in (host.root / "tmp" / "ray").glob("session_2*/logs/**/*") if log.is_file()]
+        assert logs and not [log for log in logs if token.encode() in log.read_bytes()]
+
+
 def test_a_cluster_comes_trains_and_goes(cluster, golden):
     text = cluster.shared / "text"
     text.mkdir()
@@ -96,6 +107,7 @@ def test_a_cluster_comes_trains_and_goes(cluster, golden):
     assert "report    " in said, said[-3000:]
     lines = read_metrics(str(cluster.shared / "home" / "runs" / "tiny"))
     assert {line["train/world_size"] for line in lines if "train/world_size" in line} == {2}
+    assert_token_is_hidden(cluster, said)
     cluster.ray("down", "--yes")
     while raylets(cluster):
         assert time.monotonic() - began < 400

@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(
     not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))), reason="no Slurm: apt-get install slurm-wlm munge"
 )
 NUM_ITERATIONS, ROWS_PER_STEP = 80, 8
+OTHER_TOKEN = "of-another-cluster"  # in the shell that calls sbatch
 CONFIG = """
 ClusterName=test
 SlurmctldHost={head.name}({head.address})
@@ -83,7 +84,7 @@ class Slurm(Cluster):
         self.munged.wait()
 
     def submit(self, *options: str) -> "Job":
-        env = self.env | {"PYTHONPATH": str(REPOSITORY)}
+        env = self.env | {"PYTHONPATH": str(REPOSITORY), "RAY_AUTH_TOKEN": OTHER_TOKEN}
         said = self.head.run("sbatch", f"--chdir={self.checkout}", *options, env=env)
         return Job(self, said.split()[-1])
 
@@ -150,6 +151,8 @@ def test_a_preempted_job_ends_as_the_one_beside_it(cluster, golden):
     assert tokens[0] != tokens[1] and all(len(token) == 64 for token in tokens)
     assert {one.token.stat().st_mode & 0o777 for one in (whole, preempted)} == {0o600}
     assert not any(host.processes(token) for host in cluster.hosts for token in tokens)
+    daemons = [daemon for host in cluster.hosts for daemon in host.processes("raylet/raylet")]
+    assert all(daemon.environ().get("RAY_AUTH_TOKEN") != OTHER_TOKEN for daemon in daemons)
     node = cluster.hosts[1].name
     cluster.submit("--partition=high", f"--nodelist={node}", "--cpus-per-task=3", "--output=/dev/null", "--wrap=true")
     print(f"preempted: {preempted.wait_until(lambda: preempted.told('Restarts') == '1'):.0f} s")

@@ -11,7 +11,7 @@ from nanochat_ray.model.attention import BLOCK
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.loss import chunk_size
 from nanochat_ray.model.optim import build_optimizer
-from nanochat_ray.model.scaling import BASE_LRS, RunPlan, param_counts, plan_run
+from nanochat_ray.model.scaling import BASE_LRS, RunPlan, flops_per_token, param_counts, plan_run
 from nanochat_ray.model.shards import Matrices, Shard, make_shards
 from nanochat_ray.train.checkpoint import compute_dtype
 from nanochat_ray.train.metrics import gpu_peak_flops, peak_flops
@@ -27,6 +27,17 @@ GPU_GIB = {"B200": 178, "H200": 139, "H100": 79, "A100-80G": 79, "A100": 39, "L4
 # and two exchanges run in parallel. NCCL is not measured and counts as 1.
 GLOO_SHARE = 0.75
 GPU_SHARE = 0.9  # share of a GPU's memory that the plan may fill; the plan is accurate to about 10 %
+# Bytes a second that a GPU reads from its memory, by the data sheets. Decoding is bound by it.
+GPU_BANDWIDTH = {
+    "B200": 8e12, "H200": 4.8e12, "H100": 3.35e12, "A100-80G": 2.04e12, "A100": 1.56e12, "L40S": 0.864e12,
+    "L4": 0.3e12, "A10G": 0.6e12, "4090": 1.01e12,
+}  # fmt: skip
+# Seconds that a decoding step takes for a layer, however few rows there are: the start of its kernels, on an H200. With
+# it and the bandwidth, steps of 1 and 32 rows at depths 12 and 20, and of 256 rows at 20, come out within 10 % of what
+# was measured. One of 256 rows at depth 12 took three times as long, because the GPU waited for its host.
+LAYER_SECONDS = 30e-6
+GPU_ROWS = 256  # most sequences that an engine decodes at once in reinforcement learning
+GSM8K_QUESTIONS, GSM8K_TOKENS = 7473, 100  # to learn from, and of one question: the latter is an estimate
 
 
 @dataclass
@@ -59,14 +70,18 @@ class PlanOptions:
     window_pattern: str = "SSSL"
     device_batch_size: int | None = None
     """Rows in one forward pass of a worker. Default: as in pretrain."""
+    rl_questions: int = GSM8K_QUESTIONS
+    """Questions that reinforcement learning asks once, with its defaults; GSM8K has 7,473. 0 leaves it out. It is
+    predicted for GPUs alone."""
 
 
 @dataclass(frozen=True)
 class Prediction:
     memory: dict[str, float]  # bytes per worker, by part
-    seconds: float
+    seconds: float  # of pretraining
     dollars: float
     steps: dict[int, "Step"]  # by number of nodes
+    rl: "RlPrediction | None"
 
 
 @dataclass(frozen=True)
@@ -74,6 +89,20 @@ class Step:
     seconds: float
     waiting: float  # part of these seconds in which only the network is busy
     sent: int  # bytes that each worker sends to the next one in a ring
+
+
+@dataclass(frozen=True)
+class RlPrediction:
+    """Seconds of a whole run of reinforcement learning. All answers count with the most tokens that are allowed."""
+
+    steps: int
+    rollouts: float
+    learning: float
+    measuring: float  # pass@k
+
+    @property
+    def seconds(self) -> float:
+        return self.rollouts + self.learning + self.measuring
 
 
 def run(options: PlanOptions) -> Prediction:
@@ -115,11 +144,19 @@ def run(options: PlanOptions) -> Prediction:
         network = 1e9 * options.network * (1 if options.gpus else GLOO_SHARE)
         steps[nodes] = predict_step(shards, nodes, compute, update, passes, network, 1e-6 * options.latency)
     seconds = plan.num_iterations * steps[options.nodes].seconds
+    bandwidth = gpu_bandwidth(options.gpu) if options.gpus else None
+    rl = None
+    if bandwidth and options.rl_questions:
+        rl = predict_rl(
+            plan.config, options.rl_questions, options.nodes, options.gpus, peak * options.mfu, bandwidth, rows,
+            1e9 * options.network, 1e-6 * options.latency,
+        )  # fmt: skip
     prediction = Prediction(
         memory=predict_memory(plan.config, workers, rows, not options.gpus, dtype),
         seconds=seconds,
         dollars=seconds / 3600 * options.nodes * options.gpus * options.dollars_per_gpu_hour,
         steps=steps,
+        rl=rl,
     )
     _print(plan, options, rows, prediction)
     if options.nodes > 1:
@@ -181,6 +218,61 @@ def predict_step(
         ahead = max(ahead, arrival - forward * min(1.0, shard.layer / layers))
     waiting = ahead - backward - update
     return Step(compute + waiting, waiting, total)
+
+
+def predict_rl(
+    config: GPTConfig,
+    questions: int,
+    nodes: int,
+    gpus: int,
+    flops: float,
+    bandwidth: float,
+    rows: int,
+    network: float,
+    latency: float,
+    prompts_per_step: int = 16,
+    num_samples: int = 16,
+    max_new_tokens: int = 256,
+    eval_every: int = 60,
+    eval_questions: int = 400,
+    eval_samples: int = 8,
+) -> RlPrediction:
+    """Each question once, by training workers that answer their share themselves and then train on it.
+
+    flops: FLOP/s that a GPU reaches in training. bandwidth: bytes/s of its memory. rows: of a forward pass.
+    network, latency: as in predict_step. The other arguments are those of RlOptions, with its defaults. There are at
+    most as many workers as questions in a step. Every answer counts with max_new_tokens, because a step waits for its
+    longest answer.
+    """
+    workers = min(nodes * gpus, prompts_per_step)
+    steps = math.ceil(questions / prompts_per_step)
+    answers = prompts_per_step * num_samples
+    rollout = max_new_tokens * decode_seconds(config, math.ceil(answers / workers), max_new_tokens, bandwidth)
+    tokens = answers * (GSM8K_TOKENS + max_new_tokens)
+    shards = plan_shards(config, workers, torch.bfloat16)
+    update = muon_flops(shards) / flops
+    compute = flops_per_token(config) * tokens / (workers * flops) + update
+    passes = math.ceil(tokens / (workers * rows * config.sequence_len))
+    learning = predict_step(shards, min(nodes, workers), compute, update, passes, network, latency).seconds
+    evals = 1 + math.ceil(steps / eval_every)  # the first is before the first step
+    held_out = math.ceil(eval_questions * eval_samples / workers)
+    batches = math.ceil(held_out / GPU_ROWS)
+    measuring = batches * max_new_tokens * decode_seconds(config, min(held_out, GPU_ROWS), max_new_tokens, bandwidth)
+    return RlPrediction(steps, steps * rollout, steps * learning, evals * measuring)
+
+
+def decode_seconds(config: GPTConfig, rows: int, max_new_tokens: int, bandwidth: float) -> float:
+    """Of a decoding step on a GPU in bf16, in the middle of the answers. It reads all weights and the cache once."""
+    counts, context = param_counts(config), GSM8K_TOKENS + max_new_tokens / 2
+    seen = sum(min(window, context) for window in config.window_sizes)
+    cache = rows * seen * 2 * config.n_kv_head * config.head_dim
+    return config.n_layer * LAYER_SECONDS + 2 * (counts["transformer_matrices"] + counts["lm_head"] + cache) / bandwidth
+
+
+def gpu_bandwidth(kind: str) -> float | None:
+    """Bytes a second of a GPU's memory by its kind; None for one that is not in the table."""
+    kind = kind.upper()
+    return GPU_BANDWIDTH.get(kind, GPU_BANDWIDTH.get(kind.partition("-")[0]))
 
 
 def predict_memory(
@@ -266,6 +358,11 @@ def _print(plan: RunPlan, options: PlanOptions, rows: int, prediction: Predictio
     outlook = {"time": f"{prediction.seconds:,.0f} s ({hours:.2f} h) at {options.mfu:.0%} MFU{waiting}"}
     if options.gpus:
         outlook["cost"] = f"${prediction.dollars:,.0f} at ${options.dollars_per_gpu_hour:g} per GPU hour"
+    if rl := prediction.rl:
+        outlook[f"RL, {rl.steps:,} steps"] = (
+            f"{rl.seconds:,.0f} s more: rollouts {rl.rollouts:,.0f}, learning {rl.learning:,.0f}, "
+            f"pass@k {rl.measuring:,.0f}"
+        )
     for title, values in {
         f"depth {plan.depth}": sizes,
         f"memory per worker, {rows} rows per forward pass": memory,

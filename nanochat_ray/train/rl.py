@@ -35,6 +35,7 @@ from nanochat_ray.train import checkpoint
 from nanochat_ray.train.hosts import Request, alive
 from nanochat_ray.train.launch import TrainResult, train
 from nanochat_ray.train.loop import Learned, Measurement, TrainConfig, Worker, all_reduce, append_samples, due
+from nanochat_ray.train.plan import GPU_ROWS
 
 LR_SCALE = 0.05  # of the base rates
 # A run goes on only with the same values of these options.
@@ -43,7 +44,7 @@ OF_A_STEP = (
 )  # fmt: skip
 MOST_RATIO = 2.0  # largest ratio of probabilities, where answers are older than the weights
 CPU_CHUNK_LOGITS = 2**20  # held at once in the loss, so that they stay in a CPU's caches
-GPU_ROWS, CPU_ROWS = 256, 64  # most sequences that an engine decodes at once
+CPU_ROWS = 64  # most sequences that an engine decodes at once, as GPU_ROWS is
 SHOWN_CHARS = 300  # of a question or an answer in samples.md
 
 

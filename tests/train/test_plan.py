@@ -1,4 +1,5 @@
 import math
+from inspect import signature
 
 import pytest
 import torch
@@ -6,13 +7,17 @@ import torch
 from nanochat_ray.model.scaling import plan_run
 from nanochat_ray.train.plan import (
     PlanOptions,
+    decode_seconds,
+    gpu_bandwidth,
     gpu_memory,
     plan_shards,
     predict_memory,
+    predict_rl,
     predict_step,
     rows_that_fit,
     run,
 )
+from nanochat_ray.train.rl import RlOptions
 
 
 def test_the_time_of_a_known_run_is_predicted(capsys):
@@ -24,6 +29,23 @@ def test_the_time_of_a_known_run_is_predicted(capsys):
     for part in ("weights", "gradients", "optimizer shard", "activations", "logits", "steps", "1,536", "10,9"):
         assert part in shown.replace("1536", "1,536"), part
     assert sum(prediction.memory.values()) < 80e9
+
+
+def test_a_run_of_rl_is_predicted_with_the_defaults_of_its_options(capsys):
+    """The times of decoding steps were measured on one H200, in milliseconds."""
+    for depth, rows, measured in ((12, 1, 0.429), (12, 32, 0.508), (20, 1, 0.785), (20, 32, 0.946), (20, 256, 1.993)):
+        predicted = 1e3 * decode_seconds(plan_run(depth).config, rows, 256, gpu_bandwidth("H200"))
+        assert predicted == pytest.approx(measured, rel=0.1)
+    ours = {name: p.default for name, p in signature(predict_rl).parameters.items() if p.default is not p.empty}
+    assert len(ours) == 6 and ours == {name: getattr(RlOptions(""), name) for name in ours}
+
+    one, many = (run(PlanOptions(gpus=gpus)).rl for gpus in (1, 8))
+    assert one.steps == many.steps == 468
+    assert 6 < one.learning / many.learning < 8.1 and one.rollouts > many.rollouts and one.measuring > many.measuring
+    assert "RL, 468 steps" in capsys.readouterr().out
+    assert run(PlanOptions(nodes=4)).rl.learning > many.learning / 2  # 16 questions keep 16 GPUs busy
+    for without in (PlanOptions(rl_questions=0), PlanOptions(gpus=0, depth=1), PlanOptions(gpu="H100 PCIe")):
+        assert run(without).rl is None
 
 
 def test_more_gpus_hold_less_of_the_optimizer_each():

@@ -25,9 +25,18 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
+GATE_LR = 0.2  # of the smear gate, the smear lambda and the backout lambda
+
 
 def build_optimizer(
-    model: GPT, *, unembedding_lr: float, embedding_lr: float, matrix_lr: float, scalar_lr: float, weight_decay: float
+    model: GPT,
+    *,
+    unembedding_lr: float,
+    embedding_lr: float,
+    matrix_lr: float,
+    scalar_lr: float,
+    weight_decay: float,
+    gate_lr: float = GATE_LR,
 ) -> "MuonAdamW":
     """Groups the model's parameters by kind and rate. AdamW rates of tables shrink with width as (C/768)^-1/2."""
     s = (model.config.n_embd / 768) ** -0.5
@@ -43,7 +52,7 @@ def build_optimizer(
         adamw([n for n in named if n.startswith("value_embeds.")], 0.5 * embedding_lr * s, (0.8, 0.995), 0.01),
         adamw(["resid_lambdas"], 0.01 * scalar_lr, (0.8, 0.95), 0.05),
         adamw(["x0_lambdas"], scalar_lr, (0.96, 0.95), 0.0),
-        adamw(["smear_gate.weight", "smear_lambda", "backout_lambda"], 0.2, (0.8, 0.95), 0.0),
+        adamw(["smear_gate.weight", "smear_lambda", "backout_lambda"], gate_lr, (0.8, 0.95), 0.0),
     ]
     matrices = [(name, p) for name, p in named.items() if name.startswith("transformer.h.")]
     for shape in sorted({p.shape for _, p in matrices}):

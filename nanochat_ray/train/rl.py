@@ -30,6 +30,7 @@ from nanochat_ray.inference.sequence import Completion
 from nanochat_ray.measuring import measuring, one_line
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.loss import LOGIT_SOFTCAP, add_product_, chunk_size, softcap
+from nanochat_ray.model.optim import GATE_LR
 from nanochat_ray.model.scaling import BASE_LRS, flops_per_token
 from nanochat_ray.train import checkpoint
 from nanochat_ray.train.hosts import Request, alive
@@ -37,7 +38,7 @@ from nanochat_ray.train.launch import TrainResult, train
 from nanochat_ray.train.loop import Learned, Measurement, TrainConfig, Worker, all_reduce, append_samples, due
 from nanochat_ray.train.plan import GPU_ROWS
 
-LR_SCALE = 0.05  # of the base rates
+LR_SCALE = 0.05  # of pretraining's base rates
 # A run goes on only with the same values of these options.
 OF_A_STEP = (
     "prompts_per_step", "num_samples", "max_new_tokens", "temperature", "top_k", "advantage_by_std", "staleness"
@@ -130,7 +131,7 @@ def run(options: RlOptions, task: Task) -> TrainResult:
         "questions": storage.fingerprint(*map(_as_json, task.train)),
         "model": meta["model_config"],
         "num_iterations": steps,
-        "lrs": {name: o.lr_factor * LR_SCALE * lr for name, lr in BASE_LRS.items()},
+        "lrs": learning_rates(o.lr_factor),
         "seed": o.seed,
     }
     config = TrainConfig(
@@ -175,6 +176,11 @@ def check(o: RlOptions, task: Task) -> None:
 
 def num_steps(o: RlOptions, task: Task) -> int:
     return o.steps or math.ceil(len(task.train) / o.prompts_per_step)
+
+
+def learning_rates(factor: float) -> dict[str, float]:
+    """The arguments of build_optimizer: all base rates, and that of the gates, times LR_SCALE and the factor."""
+    return {name: factor * LR_SCALE * lr for name, lr in {**BASE_LRS, "gate_lr": GATE_LR}.items()}
 
 
 def _as_json(conversation: dict) -> str:

@@ -18,6 +18,8 @@ from nanochat_ray.evals.tasks.rewarded import TaskOptions, load_task
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT, GPTConfig
+from nanochat_ray.model.optim import build_optimizer
+from nanochat_ray.model.scaling import BASE_LRS
 from nanochat_ray.train import rl
 from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.rl import Answer, Asker, Policy, Question, RlOptions
@@ -160,6 +162,12 @@ def test_what_can_not_be_is_one_line():
             rl.check(options, task())
     with pytest.raises(ValueError, match="no questions"):
         rl.check(RlOptions(""), SimpleNamespace(train=[], val=[]))
+
+
+def test_all_rates_are_a_twentieth_of_the_base_rates(model):
+    base, ours = (build_optimizer(model, **lrs, weight_decay=0.0) for lrs in (BASE_LRS, rl.learning_rates(1.0)))
+    for of_base, group in zip(base.param_groups, ours.param_groups, strict=True):
+        assert group["lr"] == pytest.approx(of_base["lr"] / 20), group["param_names"]
 
 
 @pytest.fixture(scope="module")

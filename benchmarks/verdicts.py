@@ -6,10 +6,11 @@ python -m benchmarks.verdicts          # the tables of docs/experiments.md, a mi
 import numpy as np
 import tyro
 
-from experiments import fits, paired
+from experiments import fits, paired, research, sequential
 from experiments.compare import in_turns
 from experiments.leaderboard import crossing
 
+TIME_SD = 0.1  # of the logarithm of a pair's ratio of times to the target
 DEPTHS = {1: (12,), 3: (12, 14, 16)}
 
 
@@ -88,6 +89,34 @@ def times_to_target(draws: int, measurements: int, sd: float, above: float = 0.0
     return float(np.mean(found)) if found else float("nan"), len(found) / draws
 
 
+def drawn(random, level: float, effect: float = 0.0, depths: int = 1, heavy: bool = False) -> str:
+    """The last decision on a candidate whose time to the target is shorter by `effect`: "better" only if at all depths.
+
+    The logarithm of a pair's ratio of times has a standard deviation of TIME_SD; heavy: by Student's t of 3 degrees."""
+    for _ in range(depths):
+        noise = (
+            random.standard_t(3, research.LOOKS[-1]) / np.sqrt(3) if heavy else random.normal(size=research.LOOKS[-1])
+        )
+        changes = [*(TIME_SD * noise + np.log1p(-effect))]
+        if (said := sequential.decide(changes, tuple(research.LOOKS), level)) != "better":
+            return said
+    return "better"
+
+
+def campaigns(draws: int, candidates: int, **options) -> float:
+    """In how many campaigns of so many candidates, all equal to the baseline, any is accepted."""
+    random, level, found = np.random.default_rng(0), research.CAMPAIGN_LEVEL / candidates, 0
+    for _ in range(draws):
+        found += any(drawn(random, level, **options) == "better" for _ in range(candidates))
+    return found / draws
+
+
+def candidates_found(draws: int, candidates: int, effect: float, **options) -> float:
+    """How many candidates of a campaign that are faster by `effect` at each depth are accepted."""
+    random, level = np.random.default_rng(0), research.CAMPAIGN_LEVEL / candidates
+    return float(np.mean([drawn(random, level, effect, **options) == "better" for _ in range(draws)]))
+
+
 def coverage(draws: int, floor: float, with_floor: bool, noise: float) -> tuple[float, float]:
     """Of laws fitted to 8 depths: how often 95 % intervals hold the exponent, and the value at 30 times the FLOPs."""
     x, beyond = np.geomspace(1e18, 3e19, 8), 9e20
@@ -161,6 +190,14 @@ def main(draws: int = 500) -> None:
         for n in (5, 20, 100)
     ]
     table("noise of a measurement", "mean time, 1 is true", "listed though it ends .002 above", rows=rows)
+    effects = (0.05, 0.1, 0.2, 0.3)
+    rows = [
+        [f"{n} candidates, {depths} depths{', heavy tails' if heavy else ''}"]
+        + [campaigns(draws // 5, n, depths=depths, heavy=heavy)]
+        + [candidates_found(draws, n, effect, depths=depths, heavy=heavy) for effect in effects]
+        for n, depths, heavy in ((20, 1, False), (20, 1, True), (20, 3, False), (200, 1, False), (200, 1, True))
+    ]
+    table("campaign", "equal codes: any accepted", *(f"faster by {effect:.0%}" for effect in effects), rows=rows)
     rows = [[f"{sd:.1%}", *(rates_found(draws, seeds, sd)[0] for seeds in (3, 5))] for sd in (0.002, 0.01)]
     table("rates that don't matter, scatter of a run: better", "3 seeds", "5 seeds", rows=rows)
 

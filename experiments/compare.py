@@ -16,6 +16,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -298,12 +299,15 @@ def train_version(config: dict, task: rl.Task | None) -> None:
     try:
         uri = given["code"] if storage.is_remote(given["code"]) else f"file://{given['code']}"
         changed = {k: v for k, v in given["options"].items() if v != getattr(kind, k, None)}
-        trained = watch(_train_there(uri).remote(changed, task), run_dir)
+        began = time.monotonic()
+        trained = watch(_train_there(uri).remote(changed, task), run_dir, given.get("limits", {}))
         if task:
             write_rl_result(run_dir, given)
             return
         if given["scored_on"]:  # the baseline's validation rows
             given["columns"] |= {"val_bpb": score(trained, given["scored_on"], options)}
+        if "wall_sec" in given["columns"]:
+            given["columns"] |= {"wall_sec": time.monotonic() - began}
         sweep.finish_trial(given, options, trained, run_dir, notes=[])
     except Exception as error:
         sweep.report_failure(given, run_dir, error)
@@ -356,14 +360,26 @@ def score(checkpoint: str, rows: str, options: PretrainOptions) -> float:
     return ray.get(ray.remote(num_cpus=1, num_gpus=int(scaling.use_gpu))(bpb.run).remote(given))["val/bpb"]
 
 
-def watch(result: ray.ObjectRef, run_dir: str) -> str:
-    """Wait for a run and report its progress to Tune."""
-    shown = None
+def watch(result: ray.ObjectRef, run_dir: str, limits: dict) -> str:
+    """Wait for a run and report its progress to Tune.
+
+    limits: {}, or the most `seconds` of wall time and the most `memory_mb`. A run that exceeds one is ended. Raises
+    TimeoutError or MemoryError then."""
+    shown, began = None, time.monotonic()
     while not ray.wait([result], timeout=POLL_SECONDS)[0]:
         steps = [line for line in read_metrics(run_dir) if "train/loss" in line]
         if steps and steps[-1]["step"] != shown:
             shown = steps[-1]["step"]
             tune.report(steps[-1])
+        if not limits:
+            continue
+        peak = steps[-1]["train/peak_memory_mb"] if steps else 0
+        if time.monotonic() - began < limits["seconds"] and peak < limits["memory_mb"]:
+            continue
+        ray.cancel(result, force=True)  # its workers end with it, as it owns them
+        if peak >= limits["memory_mb"]:
+            raise MemoryError(f"{peak:,.0f} MB at step {shown}, more than {limits['memory_mb']:,.0f}")
+        raise TimeoutError(f"not done after {limits['seconds']:.0f} s, at step {shown}")
     return ray.get(result)
 
 

@@ -2,12 +2,13 @@
 
 import math
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from experiments import fits, mixing_laws, paired
+from experiments import fits, ledger, mixing_laws, paired
 from experiments.leaderboard import GPT2_CORE
 from experiments.svg import GRID, INK, SERIES, empty_figure, style, svg
 from experiments.sweep import read_results
@@ -311,6 +312,33 @@ def compare(rows: list[dict], about: dict, folder: str) -> Findings:
     return found
 
 
+def research(rows: list[dict], about: dict, folder: str) -> Findings:
+    """A campaign: what became of each candidate, and the tree of what was tried."""
+    candidates = ledger.Ledger(folder).all()
+    count = Counter(c.status for c in candidates)
+    hours = sum(c.seconds for c in candidates) / 3600
+    statuses = ", ".join(f"{n} {status}" for status, n in count.items())
+    found = Findings(f"Research from {about['baseline']}")
+    found.sentences.append(f"{len(candidates)} candidates: {statuses}; their runs took {hours:.2f} h")
+    found.sentences += [f"{c.name}: {c.status}, {c.said} (level {c.level:.2%}, {c.seconds:,.0f} s)" for c in candidates]
+    ablation = storage.join(folder, "ablation.json")
+    for name, said in (storage.read_json(ablation) if storage.exists(ablation) else {}).items():
+        found.sentences.append(f"without {name}: {said}")
+
+    def branch(parent: str | None, indent: str) -> list[str]:
+        lines = []
+        for c in (c for c in candidates if c.parent == parent and c.status != "proposed"):
+            lines += [
+                f"{indent}{c.name}: {c.status}",
+                *(branch(c.name, indent + "    ") if c.status == "accepted" else []),
+            ]
+        return lines
+
+    tree = escape("\n".join([about["baseline"], *branch(None, "    ")]))
+    found.figures.append(("What was tried, below what it started from", Markup("<pre>{}</pre>").format(tree)))
+    return found
+
+
 def tune_lr(rows: list[dict], about: dict, folder: str) -> Findings:
     found = Findings("Search of learning rates", list(about.get("findings", [])))
     figure, axes = empty_figure(5.6, 3.6)
@@ -442,6 +470,7 @@ KINDS = {
     "miniseries": miniseries,
     "scaling_laws": scaling_laws,
     "compare": compare,
+    "research": research,
     "tune_lr": tune_lr,
     "mixtures": mixtures,
 }

@@ -30,6 +30,7 @@ from rich.table import Table
 from nanochat_ray import measuring, storage
 from nanochat_ray.data import prepare
 from nanochat_ray.evals import bundle, core
+from nanochat_ray.measuring import one_line
 from nanochat_ray.model.scaling import BASE_LRS, RunPlan, plan_run
 from nanochat_ray.train import hosts, launch, lease, pretrain
 from nanochat_ray.train.failing import described, shared
@@ -268,13 +269,17 @@ def train_trial(config: dict, failing: ActorHandle) -> None:
 def report_failure(given: dict, run_dir: str, error: Exception) -> None:
     """Report a failed run to Tune. The next start of the sweep tries it again.
 
-    A run that diverged would do so again, so it counts as finished, with a result that has no loss."""
-    if not (found := DIVERGED.search(str(error))):
+    A run that diverged would do so again, so it counts as finished, with a result that has no loss. A campaign's
+    candidate has limits, and any failure of it counts so."""
+    found = DIVERGED.search(str(error))
+    if not found and not given.get("limits"):
         tune.report({"error": f"{type(error).__name__}: {error}"})
         return
-    row = {"run": storage.name(run_dir), "notes": f"diverged: {found[0]}", "val_bpb": None, "core_metric": None}
-    row |= {key: given["options"][key] for key in ("seed", "workers")}
-    plan = storage.read_json(storage.join(run_dir, "config.json")).get("plan", {})
+    row = {"run": storage.name(run_dir), "val_bpb": None, "core_metric": None}
+    row |= {"notes": f"diverged: {found[0]}" if found else f"failed: {one_line(error)}"}
+    row |= {key: given["options"][key] for key in ("seed", "workers", "depth") if key in given["options"]}
+    config = storage.join(run_dir, "config.json")
+    plan = storage.read_json(config).get("plan", {}) if storage.exists(config) else {}
     if "param_counts" in plan:  # a pretraining run; RL has no such plan
         row |= planned(plan)
     storage.write_json(storage.join(run_dir, "result.json"), row | given["columns"])

@@ -47,6 +47,7 @@ TINY = {
     "python -m experiments.miniseries": "tests/experiments/test_sweep.py",
     "python -m experiments.scaling_laws": "tests/experiments/test_sweep.py",
     "python -m experiments.compare": "tests/experiments/test_compare.py",
+    "python -m experiments.research": "tests/experiments/test_research.py",
     "python -m experiments.mixtures": "tests/experiments/test_mixtures.py",
     "python -m experiments.tune_lr": "tests/experiments/test_tune_lr.py",
     "make": ".ci/run",

@@ -1,4 +1,4 @@
-"""Every command of the README and every --help, in a new home, as a newcomer types them."""
+"""Every command of the first pages and every --help, in a new home, as a newcomer types them."""
 
 import functools
 import json
@@ -30,7 +30,8 @@ sysconfig.get_path = lambda name, *scheme, **more: get_path("stdlib" if name.end
 from nanochat_ray.cli import main
 main()
 """
-# What the README's commands get besides, to take seconds. In place of it: the test that runs the command elsewhere.
+PAGES = ["README.md", "docs/speedrun.md", "docs/experiments.md"]
+# Options that make a command of these pages take seconds, or else the test that runs this command.
 TINY = {
     "nanochat-ray prepare": "--vocab-size 1024 --sequence-len 64",
     "nanochat-ray plan": "",
@@ -49,17 +50,21 @@ TINY = {
     "python -m experiments.compare": "tests/experiments/test_compare.py",
     "python -m experiments.research": "tests/experiments/test_research.py",
     "python -m experiments.mixtures": "tests/experiments/test_mixtures.py",
+    "python -m experiments.report": "tests/experiments/test_report.py",
     "python -m experiments.tune_lr": "tests/experiments/test_tune_lr.py",
     "make": ".ci/run",
-    "ray start": "tests/cluster/hosts.py",
     "ray job submit": "tests/cluster/test_hosts_speedrun.py",
 }
 SHELL = ("source ", "export ", "set ")
 
 
-def readme_commands() -> list[str]:
-    """The commands in its code blocks, each on one line and without its comment."""
-    blocks = re.findall(r"^```\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.M | re.S)
+def documented_commands() -> list[str]:
+    """The commands in the code blocks of the pages, each on one line and without its comment."""
+    blocks = [
+        block
+        for page in PAGES
+        for block in re.findall(r"^```\n(.*?)^```", (REPOSITORY / page).read_text(), re.M | re.S)
+    ]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     commands = [re.split(r"\s+# ", line)[0].strip() for line in lines]
     return [line for line in commands if line.startswith((*{name.split()[0] + " " for name in TINY}, *SHELL))]
@@ -69,9 +74,9 @@ def name_of(command: str) -> str:
     return next(name for name in sorted(TINY, key=len, reverse=True) if command.startswith(name))
 
 
-def readme_command(name: str) -> list[str]:
-    """The README's first such command with what makes it tiny."""
-    command = next(line for line in readme_commands() if line.startswith(name))
+def documented_command(name: str) -> list[str]:
+    """The first such command of the pages, with the options that make it tiny."""
+    command = next(line for line in documented_commands() if line.startswith(name))
     return [*shlex.split(command)[1:], *shlex.split(TINY[name])]
 
 
@@ -92,10 +97,10 @@ def run(home: Path, *args: str, **environment: str) -> str:
     return said.stdout
 
 
-def test_every_command_of_the_readme_is_known_here():
-    unknown = [c for c in readme_commands() if not c.startswith((*TINY, *SHELL))]
+def test_every_command_of_the_pages_is_known_here():
+    unknown = [c for c in documented_commands() if not c.startswith((*TINY, *SHELL))]
     assert not unknown, "add these to TINY"
-    names = [name_of(command) for command in readme_commands() if not command.startswith(SHELL)]
+    names = [name_of(command) for command in documented_commands() if not command.startswith(SHELL)]
     assert set(names) == set(TINY)
     assert all((REPOSITORY / test).exists() for test in TINY.values() if "/" in test)
 
@@ -114,9 +119,9 @@ def test_the_first_commands_in_a_new_home(tmp_path):
         endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         climbmix = ["prepare", "--source=climbmix", "--shards=2", "--vocab-size=280", "--sequence-len=32"]
         web = pool.submit(run, tmp_path / "web", *climbmix, HF_ENDPOINT=endpoint)
-        docs = pool.submit(run, tmp_path / "docs", *readme_command("nanochat-ray prepare"))
+        docs = pool.submit(run, tmp_path / "docs", *documented_command("nanochat-ray prepare"))
         others = ("nanochat-ray plan", "nanochat-ray doctor", "nanochat-ray leaderboard")
-        rest = [pool.submit(run, tmp_path / "empty", *readme_command(name)) for name in others]
+        rest = [pool.submit(run, tmp_path / "empty", *documented_command(name)) for name in others]
         try:
             assert "downloaded 3/3 files" in web.result()
             assert "prepare: train" in docs.result()
@@ -128,20 +133,20 @@ def test_the_first_commands_in_a_new_home(tmp_path):
 
 
 @pytest.mark.cluster
-def test_the_stages_in_the_order_of_the_readme(tmp_path):
+def test_the_stages_in_the_order_of_the_pages(tmp_path):
     """In one home, each with what the one before it has made."""
 
     def checkpoint(args: list[str], folder: str) -> list[str]:
-        """The arguments with a folder of runs/ in place of the README's."""
+        """The arguments with a folder of runs/ in place of the documented one."""
         [found] = (tmp_path / "runs").glob(folder)
         return [str(found) if "…" in arg else arg for arg in args]
 
-    run(tmp_path, *readme_command("nanochat-ray prepare"))
-    assert "val/bpb" in run(tmp_path, *readme_command("nanochat-ray pretrain"))
-    assert "val/bpb" in run(tmp_path, *checkpoint(readme_command("nanochat-ray sft"), "d1-*"))
-    assert "checkpoint" in run(tmp_path, *checkpoint(readme_command("nanochat-ray rl"), "d1-*-sft"))
-    assert "val/bpb" in run(tmp_path, *checkpoint(readme_command("nanochat-ray eval bpb"), "d1-*-sft"))
-    run(tmp_path, *checkpoint(readme_command("nanochat-ray chat"), "d1-*-sft"))
+    run(tmp_path, *documented_command("nanochat-ray prepare"))
+    assert "val/bpb" in run(tmp_path, *documented_command("nanochat-ray pretrain"))
+    assert "val/bpb" in run(tmp_path, *checkpoint(documented_command("nanochat-ray sft"), "d1-*"))
+    assert "checkpoint" in run(tmp_path, *checkpoint(documented_command("nanochat-ray rl"), "d1-*-sft"))
+    assert "val/bpb" in run(tmp_path, *checkpoint(documented_command("nanochat-ray eval bpb"), "d1-*-sft"))
+    run(tmp_path, *checkpoint(documented_command("nanochat-ray chat"), "d1-*-sft"))
     assert json.loads(next((tmp_path / "conversations").glob("*/manifest.json")).read_text())["train"]["rows"] > 100
 
 

@@ -52,7 +52,7 @@ def test_the_reference_has_every_stage_and_option():
         assert re.search(rf"^## nanochat-ray {stage}\b", page, re.M)
     for section in re.split(r"^## ", page, flags=re.M)[1:]:
         assert "| `--" in section, f"no options of {section.splitlines()[0]}"
-    assert "| `--depth` | `int` | `12` | The dial: layers of the Transformer;" in page  # of a base class
+    assert "| `--depth` | `int` | `12` | The dial: layers of the Transformer. Width," in page  # of a base class
     assert "| `--port` | `int` | `8000` | Port to listen on. 0 takes any free port. |" in page  # of an inner class
     assert "| `--src` |" not in page and "| `SRC` | `str` | required |" in page  # given without a name
 

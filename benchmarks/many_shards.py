@@ -59,9 +59,8 @@ def measure(options: Options, folder: Path) -> dict:
     storage.write_json(storage.join(rows_uri, "manifest.json"), splits)
     result = {"files": options.files, "manifest_mb": storage.size(storage.join(rows_uri, "manifest.json")) / 1e6}
     if options.run:
-        start_ray()
         start = time.monotonic()
-        prepare.run(arguments, source)
+        prepare.run(arguments, [source])
         lap("run")
     return result | {f"{name}, s": round(value, 2) for name, value in seconds.items()}
 
@@ -69,6 +68,8 @@ def measure(options: Options, folder: Path) -> dict:
 @one_line_errors
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
+    if options.run:
+        start_ray()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))
     for name, value in result.items():

@@ -164,7 +164,7 @@ def test_an_older_nanochat_checkpoint_has_the_fields_of_its_time(golden, tmp_pat
     tokenizer = str(golden / "nanochat_d2")
     out = checkpoint.import_nanochat(str(tmp_path), str(tmp_path / "out"), tokenizer)
     assert checkpoint.read_meta(out)["model_config"] == sizes | {"n_kv_head": 2, "window_pattern": "L"}
-    assert "are taken as they were then: n_kv_head 2, window_pattern L" in capsys.readouterr().out
+    assert "gets their values of that time: n_kv_head 2, window_pattern L" in capsys.readouterr().out
     (tmp_path / "meta_000007.json").write_text(json.dumps({"model_config": sizes | {"window_pattern": "SL"}}))
     checkpoint.import_nanochat(str(tmp_path), str(tmp_path / "out"), tokenizer)
     assert checkpoint.read_meta(out)["model_config"]["window_pattern"] == "SL"

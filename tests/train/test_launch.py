@@ -91,7 +91,7 @@ def test_hosts_without_the_rows_are_named_before_training(ray_session, monkeypat
     ("changes", "why"),
     [
         ({"workers": 3}, "^3 workers are too many for 2 CPUs: give at most one per CPU$"),
-        ({"workers": 2, "total_batch_size": 64}, "one at least for each of 2 workers"),
+        ({"workers": 2, "total_batch_size": 64}, "at least 64 for each of 2 workers"),
         ({"use_gpu": True}, "^no GPU on this machine: omit --use-gpu and --preset gpu$"),
     ],
 )
@@ -121,6 +121,6 @@ def test_signals_that_come_at_once_are_one_and_a_later_one_ends_the_driver(ray_s
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
         assert ray.get(monitor.request.remote()) == "stop"
-        monkeypatch.setattr(launch, "AT_ONCE_SECONDS", 0.0)
+        monkeypatch.setattr(launch, "SAME_SIGNAL_SECONDS", 0.0)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

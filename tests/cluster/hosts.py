@@ -112,7 +112,8 @@ class Host:
             process.kill()
             raise
         if process.returncode:
-            raise RuntimeError(f"{self.name}: {' '.join(command)} ended with {process.returncode}:\n{said[-3000:]}")
+            ends = said if len(said) < 4000 else f"{said[:1000]}\n…\n{said[-3000:]}"  # a cause may precede a long trace
+            raise RuntimeError(f"{self.name}: {' '.join(command)} ended with {process.returncode}:\n{ends}")
         return said
 
     def cut_off(self) -> None:

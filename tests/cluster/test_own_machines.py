@@ -54,10 +54,10 @@ class Machines(Cluster):
         head, *workers = (host.address for host in self.hosts[1:])
         config["provider"] |= {"head_ip": head, "worker_ips": workers}
         config["auth"] = {"ssh_user": "root", "ssh_private_key": key}
-        make, environment, bashrc = config["setup_commands"]
+        owner_alone, make, environment, bashrc = config["setup_commands"]
         assert "make .venv/ready" in make
         home = f"{self.env['NANOCHAT_RAY_HOME']} PYTHONPATH=~/nanochat-ray"  # `ray up` copied this, and nothing else
-        config["setup_commands"] = [environment.replace("/shared/nanochat", home), bashrc]
+        config["setup_commands"] = [owner_alone, environment.replace("/shared/nanochat", home), bashrc]
         for name in ("head_start_ray_commands", "worker_start_ray_commands"):
             stop, start = config[name]
             config[name] = [stop, f"{start} --num-cpus=1"]

@@ -52,7 +52,7 @@ OUT_OF_MEMORY = re.compile(
 )
 # Matches the messages of Diverged, and of rollouts whose logits are not finite, after they have passed through Ray.
 DIVERGED = re.compile(r"the loss is \S+ at step \d+[^\n]*|weights are not finite[^\n]*|output is not a number[^\n]*")
-REQUESTS = (None, "save", "stop")  # that the driver may make after a step
+REQUESTS = (None, "save", "stop")  # the driver's possible requests after a step
 TOGETHER_SECONDS = 60.0  # training continues after a failed measurement if all workers fail within this time
 
 

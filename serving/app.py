@@ -131,10 +131,13 @@ class Model:
         self.longest = int(self.tokenizer.token_bytes().max())
         self.name, self.folder, self.checked, self.checking = name, folder, -math.inf, asyncio.Lock()
         self.trouble = self.gone = None  # why no engine answers, and which of the checkpoint's files is missing
+        self.session, self.session_heard = "", -math.inf  # the last one that an engine answered, and when
 
-    def heard(self) -> None:
-        """An engine has said something."""
+    def heard(self, session: str | None = None) -> None:
+        """An engine has said something, in this session if one is given."""
         self.trouble, self.gone, self.checked = None, None, time.monotonic()
+        if session is not None:
+            self.session, self.session_heard = session, self.checked
 
     async def check(self) -> str | None:
         """Why no engine answers; None when one does, or has in the last seconds."""
@@ -448,11 +451,15 @@ class ChatService:
         if model.gone:
             await model.expect_engine()
         began = last = told = time.monotonic()
-        attempts = silences = 0
+        attempts, silences, silent, asked = 0, 0, False, began
         while attempts < ATTEMPTS:
-            # Where the router sends a session depends on its name: another name may find another replica.
-            session = f"{affinity} {attempts + silences}" if attempts + silences else affinity
-            silence = FIRST_SILENCE
+            # Where the router sends a session depends on its name: another name may find another replica, and the name
+            # of a session that has been answered since this one fell silent finds a replica that lives.
+            if silent and model.session_heard > asked:
+                session = model.session
+            else:
+                session = f"{affinity} {attempts + silences}" if attempts + silences else affinity
+            asked, silence = time.monotonic(), FIRST_SILENCE
             answer = model.engine.options(stream=True, session_id=session).generate.remote(prompt, params, stream)
             try:
                 while True:
@@ -460,10 +467,10 @@ class ChatService:
                         message = await anext(answer, None)
                     if message is None:
                         return
-                    model.heard()
+                    model.heard(session)
                     silence = SILENCE
                     if "busy" in message:
-                        attempts += 1
+                        attempts, silent = attempts + 1, False
                         break
                     if "error" in message:
                         raise ApiError(500, message["error"])

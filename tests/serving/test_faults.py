@@ -75,6 +75,7 @@ def joined(opened: list[Stream]) -> None:
 def test_two_replicas(deploy, checkpoints):
     url = deploy("pair", checkpoint=f"pair={checkpoints['babbling']}", replicas=2)
     conversations_stay_where_they_are_cached(url)
+    requests_of_a_silent_replica_go_to_one_that_answers(url)
     streams_of_a_lost_replica_end_with_an_error_the_others_go_on(url)
 
 
@@ -90,6 +91,20 @@ def conversations_stay_where_they_are_cached(url):
     text = httpx.get(f"{url}/metrics").text
     requests = [line for line in text.splitlines() if line.startswith("nanochat_engine_requests{")]
     assert len(requests) == 2 and sum(float(line.split()[-1]) for line in requests) == 18
+
+
+def requests_of_a_silent_replica_go_to_one_that_answers(url):
+    """At their second attempt, each: half of all other names would find the silent one again."""
+    stopped = replicas("pair")[0]
+    stopped.suspend()
+    began = time.monotonic()
+    try:
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(lambda i: post(url, f"Is there anybody at number {i}?", 4), range(12)))
+    finally:
+        stopped.resume()
+    assert [response.status_code for response in answers] == [200] * 12
+    assert 4 < time.monotonic() - began < 8
 
 
 def streams_of_a_lost_replica_end_with_an_error_the_others_go_on(url):

@@ -54,3 +54,25 @@ def rows(cluster, golden) -> str:
     cluster.head.run("python", "-m", "nanochat_ray.cli", "prepare", *options, env=cluster.env, timeout=300)
     [folder] = (manifest.parent for manifest in (cluster.shared / "home" / "rows").glob("*/manifest.json"))
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(cluster, golden) -> list[str]:
+    """Two of untrained models, which say anything for as long as they may."""
+    import torch
+
+    from nanochat_ray.data.tokenizer import Tokenizer
+    from nanochat_ray.model.gpt import GPT, GPTConfig
+    from nanochat_ray.train.checkpoint import save_checkpoint
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.load(str(golden / "nanochat_d2"))
+    model = GPT(GPTConfig(2048, tokenizer.vocab_size, 2, 2, 2, 64, "SL"))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    head = torch.nn.init.normal_(model.lm_head.weight)
+    head.data[[tokenizer.bos_id, tokenizer.special("<|assistant_end|>")]] = 0
+    folders = [str(cluster.shared / name) for name in ("old", "new")]
+    for folder in folders:
+        save_checkpoint(folder, 1, model, None, tokenizer, {})
+    return folders

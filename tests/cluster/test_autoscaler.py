@@ -6,6 +6,7 @@ import time
 import pytest
 from hosts import Cluster
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from test_serving import ask, deploy
 from test_training import Run
 
 NODE_TYPES = {
@@ -78,9 +79,26 @@ def test_hosts_come_for_a_run_and_go_when_it_has_ended(cluster, rows):
     print(f"gone after {wait_until_idle(cluster):.0f} s")
 
 
-def wait_until_idle(cluster) -> float:
+def test_hosts_come_for_the_engines_of_a_service_and_go_with_them(cluster, checkpoints):
+    """Two engines fill a host. All hosts have one address here, so only the head has a proxy."""
+    wait_until_idle(cluster)
     began = time.monotonic()
-    while cluster.nodes():
+    deploy(cluster, checkpoints[0], "HeadOnly", replicas=4)
+    print(f"four engines on {cluster.nodes()} hosts: {time.monotonic() - began:.0f} s")
+    assert cluster.nodes() == 2
+    assert {ask(cluster.head, f"{i}").status_code for i in range(8)} == {200}
+    deploy(cluster, checkpoints[0], "HeadOnly", replicas=1)
+    print(f"one is left after {wait_until_idle(cluster, 1):.0f} s")
+    assert ask(cluster.head, "Are you there?").status_code == 200
+    dashboard = f"http://{cluster.head.address}:8265"
+    cluster.head.run("serve", "shutdown", "--yes", "--address", dashboard, env=cluster.env)
+    print(f"none after {wait_until_idle(cluster):.0f} s")
+
+
+def wait_until_idle(cluster, hosts: int = 0) -> float:
+    """Seconds until no more than `hosts` are left."""
+    began = time.monotonic()
+    while cluster.nodes() > hosts:
         assert time.monotonic() - began < 60
         time.sleep(1)
     return time.monotonic() - began

@@ -39,31 +39,9 @@ def cluster():
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def checkpoints(cluster, golden) -> list[str]:
-    """Two that say anything for as long as they may."""
-    import torch
-
-    from nanochat_ray.data.tokenizer import Tokenizer
-    from nanochat_ray.model.gpt import GPT, GPTConfig
-    from nanochat_ray.train.checkpoint import save_checkpoint
-
-    torch.manual_seed(0)
-    tokenizer = Tokenizer.load(str(golden / "nanochat_d2"))
-    model = GPT(GPTConfig(2048, tokenizer.vocab_size, 2, 2, 2, 64, "SL"))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    head = torch.nn.init.normal_(model.lm_head.weight)
-    head.data[[tokenizer.bos_id, tokenizer.special("<|assistant_end|>")]] = 0
-    folders = [str(cluster.shared / name) for name in ("old", "new")]
-    for folder in folders:
-        save_checkpoint(folder, 1, model, None, tokenizer, {})
-    return folders
-
-
-def deploy(cluster: Cluster, checkpoint: str, **options) -> None:
+def deploy(cluster: Cluster, checkpoint: str, proxies: str = "EveryNode", **options) -> None:
     """As cluster/serve.yaml says, with other arguments; returns when it runs."""
-    config = yaml.safe_load((REPOSITORY / "cluster" / "serve.yaml").read_text())
+    config = yaml.safe_load((REPOSITORY / "cluster" / "serve.yaml").read_text()) | {"proxy_location": proxies}
     given = {"checkpoint": [f"chat={checkpoint}"], "replicas": 3, "dtype": "float32", "compile": False}
     config["applications"][0]["args"] = given | options
     path = cluster.shared / "serve.yaml"

@@ -1,4 +1,4 @@
-"""An engine's messages as answers in OpenAI's shape, whole or in events: of chats and of completions."""
+"""Writes an engine's messages as OpenAI's answers to chats and completions, whole or as server-sent events."""
 
 import math
 import time
@@ -13,23 +13,23 @@ from serving.messages import listed, merged
 from serving.protocol import ApiError, event
 from serving.requests import Request
 
-LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON has no word for
+MIN_LOGPROB = -9999.0  # written for minus infinity, which JSON can't express
 
 
 @dataclass(frozen=True)
 class TextToken:
-    """A token of an answer's text, of which a stop string may leave the first characters alone."""
+    """A token of an answer's text. A stop string can cut it, so that only its first characters remain."""
 
     id: int
-    logprobs: tuple[float | None, list[tuple[int, float]]]  # its own, and the likeliest tokens with theirs
-    start: int  # characters of the text before it
-    end: int  # the same after it
+    logprobs: tuple[float | None, list[tuple[int, float]]]  # its own, and (id, log probability) of the likeliest
+    start: int  # characters of the text before the token
+    end: int  # characters of the text up to the token's end
     bytes: bytes
 
 
 @dataclass
 class Piece:
-    """Something new of an answer. What its calculator was asked and said has no tokens here, as it is not its text."""
+    """A new piece of an answer. Only pieces of text have tokens; the calculator's input and output have none."""
 
     kind: str  # text, python or python_output
     text: str
@@ -37,23 +37,23 @@ class Piece:
 
 
 class Choice:
-    """One answer as it comes: its parts, and of its text the tokens with their log probabilities, if they are told."""
+    """One answer while it grows: its parts, and the tokens of its text if log probabilities were requested."""
 
     def __init__(self, tokenizer: Tokenizer, stops: tuple[str, ...]):
         self.tokenizer, self.stream = tokenizer, AnswerStream(tokenizer, stops)
         self.parts: list[tuple[str, str]] = []
         self.tokens: list[TextToken] = []
         self.reason: str | None = None
-        self.said = 0  # characters of its text
-        self.waiting: deque[TextToken] = deque()  # tokens of text that is held back
+        self.said = 0  # characters of the text so far
+        self.waiting: deque[TextToken] = deque()  # tokens whose text the stream still holds back
 
     @property
     def text(self) -> str:
-        """What a plain client can read."""
+        """The text without the calculator's input and output."""
         return "".join(text for kind, text in self.parts if kind == "text")
 
     def echo(self, ids: list[int], logprobs: list | None) -> Piece:
-        """Begin with the prompt's tokens; bos at its beginning is one without text."""
+        """Begin the answer with the prompt. A bos at its beginning is a token without text."""
         bos = ids[:1] == [self.tokenizer.bos_id]
         piece = Piece("text", self.tokenizer.decode(ids[1:] if bos else ids))
         if logprobs is not None:
@@ -70,8 +70,9 @@ class Choice:
     def push(
         self, tokens: list[int], logprobs: list | None, reason: str | None, ending: tuple | None = None
     ) -> list[Piece]:
-        """The pieces that these tokens bring. ending: the token that ended the answer, which has no text, and its log
-        probabilities."""
+        """Add tokens and return the new pieces. ending: the token that ended the answer, which has no text, and its log
+        probabilities.
+        """
         pieces, stream = [], self.stream
         if logprobs is None:
             self._tell(pieces, stream.push(*tokens))
@@ -86,7 +87,7 @@ class Choice:
         if reason:
             self.reason = reason
             self._tell(pieces, stream.finish())
-            if self.waiting and self.waiting[0].start < self.said:  # cut by the stop string
+            if self.waiting and self.waiting[0].start < self.said:  # a stop string cut this token
                 self._last(pieces).tokens.append(self._cut(self.waiting[0]))
             if ending:
                 self._last(pieces).tokens.append(TextToken(*ending, self.said, self.said, b""))
@@ -109,7 +110,7 @@ class Choice:
             self._last(pieces).tokens.append(self.waiting.popleft())
 
     def _last(self, pieces: list[Piece]) -> Piece:
-        """The last piece of text; an empty one where its text was told before."""
+        """Return the last piece of text, or a new empty one if all text was sent before."""
         of_text = [piece for piece in pieces if piece.kind == "text"]
         if not of_text:
             pieces.insert(0, Piece("text", ""))
@@ -127,7 +128,7 @@ class Choice:
 
 
 def token_name(raw: bytes) -> str:
-    """Its text, or bytes:\\xNN… of what is not whole UTF-8, so that no two tokens have the same name."""
+    """Return the text, or bytes:\\xNN… if the bytes are not valid UTF-8, so that no two tokens have the same name."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -135,7 +136,7 @@ def token_name(raw: bytes) -> str:
 
 
 def finite(logprob: float | None) -> float | None:
-    return logprob if logprob is None or math.isfinite(logprob) else LEAST_LOGPROB
+    return logprob if logprob is None or math.isfinite(logprob) else MIN_LOGPROB
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: list[TextToken]) -> list[dict]:
@@ -151,9 +152,9 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: list[TextToken]) -> list[dict]:
 def completion_logprobs(tokenizer: Tokenizer, tokens: list[TextToken]) -> dict:
     def likeliest(token: TextToken) -> dict[str, float] | None:
         own, others = token.logprobs
-        if own is None:  # of the first token of all
+        if own is None:  # the first token has no log probability
             return None
-        # The token itself is among them, as in OpenAI's own.
+        # Include the token itself, as OpenAI does.
         return {token_name(tokenizer.decode_bytes([id])): finite(value) for id, value in [*others, (token.id, own)]}
 
     return {
@@ -165,10 +166,10 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: list[TextToken]) -> dict:
 
 
 class Writer:
-    """Takes an engine's messages in, and says them as an endpoint does."""
+    """Turns an engine's messages into the answer of an endpoint."""
 
     object_name = stem = ""
-    lists_ending = False  # whether the token that ends an answer is listed
+    lists_ending = False  # whether the log probabilities include the token that ends an answer
 
     def __init__(self, model: str, tokenizer: Tokenizer, asked: Request, prompts: list[list[int]]):
         self.asked, self.tokenizer, self.prompts = asked, tokenizer, prompts
@@ -183,7 +184,7 @@ class Writer:
         }
 
     def take(self, prompt: int, message: dict) -> Iterator[tuple[int, list[Piece]]]:
-        """Note a message about one of the prompts; the new pieces of each choice that it brings something for."""
+        """Take in a message of one prompt. Yields the index and the new pieces of each choice in it."""
         self.cached_tokens[prompt] = message["cached_tokens"]
         for choice in message["choices"]:
             i = prompt * self.asked.samples + choice["index"]
@@ -209,14 +210,14 @@ class Writer:
         return self.answer()
 
     async def events(self, messages: AsyncIterator[tuple[int, dict]]) -> AsyncIterator[str]:
-        """Server-sent events, all that are known at a time as one text, since each costs a way through Serve.
+        """Yield server-sent events. Events that are ready together are one text, as each yield passes through Serve.
 
-        A client that goes away closes this generator, and so the engine's.
+        If the client goes away, this generator is closed, and closes the engine's.
         """
         due = self.opening()
         try:
             async for prompt, message in messages:
-                if not message["choices"]:  # a proxy ends a connection that is silent for a minute
+                if not message["choices"]:  # keep the connection open: proxies close one that is silent for a minute
                     yield ": keep-alive\n\n"
                     continue
                 for i, pieces in self.take(prompt, message):
@@ -243,7 +244,7 @@ class Writer:
         raise NotImplementedError
 
     def ending(self, index: int) -> str:
-        """Of a choice."""
+        """Return the event that ends a choice."""
         raise NotImplementedError
 
     def failing(self, error: ApiError) -> str:
@@ -293,19 +294,19 @@ class ChatWriter(Writer):
 
 class CompletionWriter(Writer):
     object_name, stem = "text_completion", "cmpl-"
-    lists_ending = True  # who asks for one token and the scores of a prompt, as lm-eval, counts on a token more
+    lists_ending = True  # lm-eval requests one token beside a prompt's scores and expects it to be listed
 
     def __init__(self, model: str, tokenizer: Tokenizer, asked: Request, prompts: list[list[int]]):
         super().__init__(model, tokenizer, asked, prompts)
-        self.silent = set(range(len(prompts))) if asked.echo else set()  # prompts of which nothing was said
+        self.unechoed = set(range(len(prompts))) if asked.echo else set()  # prompts that were not echoed yet
 
     def take(self, prompt: int, message: dict) -> Iterator[tuple[int, list[Piece]]]:
         echoed = {}
         samples = range(prompt * self.asked.samples, (prompt + 1) * self.asked.samples)
-        if prompt in self.silent:
-            self.silent.remove(prompt)
+        if prompt in self.unechoed:
+            self.unechoed.remove(prompt)
             logprobs = message.get("prompt_logprobs") if self.logs else None
-            own = slice(self.asked.is_text, None)  # without the bos that was put before a text
+            own = slice(self.asked.is_text, None)  # leave out the bos that was put before a text
             echoed = {i: self.choices[i].echo(self.prompts[prompt][own], logprobs and logprobs[own]) for i in samples}
         for i, pieces in super().take(prompt, message):
             yield i, [echoed.pop(i), *pieces] if i in echoed else pieces

@@ -54,27 +54,27 @@ from serving.responses import ResponsesRequest, ResponsesWriter
 from serving.streams import all_of, chain
 from serving.tokens import DetokenizeRequest, TokenizeRequest
 
-# Serve copies ChatService to its replicas by value, with what it names that is defined above it.
+# Serve pickles ChatService by value, with the names of this module that it uses: they must be defined above it.
 UI = Path(__file__).parent / "ui"
-AFFINE_TOKENS = 64  # at a prompt's beginning: those that have them in common go to one engine
+AFFINE_TOKENS = 64  # prompts with the same first tokens go to the same engine
 LOST = "the replica that answered was lost; ask again"
-ATTEMPTS = 3  # to find a replica that is not busy, or one that lives
-# Seconds without a word from an engine that mean it is lost; it has a word every 2. Before its first word the next one
-# is asked sooner, which costs nothing, as that may be a lost one too.
-SILENCE, FIRST_SILENCE, SILENT_ATTEMPTS = 8, 4, 16
-KEEP_ALIVE = 10  # seconds after which a stream that has nothing to say yet says so
-CHECKED, CHECK_TIMEOUT = 2, 3  # seconds that an engine's sign of life counts, and that one is waited for
-NEEDED = ("meta.json", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken")  # of a checkpoint, to serve it
+MAX_ATTEMPTS = 3  # at busy or lost engines, before a request fails
+# Seconds without a message after which an engine counts as lost; a living one sends one every 2 seconds. Before the
+# first message the limit is lower, because the next engine that is tried may be lost, too.
+MAX_SILENCE, MAX_FIRST_SILENCE, MAX_SILENT_ATTEMPTS = 8, 4, 16
+KEEP_ALIVE = 10  # seconds without an event after which a stream sends a comment
+HEALTH_TTL, HEALTH_TIMEOUT = 2, 3  # seconds that a health check is valid, and that it may take
+CHECKPOINT_FILES = ("meta.json", "model.safetensors", "tokenizer.json", "tokenizer.tiktoken")  # that an engine loads
 UNREACHABLE = (RayError, RayServeException, TimeoutError)
 CONSISTENT_HASH_ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
-PAGE_HEADERS = {  # the page's own policy says the rest
+PAGE_HEADERS = {  # the rest of the policy is in the page itself
     "Content-Security-Policy": "frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-CPU_SHARE = 0.5  # of a CPU, for Ray: an engine has one, and in an update its successor may start beside it
-MOST_ONGOING = 10_000  # of a replica, for Serve
+CPU_SHARE = 0.5  # CPUs that Ray reserves for an engine: in an update the next engine starts beside the old one
+MAX_ONGOING = 10_000  # requests of a replica in Serve's count; replicas limit themselves
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
 
@@ -120,36 +120,37 @@ class ServiceOptions(BaseModel):
 
 
 class Model:
-    """What the service knows of a checkpoint, and the way to its engines."""
+    """A served checkpoint: its tokenizer and limits, the handle of its engines, and their health."""
 
     def __init__(self, name: str, folder: str, engine: DeploymentHandle):
-        # By gRPC: in a stream that goes through Ray itself, an engine stops for all when one front's host is cut off.
+        # Streams use gRPC. In a stream through Ray's own transport, an engine would stop for all its clients when the
+        # host of one front is cut off.
         self.tokenizer, self.engine = Tokenizer.load(folder), engine.options(_by_reference=False)
         self.sequence_len = read_meta(folder)["model_config"]["sequence_len"]
         self.created = int(storage.modified(storage.join(folder, "meta.json")).timestamp())
-        self.capacity, self.asking = None, asyncio.Lock()  # known once an engine runs
-        self.longest = int(self.tokenizer.token_bytes().max())
+        self.capacity, self.asking = None, asyncio.Lock()  # tokens of the longest sequence, once an engine runs
+        self.longest = int(self.tokenizer.token_bytes().max())  # bytes of the longest token
         self.name, self.folder, self.checked, self.checking = name, folder, -math.inf, asyncio.Lock()
         self.trouble = self.gone = None  # why no engine answers, and which of the checkpoint's files is missing
-        self.session, self.session_heard = "", -math.inf  # the last one that an engine answered, and when
+        self.session, self.session_heard = "", -math.inf  # the session that got the last message, and when
 
     def heard(self, session: str | None = None) -> None:
-        """An engine has said something, in this session if one is given."""
+        """Note that an engine sent a message, in this session if one is given."""
         self.trouble, self.gone, self.checked = None, None, time.monotonic()
         if session is not None:
             self.session, self.session_heard = session, self.checked
 
     async def check(self) -> str | None:
-        """Why no engine answers; None when one does, or has in the last seconds."""
+        """Return why no engine answers, or None if one has answered within HEALTH_TTL."""
         async with self.checking:
-            if time.monotonic() - self.checked < CHECKED:
+            if time.monotonic() - self.checked < HEALTH_TTL:
                 return self.trouble
             before = self.trouble
             try:
-                await asyncio.wait_for(self.engine.capacity.remote(), CHECK_TIMEOUT)
+                await asyncio.wait_for(self.engine.capacity.remote(), HEALTH_TIMEOUT)
                 self.heard()
             except BackPressureError:
-                self.heard()  # it has too much to do, but it does it
+                self.heard()  # a busy engine is alive
             except UNREACHABLE:
                 self.gone = await asyncio.to_thread(self.missing)
                 lost = f": its checkpoint is gone, {self.gone} is missing" if self.gone else ""
@@ -159,12 +160,12 @@ class Model:
             return self.trouble
 
     def missing(self) -> str | None:
-        """The first of the checkpoint's files that a new engine would look for in vain."""
-        paths = (storage.join(self.folder, name) for name in NEEDED)
+        """Return the path of the first missing checkpoint file, or None."""
+        paths = (storage.join(self.folder, name) for name in CHECKPOINT_FILES)
         return next((path for path in paths if not storage.exists(path)), None)
 
     async def expect_engine(self) -> None:
-        """Raises ApiError when there is none, and none can start as the checkpoint is gone."""
+        """Raise ApiError if no engine answers and none can start, because a checkpoint file is missing."""
         if await asyncio.to_thread(self.missing):
             trouble = await self.check()
             if self.gone:
@@ -191,16 +192,17 @@ async def http_error(request: Request, error: HTTPException) -> Response:
 
 @api.exception_handler(Exception)
 async def our_error(request: Request, error: Exception) -> Response:
-    """Of a mistake in the service itself; the replica's log has it."""
+    """Answer 500 for a bug in the service. The traceback is in the replica's log."""
     return JSONResponse(ApiError(500, f"internal error: {type(error).__name__}").body, 500)
 
 
 def read_request(model: Model, asked: Asked, cache_salt: str) -> tuple[list[list[int]], list[str], dict]:
-    """Each prompt's ids, what requests of one conversation have in common, and how to sample.
+    """Return each prompt's token ids, each prompt's affinity, and the fields of SamplingParams.
 
-    Raises ApiError for messages, ids or grammars that have no meaning, and for a prompt that there is no room for.
+    Requests of one conversation have the same affinity, a hash. Raises ApiError for invalid messages, ids or grammars,
+    and for a prompt that does not fit.
     """
-    if longest_text(asked) > model.capacity * model.longest:  # known before it is encoded
+    if longest_text(asked) > model.capacity * model.longest:  # refuse it without encoding it
         message = f"it has more bytes than the {model.capacity - 1} tokens that there is room for can have"
         raise too_long(asked.prompt_path, message)
     prompts = asked.prompts(model.tokenizer)
@@ -216,7 +218,7 @@ def read_request(model: Model, asked: Asked, cache_salt: str) -> tuple[list[list
 
 
 def longest_text(asked: Asked) -> int:
-    """Bytes of the longest prompt's text."""
+    """Return the bytes of the longest prompt that is text."""
     if isinstance(asked, Conversing):
         return sum(len(part["text"].encode()) for turn in asked.turns for part in turn["content"])
     prompts = asked.prompt if isinstance(asked.prompt, list) else [asked.prompt]
@@ -232,12 +234,12 @@ def busy() -> ApiError:
 
 
 async def capacity(model: Model) -> int:
-    """Tokens of the longest sequence. Raises ApiError when no replica can tell."""
-    for _ in range(SILENT_ATTEMPTS):  # each at another replica, as without a session any is as good
+    """Return the tokens of the longest sequence. Raises ApiError if no engine answers."""
+    for _ in range(MAX_SILENT_ATTEMPTS):  # without a session each attempt goes to a random replica
         if model.gone:
             await model.expect_engine()
         try:
-            return await asyncio.wait_for(model.engine.capacity.remote(), FIRST_SILENCE)
+            return await asyncio.wait_for(model.engine.capacity.remote(), MAX_FIRST_SILENCE)
         except TimeoutError:
             await model.expect_engine()
         except BackPressureError:
@@ -248,14 +250,17 @@ async def capacity(model: Model) -> int:
 
 
 async def from_all(deployment: DeploymentHandle, method: str) -> list:
-    """What each replica says; nothing while all of them start, or one has just been lost."""
+    """Call a method of each replica. Returns [] while all of them start, or if one was just lost."""
     with suppress(*UNREACHABLE):
         return await asyncio.wait_for(deployment.broadcast(method).results_async(), 3)
     return []
 
 
 def read_keys(uri: str | None) -> list[str]:
-    """The sha256 of each key, first on its line, as `printf %s KEY | sha256sum` prints it. Raises ValueError else."""
+    """Return the sha256 of each key: the first word of a line, as `printf %s KEY | sha256sum` prints it.
+
+    Raises ValueError for any other line.
+    """
     if uri is None:
         return []
     lines = storage.read_text(uri).splitlines()
@@ -277,15 +282,15 @@ def ui_file(name: str) -> Response:
     return Response(path.read_bytes(), media_type=kinds[path.suffix], headers=PAGE_HEADERS)
 
 
-@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MOST_ONGOING, logging_config=QUIET)
+@serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING, logging_config=QUIET)
 class RequestCounter:
-    """Counts the requests of each key that come to any ChatService."""
+    """Counts the requests of each key over all fronts."""
 
     def __init__(self, per_minute: int):
         self.per_minute, self.recent = per_minute, defaultdict(list)
 
     async def take(self, key: bytes) -> int:
-        """Seconds to wait before the next request, or 0 for one that may go on, which counts."""
+        """Count a request and return 0, or return the seconds to wait if the limit is reached."""
         now = time.monotonic()
         recent = self.recent[key] = [then for then in self.recent[key] if then > now - 60]
         if len(recent) >= self.per_minute:
@@ -295,9 +300,9 @@ class RequestCounter:
 
 
 @serve.deployment(
-    max_ongoing_requests=MOST_ONGOING,
+    max_ongoing_requests=MAX_ONGOING,
     graceful_shutdown_timeout_s=600,
-    max_surge_percent=100,  # the new one runs before the old one ends
+    max_surge_percent=100,  # start new fronts before the old ones stop
     logging_config=QUIET,
 )
 @serve.ingress(api)
@@ -305,7 +310,7 @@ class ChatService:
     def __init__(
         self, models: dict[str, str], options: dict, counter: DeploymentHandle | None, *engines: DeploymentHandle
     ):
-        os.environ |= {"grpc_proxy": ""}  # none on the way to the engines, whatever http_proxy says
+        os.environ |= {"grpc_proxy": ""}  # reach engines without a proxy, also if http_proxy is set
         pairs = zip(models.items(), engines, strict=True)
         self.models = {name: Model(name, folder, engine) for (name, folder), engine in pairs}
         me = serve.get_replica_context()
@@ -316,7 +321,7 @@ class ChatService:
         self.at_once, self.shared_cache = options["max_batch_size"], options["shared_cache"]
         origins, host = options["cors_origins"], _get_global_client().http_config.host
         api.add_middleware(Gate, hosts=hosts_of(host, options["allowed_hosts"]), origins=origins)
-        if origins:  # around the gate, so that its refusals are readable there too
+        if origins:  # outside of the gate, so that browsers can read its refusals
             headers = {"allow_headers": ["*"], "expose_headers": ["Retry-After", "X-Request-ID"]}
             api.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], **headers)
 
@@ -330,7 +335,7 @@ class ChatService:
 
     @api.get("/health")
     async def health(self) -> Response:
-        """503 while there is a model whose completions would not be answered."""
+        """Answer 503 while a model has no engine that answers."""
         troubles = await asyncio.gather(*(model.check() for model in self.models.values()))
         status = "; ".join(filter(None, troubles)) or "ok"
         return JSONResponse({"status": status, "models": list(self.models)}, 200 if status == "ok" else 503)
@@ -410,10 +415,10 @@ class ChatService:
         model = self.model(asked.model)
         if asked.samples > self.at_once:
             raise ApiError(400, f"n: {asked.samples} is more than the {self.at_once} that are generated at once", "n")
-        async with model.asking:  # once, however many requests come first
+        async with model.asking:  # the first of several concurrent requests asks for all
             if model.capacity is None:
                 model.capacity = await capacity(model)
-        # In a thread, as others' streams go on while a long prompt is read.
+        # Tokenize in a thread, so that other streams go on while a long prompt is encoded.
         salt = "" if self.shared_cache else key
         prompts, affinities, fields = await asyncio.to_thread(read_request, model, asked, salt)
         stream = bool(asked.stream)
@@ -424,7 +429,7 @@ class ChatService:
             for prompt, affinity in zip(prompts, affinities, strict=True)
         ]
         messages = all_of(streams, max(1, self.at_once // asked.samples))
-        first = await anext(messages)  # errors that are known by now have a status of their own
+        first = await anext(messages)  # errors before the first message become the response's status
         messages, answer = chain(first, messages), writer(model.name, model.tokenizer, asked, prompts)
         if stream:
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -432,7 +437,7 @@ class ChatService:
         return JSONResponse(await answer.whole(messages))
 
     def model(self, name: str | None) -> Model:
-        """By default the first. Raises ApiError for an unknown one."""
+        """Return the model of this name, by default the first. Raises ApiError for an unknown name."""
         name = name or next(iter(self.models))
         if name not in self.models:
             known = ", ".join(self.models)
@@ -442,83 +447,83 @@ class ChatService:
     async def messages(
         self, model: Model, affinity: str, prompt: list[int], params: dict, stream: bool
     ) -> AsyncIterator[dict]:
-        """The engine's messages, from another replica if the first one is lost before it said anything.
+        """Yield the engine's messages. If the engine is lost before it sent one, ask another.
 
-        Raises ApiError when the engine is lost after that. One that is silent counts as lost: of a host that is cut off
-        Ray itself may know a minute later. A stream has a message without choices when there has been nothing for
-        KEEP_ALIVE seconds.
+        A silent engine counts as lost, because Ray may notice only a minute later that a host was cut off. A stream
+        gets a message without choices after KEEP_ALIVE seconds without news. Raises ApiError if the engine is lost
+        later.
         """
         if model.gone:
             await model.expect_engine()
-        began = last = told = time.monotonic()
+        began = last = last_sent = time.monotonic()
         attempts, silences, silent, asked = 0, 0, False, began
-        while attempts < ATTEMPTS:
-            # Where the router sends a session depends on its name: another name may find another replica, and the name
-            # of a session that has been answered since this one fell silent finds a replica that lives.
+        while attempts < MAX_ATTEMPTS:
+            # The router chooses the engine by the session's name, so another name may reach another engine. After a
+            # silence, take the name of a session that got a message meanwhile: its engine is alive.
             if silent and model.session_heard > asked:
                 session = model.session
             else:
                 session = f"{affinity} {attempts + silences}" if attempts + silences else affinity
-            asked, silence = time.monotonic(), FIRST_SILENCE
+            asked, max_silence = time.monotonic(), MAX_FIRST_SILENCE
             answer = model.engine.options(stream=True, session_id=session).generate.remote(prompt, params, stream)
             try:
                 while True:
-                    async with asyncio.timeout(silence):
+                    async with asyncio.timeout(max_silence):
                         message = await anext(answer, None)
                     if message is None:
                         return
                     model.heard(session)
-                    silence = SILENCE
+                    max_silence = MAX_SILENCE
                     if "busy" in message:
                         attempts, silent = attempts + 1, False
                         break
                     if "error" in message:
                         raise ApiError(500, message["error"])
                     now, count = time.monotonic(), sum(len(choice["tokens"]) for choice in message["choices"])
-                    if not message["choices"]:  # it lives
-                        if stream and now - told > KEEP_ALIVE:
-                            told = now
+                    if not message["choices"]:  # a heartbeat
+                        if stream and now - last_sent > KEEP_ALIVE:
+                            last_sent = now
                             yield message
                         continue
                     if last == began:
                         self.metrics.ttft.observe(now - began)
                     elif count:
                         self.metrics.itl.observe((now - last) / count)
-                    last = told = now
+                    last = last_sent = now
                     yield message
             except BackPressureError:
                 break
             except UNREACHABLE as error:
                 if isinstance(error, RayTaskError) and isinstance(error.cause, ValueError):
                     raise ApiError(400, str(error.cause), code="invalid_value") from None
-                silent = isinstance(error, TimeoutError)  # or no engine is there yet
+                silent = isinstance(error, TimeoutError)  # also while no engine has started yet
                 attempts, silences = attempts + (not silent), silences + silent
-                if last != began or attempts == ATTEMPTS or silences == SILENT_ATTEMPTS:
+                if last != began or attempts == MAX_ATTEMPTS or silences == MAX_SILENT_ATTEMPTS:
                     raise ApiError(503, LOST, code="replica_lost", retry=5) from error
                 if silent:
                     await model.expect_engine()
                 await asyncio.sleep(0.5)
             finally:
-                with suppress(RayError, RayServeException):  # cancel raises again what ended it
-                    answer.cancel()  # of a client that went away
-            if stream and time.monotonic() - told > KEEP_ALIVE:
-                told = time.monotonic()
+                with suppress(RayError, RayServeException):  # cancel() raises the stream's own error again
+                    answer.cancel()  # the client may have gone away
+            if stream and time.monotonic() - last_sent > KEEP_ALIVE:
+                last_sent = time.monotonic()
                 yield {"choices": []}
         raise busy()
 
     async def authorize(self, request: Request) -> str:
-        """The key's sha256, "" where there are none. Raises ApiError for one that is missing, unknown or too busy."""
+        """Return the key's sha256, or "" without keys. Raises ApiError for a missing, unknown or busy key."""
         key = b""
         if self.keys:
             scheme, _, given = request.headers.get("authorization", "").strip().partition(" ")
             given = given.strip() if scheme.lower() == "bearer" else ""
             key = hashlib.sha256(given.encode()).hexdigest().encode()
-            known = [hmac.compare_digest(key, other) for other in self.keys]  # all of them, in constant time
+            known = [hmac.compare_digest(key, other) for other in self.keys]  # compare with all keys, in constant time
             if not any(known):
                 raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", code="invalid_api_key")
         if self.counter and request.method == "POST":
             wait = 0
-            with suppress(*UNREACHABLE):  # while the counter moves from a host that was lost, all may ask
+            with suppress(*UNREACHABLE):  # no limit while the counter restarts on another host
                 wait = await asyncio.wait_for(self.counter.take.remote(key), 1)
             if wait:
                 message = f"more than {self.per_minute} requests a minute; try again in {wait} s"
@@ -527,7 +532,10 @@ class ChatService:
 
 
 def app(options: ServiceOptions) -> serve.Application:
-    """The application. Raises OSError without a checkpoint or the keys' file, ValueError for two models of one name."""
+    """Build the Serve application.
+
+    Raises OSError if a checkpoint or the keys' file is missing, and ValueError if two models have the same name.
+    """
     models = {}
     for given in options.checkpoint or [newest_checkpoint()]:
         name, folder = named(given)
@@ -548,16 +556,16 @@ def app(options: ServiceOptions) -> serve.Application:
         }
     engines = [
         EngineServer.options(
-            name=f"engine-{i}",  # the same one when it changes its checkpoint, and so its model's name
+            name=f"engine-{i}",  # stays the same when its checkpoint, and so its model's name, changes
             ray_actor_options=({"num_gpus": 1} if on_gpu else {"num_cpus": CPU_SHARE})
             | {"resources": {ENGINE_MARK: 0.001}},
             max_surge_percent=0 if on_gpu else 100,
-            max_ongoing_requests=MOST_ONGOING,  # a replica says itself, and at once, when it is busy
-            max_queued_requests=options.max_batch_size + options.queue_limit,  # while there is no replica
+            max_ongoing_requests=MAX_ONGOING,  # a busy replica refuses requests itself, at once
+            max_queued_requests=options.max_batch_size + options.queue_limit,  # used while no replica runs
             logging_config=QUIET,
-            health_check_period_s=2,  # three that fail, and an engine is replaced
+            health_check_period_s=2,  # Serve replaces an engine after three failures
             health_check_timeout_s=10,
-            graceful_shutdown_timeout_s=600,  # a new checkpoint waits for the old one's answers
+            graceful_shutdown_timeout_s=600,  # answers of the old checkpoint may finish
             request_router_config=RequestRouterConfig(request_router_class=CONSISTENT_HASH_ROUTER),
             **scaling,
         ).bind(folder, options.model_dump(), options.replicas * len(models))
@@ -569,7 +577,7 @@ def app(options: ServiceOptions) -> serve.Application:
 
 
 def named(given: str) -> tuple[str, str]:
-    """Name and folder of FOLDER or NAME=FOLDER, either of which may hold a "=": a folder that exists is one."""
+    """Split NAME=FOLDER or FOLDER. Both may contain "=", so a split whose folder exists is preferred."""
     splits = [("", given)] + [(given[:i], given[i + 1 :]) for i, sign in enumerate(given) if sign == "="]
     splits = [(name, folder) for name, folder in splits if folder and not storage.is_remote(name)]
     splits = [split for split in splits if "=" not in split[1].partition("://")[0] or not storage.is_remote(split[1])]
@@ -578,12 +586,12 @@ def named(given: str) -> tuple[str, str]:
 
 
 def has_gpus() -> bool:
-    """Whether engines run on GPUs: the cluster's if Ray is connected, as its head may have none, else this node's."""
+    """Return whether the cluster has GPUs, or this machine if Ray is not connected."""
     return ray.cluster_resources().get("GPU", 0) >= 1 if ray.is_initialized() else torch.cuda.is_available()
 
 
 def newest_checkpoint() -> str:
-    """The checkpoint that was written last among all runs. Raises FileNotFoundError when there is none."""
+    """Return the checkpoint that was written last in all runs. Raises FileNotFoundError if there is none."""
     runs = storage.join(storage.home(), "runs")
     folders = [storage.join(runs, name) for name in storage.listdir(runs)] if storage.exists(runs) else []
     found = [checkpoint for folder in folders if (checkpoint := latest_checkpoint(folder))]

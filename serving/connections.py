@@ -1,4 +1,4 @@
-"""Limits on slow connections, for the servers of ChatService and of Serve's proxies, which import nothing else."""
+"""Limits on slow connections, for the HTTP servers of ChatService and of Serve's proxies."""
 
 import asyncio
 import json
@@ -7,14 +7,14 @@ import socket
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-HEAD_SECONDS, MOST_HEAD_BYTES = 20, 65_536  # for a request's line and headers
-UNREAD_SECONDS = 60  # for a client to take what waits for it: up to 64 KiB here, and SEND_BYTES in the kernel
-REST_SECONDS = 10  # for the rest of a body after its answer, in which a client finds the answer
+HEAD_SECONDS, MAX_HEAD_BYTES = 20, 65_536  # limits of a request's line and headers
+UNREAD_SECONDS = 60  # for a client to read what is buffered: up to 64 KiB here and SEND_BYTES in the kernel
+REST_SECONDS = 10  # for a client to send the rest of a body that was already answered, and to find the answer
 SEND_BYTES = 65_536
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's, but it ends when a client takes too long to send its headers, or to read what it asked for."""
+    """uvicorn's protocol with limits: it closes if a client is too slow in sending headers or reading its answer."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -33,13 +33,13 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self.refused:
-            return  # until the client ends, so that it is not reset before it has read the answer
+            return  # keep reading until the client closes: a reset could come before it has read the answer
         super().data_received(data)
         self.head_bytes = self.head_bytes + len(data) if "head" in self.timers else 0
-        if self.head_bytes > MOST_HEAD_BYTES and not self.transport.is_closing():
+        if self.head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.refused = True
             error = {
-                "message": f"the headers have more than {MOST_HEAD_BYTES:,} bytes",
+                "message": f"the headers have more than {MAX_HEAD_BYTES:,} bytes",
                 "type": "invalid_request_error",
             }
             body = json.dumps({"error": error | {"param": None, "code": None}})
@@ -54,7 +54,7 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         try:
             value.decode()
-        except UnicodeDecodeError:  # Serve reads some as UTF-8, and answers with 500 when they are not
+        except UnicodeDecodeError:  # Serve decodes some headers as UTF-8, and would answer 500
             value = value.decode("latin-1").encode()
         super().on_header(name, value)
 
@@ -68,7 +68,7 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self.cycle.response_complete:  # else the next one is being answered already
+        if self.cycle.response_complete:  # if not, the next request is already being answered
             if self.cycle.more_body:
                 self.wait_for("rest", REST_SECONDS)
             else:
@@ -89,5 +89,7 @@ class Connection(HttpToolsProtocol):
 
 
 def limit_connections() -> None:
-    """Of the servers that this process starts. Serve calls it, as RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH says."""
+    """Use Connection in the servers that this process starts. Serve calls this in its proxies, because
+    RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it.
+    """
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{Connection.__module__}:{Connection.__name__}"

@@ -1,4 +1,4 @@
-"""A Serve replica with one checkpoint's engine: a thread steps it, requests wait for their tokens in asyncio."""
+"""A Serve replica with the engine of one checkpoint. A thread runs its steps; requests wait for tokens in asyncio."""
 
 import asyncio
 import gc
@@ -22,19 +22,20 @@ from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.machine import available_cpus
 from nanochat_ray.train.checkpoint import load_model
 
-# Seconds between messages of a stream. Each costs half a millisecond of CPU time in all, so where streams are many they
-# are rarer; the page shows their words at an even pace.
-FLUSH, FLUSH_PER_STREAM, MOST_FLUSH = 0.05, 1 / 100, 1 / 3
-HEARTBEAT = 2  # seconds without news after which a message without any says that the engine lives
-GPU_MEMORY_SHARE = 0.85  # of what is free, for keys and values; the rest is for activations and CUDA graphs
-GPU_SWITCH_SECONDS = 0.0001  # a GPU step's many launches each give up Python's lock and wait for it again
-SWITCH_SECONDS = 0.001  # that Python lets the engine's thread keep others from running, instead of 5 ms
+# Seconds between messages of a stream. A message costs half a millisecond of CPU time, so they are less frequent when
+# there are many streams. The page shows the words at an even pace.
+MIN_FLUSH, FLUSH_PER_STREAM, MAX_FLUSH = 0.05, 1 / 100, 1 / 3
+HEARTBEAT = 2  # seconds without news after which an empty message is sent, because the engine is alive
+GPU_MEMORY_SHARE = 0.85  # of the free memory, for keys and values; the rest is for activations and CUDA graphs
+# Python's switch interval in seconds; its default is 0.005. On a GPU the engine's thread releases the GIL at each of a
+# step's many launches and then waits for it.
+GPU_SWITCH_SECONDS, SWITCH_SECONDS = 0.0001, 0.001
 
 logger = logging.getLogger("ray.serve")
 
 
 class EngineThread(threading.Thread):
-    """Steps an engine while there is something to do, and wakes those whose sequences have news."""
+    """Runs the engine's steps while it has requests, and wakes the requests whose sequences have news."""
 
     def __init__(self, engine: Engine, loop: asyncio.AbstractEventLoop):
         super().__init__(daemon=True)
@@ -43,27 +44,27 @@ class EngineThread(threading.Thread):
         self.failure: str | None = None
 
     def call(self, function, *args) -> asyncio.Future:
-        """Run function(*args) between two steps."""
+        """Run function(*args) between two steps. The future has its result."""
         future = self.loop.create_future()
         self.calls.put((future, function, args))
         return future
 
     def run(self) -> None:
-        news, told = set(), 0.0
+        news, flushed = set(), 0.0
         try:
             while True:
                 self._answer_calls()
                 moved = self.engine.step() if self.engine.busy else []
                 news.update(moved)
-                # A first token and an end are told at once, what is between them in as few messages as look smooth.
-                interval = min(MOST_FLUSH, max(FLUSH, FLUSH_PER_STREAM * len(self.engine.rows)))
-                due = time.monotonic() - told > interval
-                heard = set(news) if due else {s for s in moved if s.finish_reason or len(s.ids) == s.prompt_len + 1}
-                if heard:
-                    news -= heard
-                    told = time.monotonic() if due else told
-                    self.loop.call_soon_threadsafe(self._wake, heard)
-        except Exception:  # every request of this replica is told, and Serve replaces it
+                # Send the first token and the end at once, and the tokens between them every `interval` seconds.
+                interval = min(MAX_FLUSH, max(MIN_FLUSH, FLUSH_PER_STREAM * len(self.engine.rows)))
+                due = time.monotonic() - flushed > interval
+                ready = set(news) if due else {s for s in moved if s.finish_reason or len(s.ids) == s.prompt_len + 1}
+                if ready:
+                    news -= ready
+                    flushed = time.monotonic() if due else flushed
+                    self.loop.call_soon_threadsafe(self._wake, ready)
+        except Exception:  # every request of this replica fails with it, and Serve replaces the replica
             self.failure = traceback.format_exc()
             self.loop.call_soon_threadsafe(self._wake, list(self.listeners))
             while True:
@@ -95,7 +96,7 @@ class EngineThread(threading.Thread):
 
 
 def load_engine(checkpoint: str, options: dict) -> Engine:
-    """On a GPU with its CUDA graphs captured: a replica is ready when it is fast."""
+    """Load the model and make its engine. On a GPU, capture its CUDA graphs before the replica is ready."""
     on_gpu = torch.cuda.is_available()
     model, tokenizer, _ = load_model(checkpoint, "cuda" if on_gpu else "cpu", options["dtype"])
     kv_bytes = None if options["kv_gb"] is None else int(options["kv_gb"] * 2**30)
@@ -111,42 +112,43 @@ def load_engine(checkpoint: str, options: dict) -> Engine:
 @serve.deployment
 class EngineServer:
     def __init__(self, checkpoint: str, options: dict, engines: int):
-        """engines: of all models. Serve spreads them over the hosts, and those of a host share its CPUs."""
+        """engines: how many all models have. Serve spreads them over the hosts, and those of a host share its CPUs."""
         on_gpu, nodes = torch.cuda.is_available(), ray.nodes() if ray.is_initialized() else []
         hosts = sum(node["Alive"] and "CPU" in node["Resources"] for node in nodes)
         neighbours = math.ceil(engines / max(1, hosts))
         sys.setswitchinterval(GPU_SWITCH_SECONDS if on_gpu else SWITCH_SECONDS)
         torch.set_num_threads(1 if on_gpu else max(1, available_cpus() // neighbours))  # Ray's own default is one
-        # In a thread that ends, and OpenMP's with it: with more of those than CPUs, all sleep between kernels, and
-        # decoding takes twice as long.
+        # Load in a thread that ends afterwards, and its OpenMP threads with it. With more OpenMP threads than CPUs, all
+        # of them sleep between kernels, and decoding takes twice as long.
         with ThreadPoolExecutor(1) as loader:
             try:
                 self.engine = loader.submit(load_engine, checkpoint, options).result()
-            except (OSError, ValueError) as error:  # Serve tries again, and has a traceback of many lines
+            except (OSError, ValueError) as error:  # log one line; Serve logs a long traceback and tries again
                 logger.error("this engine cannot start: %s", error)
                 raise
         gc.collect()
-        gc.freeze()  # the model stays: to look through it would stop the engine for a tenth of a second each time
+        gc.freeze()  # exclude the model from collections, each of which would stop the engine for a tenth of a second
         self.most_ongoing = options["max_batch_size"] + options["queue_limit"]
         self.ongoing, self.thread = 0, None
         self.compiled = on_gpu and options["compile"]
         if options["compile"] and not on_gpu:
-            threading.Thread(target=self._compile, daemon=True).start()  # answers uncompiled until it is done
+            threading.Thread(target=self._compile, daemon=True).start()  # the engine answers uncompiled meanwhile
 
     def _compile(self) -> None:
         self.engine.compile()
         self.compiled = True
 
     def capacity(self) -> int:
-        """Tokens of the longest sequence."""
+        """Return the tokens of the longest sequence."""
         return self.engine.manager.capacity
 
     async def generate(self, prompt: list[int], params: dict, stream: bool) -> AsyncIterator[dict]:
-        """Messages of what is new in each sample: index, tokens, logprobs, finish_reason; first of all {"busy": …}.
+        """Yield messages {"choices": [...], "cached_tokens": N} with the news of each sample.
 
-        There is one every HEARTBEAT seconds or more often; it has no choices when nothing is new, or `stream` is false.
-        The first with choices has prompt_logprobs, if they are asked for. {"error": …} ends a request for which no
-        token could be drawn. Raises ValueError for what the engine cannot take.
+        A choice has index, tokens, logprobs and finish_reason. A message comes at least every HEARTBEAT seconds; it has
+        no choices if nothing is new, or if `stream` is false and the answer is not complete. The first message with
+        choices has prompt_logprobs, if they were requested. {"busy": True} refuses a request, and {"error": …} ends one
+        for which no token could be drawn. Raises ValueError for a request that the engine cannot take.
         """
         if params["n"] > self.most_ongoing:
             raise ValueError(f"n {params['n']} is above {self.most_ongoing}, the answers that an engine takes at once")
@@ -159,10 +161,10 @@ class EngineServer:
         thread, news, sequences = self.thread, asyncio.Event(), []
         self.ongoing += params["n"]
         try:
-            if params["grammar"]:  # compiled before the engine's thread needs it, which has others to serve
+            if params["grammar"]:  # compile it here: in the engine's thread it would hold up all requests
                 await asyncio.to_thread(self.engine.grammars.matcher, params["grammar"])
             sequences = await thread.call(self._submit, prompt, SamplingParams(**params), news)
-            told, ended, scores = [0] * len(sequences), set(), sequences[0].prompt_logprobs
+            sent, ended, scores = [0] * len(sequences), set(), sequences[0].prompt_logprobs
             loop = asyncio.get_running_loop()
             beat = loop.time() + HEARTBEAT
             while True:
@@ -182,12 +184,12 @@ class EngineServer:
                 if not stream and not all(s.finish_reason for s in sequences):
                     continue
                 beat = loop.time() + HEARTBEAT
-                choices = list(self._news(sequences, told, ended))
+                choices = list(self._news(sequences, sent, ended))
                 message = {"choices": choices, "cached_tokens": sequences[0].cached_tokens}
                 if scores and choices:
                     message["prompt_logprobs"], scores = scores, None
                 yield message
-                if len(ended) == len(sequences):  # not those that have ended since
+                if len(ended) == len(sequences):  # the ends that were sent; others may have ended since
                     return
         finally:
             self.ongoing -= params["n"]
@@ -199,19 +201,19 @@ class EngineServer:
         return sequences
 
     def _forget(self, news: asyncio.Event) -> None:
-        """The end of a request, also of one whose client went away."""
+        """End a request, also if its client went away."""
         for sequence in [s for s, event in self.thread.listeners.items() if event is news]:
             self.engine.cancel(sequence)
             del self.thread.listeners[sequence]
 
-    def _news(self, sequences: list[Sequence], told: list[int], ended: set[int]) -> Iterator[dict]:
+    def _news(self, sequences: list[Sequence], sent: list[int], ended: set[int]) -> Iterator[dict]:
         for i, sequence in enumerate(sequences):
-            reason = sequence.finish_reason  # before the tokens: once it is there, they are complete
-            tokens = sequence.ids[sequence.prompt_len + told[i] :]
+            reason = sequence.finish_reason  # read it before the tokens: if it is set, they are complete
+            tokens = sequence.ids[sequence.prompt_len + sent[i] :]
             if i in ended or not (tokens or reason):
                 continue
-            logprobs = sequence.logprobs[told[i] : told[i] + len(tokens)]
-            told[i] += len(tokens)
+            logprobs = sequence.logprobs[sent[i] : sent[i] + len(tokens)]
+            sent[i] += len(tokens)
             if reason:
                 ended.add(i)
             news = {"index": i, "tokens": tokens, "logprobs": logprobs, "finish_reason": reason}

@@ -1,4 +1,4 @@
-"""Where ChatService runs: one on each host, but for those that an autoscaler brought and that have no engine."""
+"""Places ChatService: one on each host, except on hosts that an autoscaler brought and that have no engine."""
 
 import uuid
 
@@ -7,14 +7,14 @@ from ray._raylet import IMPLICIT_RESOURCE_PREFIX
 from ray.core.generated import autoscaler_pb2
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-# Resources of which each host has 1 without saying so. An autoscaler takes away none where a front is.
+# Implicit resources: every host has 1 of each. An autoscaler removes no host where a front uses one.
 ENGINE_MARK, FRONT_MARK = f"{IMPLICIT_RESOURCE_PREFIX}nanochat-engine", f"{IMPLICIT_RESOURCE_PREFIX}nanochat-front-"
 HEAD_MARK = "node:__internal_head__"
-MOST_HOSTS = 1000
+MAX_HOSTS = 1000
 
 
 class OneOnEachHost:
-    """A policy for Serve's autoscaling, as hosts and engines come and go. Serve's controller gets it by value."""
+    """Serve autoscaling policy that follows hosts and engines. Serve pickles it by value for its controller."""
 
     def __init__(self, mark: str):
         self.mark = mark
@@ -27,16 +27,16 @@ class OneOnEachHost:
         stay = {node.node_id for node in alive if HEAD_MARK in node.available_resources or not node.ray_node_type_name}
         wanted = stay | {host for host, has in left.items() if has.get(ENGINE_MARK, 1) < 1}
         there = {host for host, has in left.items() if has.get(self.mark, 1) < 1}
-        # Once all hosts that want one have one, Serve ends the others: it begins where the fewest replicas are.
+        # When each wanted host has a front, Serve stops the surplus ones, first on hosts with the fewest replicas.
         return max(1, len(wanted if wanted <= there else wanted | there)), {}
 
 
 def one_on_each_host() -> dict:
-    """Options of the deployment. Each version has a mark of its own, so that the next one starts beside this one."""
+    """Options of the deployment. Each version has its own mark, so that the next version can start beside this one."""
     mark = FRONT_MARK + uuid.uuid4().hex
     policy = AutoscalingPolicy(policy_function=OneOnEachHost, policy_kwargs={"mark": mark})
     delays = {"upscale_delay_s": 0, "downscale_delay_s": 0}
     return {
         "ray_actor_options": {"num_cpus": 0, "resources": {mark: 1}},
-        "autoscaling_config": AutoscalingConfig(min_replicas=1, max_replicas=MOST_HOSTS, policy=policy, **delays),
+        "autoscaling_config": AutoscalingConfig(min_replicas=1, max_replicas=MAX_HOSTS, policy=policy, **delays),
     }

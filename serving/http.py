@@ -1,4 +1,4 @@
-"""HTTP around the API: who is answered, and what clients do in ways of their own."""
+"""HTTP around the API: hosts and origins that may ask, paths and methods as clients send them, limits on bodies."""
 
 import asyncio
 import codecs
@@ -14,15 +14,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.protocol import ApiError
 
-MOST_BODY_BYTES = 1_000_000
-BODY_SECONDS, BODY_BYTES_PER_SECOND = 10, 10_000  # a body may take as long as it needs at this speed, and 10 s more
+MAX_BODY_BYTES = 1_000_000
+BODY_SECONDS, BODY_BYTES_PER_SECOND = 10, 10_000  # a body may take its bytes at this speed plus 10 seconds
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Gate:
-    """Answers known hosts only, and sites that may ask; a path with a slash at its end, and HEAD, as without and GET.
+    """ASGI middleware: refuses unknown hosts and origins, ignores a trailing slash, and answers HEAD and OPTIONS.
 
-    hosts: names that the service has, with * for any characters. origins: other sites whose pages may use it.
+    hosts: names of the service, where * stands for any characters. origins: other sites whose pages may use it.
     """
 
     def __init__(self, app: ASGIApp, hosts: list[str], origins: list[str]):
@@ -39,11 +39,11 @@ class Gate:
             if scope["method"] == "OPTIONS":
                 send = with_what_is_allowed(send)
             elif scope["method"] == "HEAD":
-                scope = scope | {"method": "GET"}  # the server leaves the body away
+                scope = scope | {"method": "GET"}  # uvicorn leaves out the body
         await self.app(scope, receive, send)
 
     def check(self, method: str, headers: Headers) -> None:
-        """Raises ApiError for a name that is not ours, as in DNS rebinding, and for another site's page that posts."""
+        """Raise ApiError for an unknown Host, as in DNS rebinding, and for a POST by another site's page."""
         for host in headers.getlist("host"):
             name = hostname(f"//{host}")
             if not any(fnmatchcase(name, known) for known in self.hosts):
@@ -57,7 +57,7 @@ class Gate:
 
 
 def hosts_of(host: str, allowed: list[str]) -> list[str]:
-    """The names of a service that listens on `host`: any but on loopback, unless `allowed` names them."""
+    """Return the names of a service that listens on `host`: any, except on loopback or if `allowed` names them."""
     try:
         loopback = all(ip_address(info[4][0]).is_loopback for info in socket.getaddrinfo(host, None))
     except OSError:
@@ -73,7 +73,7 @@ def hostname(url: str) -> str:
 
 
 def site(url: str, scheme: str = "") -> tuple[str, int | None]:
-    """Name and port; None for a port that is not one."""
+    """Return the name and the port, which is None if it is invalid."""
     try:
         parts = urlsplit(url, scheme)
         return hostname(url), parts.port or {"http": 80, "https": 443}.get(parts.scheme)
@@ -88,17 +88,17 @@ def as_without_slash(scope: Scope) -> Scope:
 
 
 def with_what_is_allowed(send: Send) -> Send:
-    """Of an answer 405 to OPTIONS: 204, which lists the methods."""
-    told = False
+    """Turn the answer 405 to OPTIONS into 204 with the list of methods."""
+    changing = False
 
     async def changed(message: Message) -> None:
-        nonlocal told
+        nonlocal changing
         if message["type"] == "http.response.start" and message["status"] == 405:
-            told = True
+            changing = True
             methods = {*Headers(raw=message["headers"]).get("allow", "").split(", "), "OPTIONS"}
             methods |= {"HEAD"} if "GET" in methods else set()
             message = message | {"status": 204, "headers": [(b"allow", ", ".join(sorted(methods)).encode())]}
-        elif told:
+        elif changing:
             message = message | {"body": b""}
         await send(message)
 
@@ -106,7 +106,7 @@ def with_what_is_allowed(send: Send) -> Send:
 
 
 async def read_body(request: Request) -> bytes:
-    """Raises ApiError for one that is not JSON, too large or too slow, by its headers or before all of it has come."""
+    """Read the body. Raises ApiError as soon as it is known not to be JSON, too large or too slow."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         raise ApiError(415, f"the body is {kind!r}; needed is Content-Type: application/json")
@@ -116,8 +116,8 @@ async def read_body(request: Request) -> bytes:
     length, body = request.headers.get("content-length", ""), b""
     loop = asyncio.get_running_loop()
     began, pieces = loop.time(), request.stream()
-    too_large = ApiError(413, f"the body is larger than {MOST_BODY_BYTES:,} bytes", code="request_too_large")
-    if length.isdecimal() and int(length) > MOST_BODY_BYTES:
+    too_large = ApiError(413, f"the body is larger than {MAX_BODY_BYTES:,} bytes", code="request_too_large")
+    if length.isdecimal() and int(length) > MAX_BODY_BYTES:
         raise too_large
     try:
         while True:
@@ -126,7 +126,7 @@ async def read_body(request: Request) -> bytes:
             if piece is None:
                 return body.removeprefix(codecs.BOM_UTF8)
             body += piece
-            if len(body) > MOST_BODY_BYTES:
+            if len(body) > MAX_BODY_BYTES:
                 raise too_large
     except TimeoutError:
         raise ApiError(408, f"the body came too slowly: {len(body):,} bytes in {loop.time() - began:.0f} s") from None

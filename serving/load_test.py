@@ -1,10 +1,10 @@
-"""Load on a chat service: many clients at once, closed-loop or with Poisson arrivals; what they got, and how fast.
+"""Load test of a chat service: closed-loop clients or Poisson arrivals; counts, throughput and latencies.
 
     python -m serving.load_test --clients 32 --requests 200                       each client sends one after another
     python -m serving.load_test --rate 4 --duration 60 --prompt-tokens 30 300     4 new requests a second, lengths mixed
     python -m serving.load_test --clients 50 --requests 50 --drop 1               clients that hang up in mid-stream
 
-Every prompt begins with words of its own, so that no request reuses another's cache unless --prompt asks for it.
+Every prompt begins with random words, so that no request reuses the cache of another, except with --prompt.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from nanochat_ray.session import one_line_errors
 
-MAX_WAIT = 10.0  # seconds that a client turned away waits at most before its next request
+MAX_WAIT = 10.0  # seconds before a client that was refused sends its next request, at most
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Options:
 
 @dataclass
 class Answer:
-    """What came of one request. Times are those of time.perf_counter()."""
+    """The outcome of one request. Times are those of time.perf_counter()."""
 
     began: float
     ended: float = math.nan
@@ -181,7 +181,7 @@ async def checked(response: aiohttp.ClientResponse) -> dict:
 
 
 async def closed_loop(request: Callable, options: Options) -> list[Answer]:
-    """Clients that each send their next request when the last has ended, or when a service that was busy said."""
+    """Run clients that each send their next request when the last has ended, or after the Retry-After of a refusal."""
     numbers, answers = itertools.count(), []
     limit, deadline = limits(options)
 
@@ -198,7 +198,7 @@ async def closed_loop(request: Callable, options: Options) -> list[Answer]:
 
 
 async def open_loop(request: Callable, options: Options) -> list[Answer]:
-    """Requests whose gaps are exponentially distributed, whatever becomes of them."""
+    """Start requests at exponentially distributed intervals, without waiting for their answers."""
     rng, tasks = random.Random(options.seed), []
     limit, deadline = limits(options)
     arrival = time.perf_counter()
@@ -210,7 +210,7 @@ async def open_loop(request: Callable, options: Options) -> list[Answer]:
 
 
 def limits(options: Options) -> tuple[float, float]:
-    """How many requests, and the time by which the last one begins."""
+    """Return the number of requests, and the time until which requests may begin."""
     if options.duration is None:
         return options.requests or 64, math.inf
     return options.requests or math.inf, time.perf_counter() + options.duration

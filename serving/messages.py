@@ -1,6 +1,7 @@
-"""Messages of a conversation, and the turns that the model knows them as.
+"""Messages of a conversation in OpenAI's format, and their conversion to the model's turns.
 
-Beyond OpenAI's is an assistant message's nanochat_parts: what its calculator was asked and said, beside its text.
+An extension of OpenAI's format: nanochat_parts of an assistant's message has its calls of the calculator and their
+results beside the text.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,12 +11,12 @@ from pydantic import Field, field_validator
 
 from serving.protocol import ApiError, Body, Ignored
 
-TEXT = ("text", "input_text", "output_text", "refusal")  # names of one kind of part
-BETWEEN = "\n\n"  # texts that are joined to one turn
+TEXT = ("text", "input_text", "output_text", "refusal")  # all of these types are text
+BETWEEN = "\n\n"  # put between messages that are joined to one turn
 
 
 class Part(Body):
-    """A piece of a message's content: a text, or in an assistant's message what its calculator was asked and said."""
+    """A part of a message's content: text, or in an assistant's message a calculator's input or output."""
 
     type: Literal["text", "input_text", "output_text", "refusal", "python", "python_output"]
     text: str | None = None
@@ -66,7 +67,7 @@ class Message(Body):
     type: Ignored
 
     def parts(self, path: str) -> list[tuple[str, str]]:
-        """(kind, text), none of them empty. Raises ApiError for parts that the role cannot have."""
+        """Return (kind, text) of each part that is not empty. Raises ApiError for a part that the role can't have."""
         key = "content" if self.nanochat_parts is None else "nanochat_parts"
         content = getattr(self, key)
         if isinstance(content, str) or content is None:
@@ -87,7 +88,7 @@ class Message(Body):
 
 
 def merged(parts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Neighbours of one kind as one."""
+    """Join neighbours of the same kind."""
     joined = []
     for kind, text in parts:
         if joined and joined[-1][0] == kind:
@@ -98,14 +99,14 @@ def merged(parts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def listed(parts: Iterable[tuple[str, str]]) -> list[dict]:
-    """As JSON and the tokenizer have them."""
+    """Return the parts as dictionaries, the form of JSON and of the tokenizer."""
     return [{"type": kind, "text": text} for kind, text in parts]
 
 
 def turns_of(messages: Iterable[tuple[str, Message]]) -> list[dict]:
-    """Messages, each with its path, as turns of the user and the assistant one after the other, the user's first.
+    """Convert messages, each given with its path, to alternating turns that begin with the user.
 
-    All but the assistant's are the user's words to the model, which knows no other roles; neighbours are joined.
+    The model knows only user and assistant, so every other role becomes the user. Neighbours of one role are joined.
     """
     turns = [("user", [])]
     for path, message in messages:

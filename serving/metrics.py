@@ -1,4 +1,4 @@
-"""What the chat service counts, for Prometheus."""
+"""Metrics of the chat service, for Prometheus."""
 
 from itertools import chain
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ LATENCIES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
 
 class Metrics:
-    """What one ChatService counts; its name is the label `front`."""
+    """Metrics of one ChatService. Its name is the label `front`."""
 
     def __init__(self, front: str):
         self.registry = registry = CollectorRegistry()
@@ -23,7 +23,7 @@ class Metrics:
 
     @staticmethod
     def text(fronts: list[list[Metric]], engines: dict[str, list[dict[str, float]]]) -> bytes:
-        """In Prometheus' format: what each ChatService counts, and each replica of each model's engines."""
+        """Return the metrics of all ChatServices and of each model's engines, in Prometheus' format."""
         registry, gauges = CollectorRegistry(), {}
         for model, replicas in engines.items():
             for replica, stats in enumerate(replicas):

@@ -1,4 +1,4 @@
-"""What all endpoints have in common: errors in OpenAI's shape, bodies that are checked, JSON that any reader takes."""
+"""Shared by all endpoints: errors in OpenAI's shape, validation of bodies, strict JSON, server-sent events."""
 
 import json
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -9,7 +9,7 @@ from pydantic_core import from_json
 Ignored = Annotated[Any, Field(None, description="Taken and ignored: it changes nothing in the answer.")]
 
 
-SAID = {  # in JSON's words, where pydantic has Python's
+MESSAGES = {  # by pydantic's error type, in the terms of JSON instead of Python
     "dict_type": "Input should be an object",
     "extra_forbidden": "this field is not supported",
     "list_type": "Input should be a valid array",
@@ -18,7 +18,7 @@ SAID = {  # in JSON's words, where pydantic has Python's
 
 
 class ApiError(Exception):
-    """An answer that is not 2xx, in OpenAI's shape."""
+    """An error response in OpenAI's shape."""
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, retry: int = 0):
         super().__init__(message)
@@ -29,11 +29,11 @@ class ApiError(Exception):
 
 
 class Body(BaseModel):
-    """A JSON object of a request. null means that a field is absent; a field that is not declared is refused."""
+    """A JSON object in a request. A null field counts as absent; an undeclared field is an error."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
-    nullable: ClassVar[set[str]] = set()  # optional fields of which null is not the same as nothing
+    nullable: ClassVar[set[str]] = set()  # optional fields where null differs from absent
 
     @model_validator(mode="before")
     @classmethod
@@ -48,7 +48,7 @@ Kind = TypeVar("Kind", bound=Body)
 
 
 def parse(kind: type[Kind], body: bytes) -> Kind:
-    """Raises ApiError naming the field that is wrong, by its path."""
+    """Validate a body. Raises ApiError with the path of the wrong field."""
     try:
         given = from_json(body)
     except ValueError as error:
@@ -57,18 +57,18 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         return kind.model_validate(given)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
-        # Of a field's several types, the one that what was given comes nearest to.
+        # If a field has several types, report the errors of the type that the value matches best.
         errors = [e for e in errors if not e["type"].endswith("_type")] or errors
         deepest = max((path_of(e, given) for e in errors), key=len)
-        said = [told(e) for e in errors if path_of(e, given) == deepest]
+        said = [message_of(e) for e in errors if path_of(e, given) == deepest]
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in deepest).removeprefix(".")
-        message = " or: ".join(dict.fromkeys(said[:3]))  # one for each type that a field may have
+        message = " or: ".join(dict.fromkeys(said[:3]))  # one message per type of the field
         path, message = path[:100], message[:180]
         raise ApiError(400, f"{path}: {message}" if path else message, path or None, "invalid_value") from None
 
 
 def path_of(error: dict, given) -> tuple:
-    """Where an error is in what was given. In pydantic's own path stand the names of a union's types as well."""
+    """Return the path of an error in the body. pydantic's own path also has the names of a union's types."""
     path = []
     for i, part in enumerate(error["loc"]):
         there = part in given if isinstance(given, dict) else isinstance(given, list) and isinstance(part, int)
@@ -80,9 +80,9 @@ def path_of(error: dict, given) -> tuple:
     return tuple(path)
 
 
-def told(error: dict) -> str:
-    if error["type"] in SAID:
-        return SAID[error["type"]]
+def message_of(error: dict) -> str:
+    if error["type"] in MESSAGES:
+        return MESSAGES[error["type"]]
     return error["msg"].removeprefix("Value error, ")
 
 

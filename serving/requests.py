@@ -1,8 +1,8 @@
-"""What requests may say: OpenAI's API, as far as a small chat model has use for it, and some of vLLM's fields.
+"""Request bodies: the part of OpenAI's API that suits a small chat model, and some fields of vLLM.
 
-A model's fields are all that is taken: the schema at /openapi.json is made of them. Beyond OpenAI's are top_k, min_p,
-repetition_penalty, guided_json, guided_regex, guided_choice, structured_outputs, add_generation_prompt and
-continue_final_message.
+The fields declared here are the only ones that are accepted; /openapi.json is generated from them. Not in OpenAI's API
+are top_k, min_p, repetition_penalty, guided_json, guided_regex, guided_choice, structured_outputs,
+add_generation_prompt and continue_final_message.
 """
 
 import json
@@ -19,7 +19,7 @@ from serving.messages import Message, turns_of
 from serving.protocol import ApiError, Body, Ignored
 
 DEFAULT_MAX_TOKENS = 512
-MOST_PROMPTS = 2048
+MAX_PROMPTS = 2048
 
 
 class StreamOptions(Body):
@@ -40,7 +40,7 @@ class ResponseFormat(Body):
 
 
 class StructuredOutputs(Body):
-    """One of them."""
+    """Exactly one of these fields."""
 
     json_: Annotated[dict[str, Any] | bool | str | None, Field(alias="json")] = None
     regex: str | None = None
@@ -49,7 +49,7 @@ class StructuredOutputs(Body):
 
 
 def built(make, source, path: str) -> str:
-    """A grammar. Raises ApiError where its source has no meaning."""
+    """Return make(source), a grammar. Raises ApiError for an invalid source."""
     try:
         if make is grammar.from_json_schema and isinstance(source, str):
             source = json.loads(source)
@@ -59,7 +59,7 @@ def built(make, source, path: str) -> str:
 
 
 def format_grammar(kind: str, schema: dict | bool, path: str) -> str | None:
-    """Of a response's format: text, json_object or json_schema."""
+    """Return the grammar of a response format, or None for text. kind: text, json_object or json_schema."""
     if kind == "json_schema":
         return built(grammar.from_json_schema, schema, path)
     return grammar.json_object() if kind == "json_object" else None
@@ -68,7 +68,7 @@ def format_grammar(kind: str, schema: dict | bool, path: str) -> str | None:
 class Request(Body):
     """Fields of all endpoints. The default temperature, 0.6, suits small models; the default seed is random."""
 
-    prompt_path: ClassVar[str]  # the field that says what is to be answered
+    prompt_path: ClassVar[str]  # name of the field with the prompt
 
     model: str | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -134,7 +134,7 @@ class Request(Body):
         return None
 
     def asked_grammar(self) -> str | None:
-        """Raises ApiError for several, or one that has no meaning."""
+        """Return the grammar of the answer, or None. Raises ApiError for an invalid one, or for more than one."""
         own = self.structured_outputs or StructuredOutputs()
         given = [
             (grammar.from_json_schema, self.guided_json, "guided_json"),
@@ -162,7 +162,7 @@ class Request(Body):
         return tuple(sorted(biases.items()))
 
     def sampling(self, vocab_size: int, cache_salt: str) -> dict:
-        """The fields of SamplingParams but for max_tokens. Raises ApiError where a field has no meaning."""
+        """Return the fields of SamplingParams except max_tokens. Raises ApiError for an invalid field."""
         asked = {
             "temperature": self.sampled_temperature,
             "top_k": self.top_k,
@@ -180,10 +180,10 @@ class Request(Body):
             "grammar": self.asked_grammar(),
             "cache_salt": cache_salt or None,
         }
-        return {name: value for name, value in asked.items() if value is not None}  # of others the defaults are right
+        return {name: value for name, value in asked.items() if value is not None}  # the others keep their defaults
 
     def params(self, fields: dict, room: int) -> SamplingParams:
-        """For a prompt that leaves room for so many tokens: more are not generated, however many are asked for."""
+        """Return SamplingParams whose max_tokens is at most `room`, the tokens that the prompt leaves."""
         asked = self.asked_tokens()
         return SamplingParams(max_tokens=min(DEFAULT_MAX_TOKENS if asked is None else asked, room), **fields)
 
@@ -221,9 +221,9 @@ class CompletionRequest(Completing):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[int], Field(min_length=1)]
-        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Annotated[list[int], Field(min_length=1)]], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     echo: bool | None = None
@@ -258,7 +258,7 @@ class CompletionRequest(Completing):
         return isinstance(self.prompt, str) or isinstance(self.prompt[0], str)
 
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """Token ids, a text's after bos. Raises ApiError for ids outside the vocabulary."""
+        """Return each prompt's token ids; a text gets bos first. Raises ApiError for ids outside the vocabulary."""
         listed = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
         given = self.prompt if listed else [self.prompt]
         for i, prompt in enumerate(given):
@@ -269,7 +269,7 @@ class CompletionRequest(Completing):
 
 
 class Conversing(Request):
-    """What the model is to answer is a conversation."""
+    """Base of requests whose prompt is a conversation."""
 
     tool_choice: Literal["none", "auto"] | None = None
     tools: list[dict[str, Any]] | None = None
@@ -285,16 +285,16 @@ class Conversing(Request):
 
     @property
     def turns(self) -> list[dict]:
-        """Raises ApiError."""
+        """Return the conversation's turns. Raises ApiError for invalid messages."""
         raise NotImplementedError
 
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
-        """The one prompt: up to the assistant's next turn, or up to the end of what it has said of it already."""
+        """Return one prompt. It ends where the assistant's turn begins, or after the assistant's unfinished message."""
         turns = self.turns
         if turns[-1]["role"] == "user":
             return [tokenizer.render_for_completion({"messages": turns})]
         ids, _ = tokenizer.render_conversation({"messages": turns}, max_tokens=None)
-        return [ids[:-1]]  # without assistant_end
+        return [ids[:-1]]  # drop assistant_end
 
 
 class ChatRequest(Conversing, Completing):

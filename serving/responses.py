@@ -1,4 +1,4 @@
-"""OpenAI's Responses API, for text in and text out: what is asked, and how it is answered."""
+"""OpenAI's Responses API for text: its request body, and its answers, whole or as events."""
 
 import uuid
 from functools import cached_property
@@ -74,7 +74,7 @@ class ResponsesWriter(Writer):
 
     def __init__(self, model: str, tokenizer: Tokenizer, asked: ResponsesRequest, prompts: list[list[int]]):
         super().__init__(model, tokenizer, asked, prompts)
-        self.item_id, self.told = f"msg_{uuid.uuid4().hex}", 0
+        self.item_id, self.num_events = f"msg_{uuid.uuid4().hex}", 0
 
     @property
     def cut(self) -> bool:
@@ -123,7 +123,7 @@ class ResponsesWriter(Writer):
         return {"type": "output_text", "annotations": [], "text": text, "logprobs": logprobs}
 
     def finished(self) -> tuple[str, dict, dict]:
-        """The status, the part with the text, and the item with the part."""
+        """Return the status, the part with the text, and the item that holds the part."""
         choice, status = self.choices[0], "incomplete" if self.cut else "completed"
         part = self.part(choice.text, choice.tokens)
         return status, part, self.item(status, [part])
@@ -133,8 +133,8 @@ class ResponsesWriter(Writer):
         return self.response(status, [item])
 
     def event(self, kind: str, **fields) -> str:
-        self.told += 1
-        return event({"type": kind, "sequence_number": self.told - 1} | fields, kind)
+        self.num_events += 1
+        return event({"type": kind, "sequence_number": self.num_events - 1} | fields, kind)
 
     def of_part(self, kind: str, **fields) -> str:
         return self.event(kind, item_id=self.item_id, output_index=0, content_index=0, **fields)

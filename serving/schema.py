@@ -1,4 +1,4 @@
-"""What the service takes, for programs (/openapi.json) and for people (/docs), from the models that check requests."""
+"""The API's description, as /openapi.json and as the page /docs, generated from the models that validate requests."""
 
 from functools import cache
 from html import escape
@@ -10,14 +10,14 @@ from serving.requests import ChatRequest, CompletionRequest
 from serving.responses import ResponsesRequest
 from serving.tokens import DetokenizeRequest, TokenizeRequest
 
-ASKED = {
+POSTS = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation"),
     "/v1/completions": (CompletionRequest, "Go on from a text, or score one"),
     "/v1/responses": (ResponsesRequest, "Answer a conversation, in the shape of the Responses API"),
     "/tokenize": (TokenizeRequest, "The token ids of a text"),
     "/detokenize": (DetokenizeRequest, "The text of token ids"),
 }
-TOLD = {
+GETS = {
     "/v1/models": "The names that `model` may take; the first is the default",
     "/v1/models/{model}": "One of them",
     "/tokenizer_info": "What the first model's tokenizer calls a text's beginning and an answer's end",
@@ -25,7 +25,7 @@ TOLD = {
     "/metrics": "Figures for Prometheus",
 }
 REFUSALS = {
-    "400": "Not JSON, or a field that is wrong",
+    "400": "Invalid JSON, or a field with a wrong value",
     "401": "No valid API key",
     "403": "A host's name or a site that the service does not know",
     "404": "No such model",
@@ -51,7 +51,7 @@ class Error(BaseModel):
 @cache
 def document() -> dict:
     """OpenAPI 3.1."""
-    models = [(model, "validation") for model, _ in ASKED.values()] + [(Error, "serialization")]
+    models = [(model, "validation") for model, _ in POSTS.values()] + [(Error, "serialization")]
     refs, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
 
     def answers(**kinds) -> dict:
@@ -60,14 +60,14 @@ def document() -> dict:
         return {"200": {"description": "The answer", "content": kinds}} | refused
 
     paths = {}
-    for path, (model, said) in ASKED.items():
+    for path, (model, said) in POSTS.items():
         body = {"required": True, "content": {"application/json": {"schema": refs[model, "validation"]}}}
         kinds = {
             "application/json": {"schema": {"type": "object"}},
             "text/event-stream": {"schema": {"type": "string"}},
         }
         paths[path] = {"post": {"summary": said, "requestBody": body, "responses": answers(**kinds)}}
-    for path, said in TOLD.items():
+    for path, said in GETS.items():
         kind = {"text/plain": {"schema": {"type": "string"}}} if path == "/metrics" else {"application/json": {}}
         paths[path] = {"get": {"summary": said, "responses": answers(**kind)}}
         if "{" in path:
@@ -87,18 +87,18 @@ def document() -> dict:
 
 @cache
 def page() -> str:
-    """The document as tables, without anything from elsewhere."""
-    told = document()
+    """Return document() as a page of tables that loads nothing else."""
+    api = document()
     sections = [
-        f"<h2>{method.upper()} {escape(path)}</h2><p>{escape(operation['summary'])}</p>{fields_of(operation, told)}"
-        for path, operations in told["paths"].items()
+        f"<h2>{method.upper()} {escape(path)}</h2><p>{escape(operation['summary'])}</p>{fields_of(operation, api)}"
+        for path, operations in api["paths"].items()
         for method, operation in operations.items()
     ]
     return PAGE.format(sections="\n".join(sections))
 
 
-def fields_of(operation: dict, told: dict) -> str:
-    """A table of a body's fields; those of objects in it follow theirs."""
+def fields_of(operation: dict, api: dict) -> str:
+    """Return a table of a body's fields. The fields of a nested object follow the object."""
     if "requestBody" not in operation:
         return ""
     rows = []
@@ -110,16 +110,16 @@ def fields_of(operation: dict, told: dict) -> str:
             for inner in referred(field):
                 if inner not in above:
                     dots = f"{prefix}{name}[]." if "array" in kind_of(field) else f"{prefix}{name}."
-                    walk(told["components"]["schemas"][inner], dots, (*above, inner))
+                    walk(api["components"]["schemas"][inner], dots, (*above, inner))
 
     [root] = referred(operation["requestBody"]["content"]["application/json"]["schema"])
-    walk(told["components"]["schemas"][root], "", (root,))
+    walk(api["components"]["schemas"][root], "", (root,))
     cells = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
     return f"<table><tr><th>field</th><th>type</th></tr>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def referred(schema: dict) -> list[str]:
-    """Names of the definitions that a field's schema refers to."""
+    """Return the names of the definitions that a field's schema refers to."""
     inner = [schema.get("items"), *schema.get("anyOf", [])]
     names = [schema["$ref"].rpartition("/")[2]] if "$ref" in schema else []
     return names + [name for part in inner if isinstance(part, dict) for name in referred(part)]
@@ -138,7 +138,7 @@ BOUNDS = {
 
 
 def kind_of(schema: dict) -> str:
-    """A field's type in words."""
+    """Describe a field's type in words."""
     if "anyOf" in schema:
         return " or ".join(kind_of(part) for part in schema["anyOf"] if part.get("type") != "null")
     if "enum" in schema or "const" in schema:

@@ -1,4 +1,4 @@
-"""The service as a command starts it: on which address, on which Ray, and what it says while it runs."""
+"""Starts the service for the command line: checks the port, deploys on the connected Ray, and watches the health."""
 
 import http.client
 import json
@@ -18,7 +18,7 @@ def address(host: str, port: int) -> str:
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises OSError when it is taken."""
+    """Raise OSError if the port is taken."""
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -28,16 +28,16 @@ def check_port(host: str, port: int) -> None:
 
 
 def free_port() -> int:
-    """One of this machine alone that nobody listens on."""
+    """Return a port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
 def start(application: serve.Application, engines: int, host: str, port: int, on_cluster: bool = False) -> None:
-    """Serve it on the Ray that is connected, until Ray ends, on all hosts of a cluster.
+    """Deploy the application on the connected Ray, on a cluster with a proxy on each host.
 
-    Without room for the engines, a cluster may grow, and it waits; on one machine it raises ValueError.
+    If there is no room for all engines, a cluster waits for more hosts; one machine raises ValueError.
     """
     kind = "GPU" if has_gpus() else "CPU"
     there = int(ray.cluster_resources().get(kind, 0))
@@ -52,18 +52,18 @@ def start(application: serve.Application, engines: int, host: str, port: int, on
 
 
 def watch(host: str, port: int) -> None:
-    """Say on stdout when models are not answered any more, or are again. It goes on until it is interrupted."""
+    """Print a line when the service's health changes. Runs until it is interrupted."""
     said = "ok"
     while True:
         time.sleep(5)
-        # Who closes a connection keeps its port for a minute: if that were the service, one that is lost could not
-        # come back on it. So it isn't told `Connection: close`.
+        # Close the connection from this side, without `Connection: close`. The side that closes first keeps the port
+        # for a minute; on the service's side that would keep a restarted front from taking it again.
         with closing(http.client.HTTPConnection(host, port, timeout=15)) as connection:
             try:
                 connection.request("GET", "/health")
                 status = json.load(connection.getresponse())["status"]
             except (OSError, http.client.HTTPException, ValueError, LookupError):
-                status = "the service itself does not answer"
+                status = "the service does not answer"
         if status != said:
             print(f"warning    {status}" if status != "ok" else "serving    again", flush=True)
         said = status

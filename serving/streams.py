@@ -1,4 +1,4 @@
-"""Streams of an engine's messages, side by side or one after the other."""
+"""Combines streams of an engine's messages."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -10,9 +10,9 @@ from serving.protocol import ApiError
 
 
 async def all_of(streams: list[Callable[[], AsyncIterator[dict]]], at_once: int) -> AsyncIterator[tuple[int, dict]]:
-    """The messages of all streams as they come, each with its stream's place; so many streams at once, in their order.
+    """Yield (index of the stream, message) of all streams. `at_once` of them run at a time, in their order.
 
-    A stream that is turned away with 429 when others have been answered is asked for again.
+    A stream after the first `at_once` that is refused with 429 is started again a second later.
     """
     if len(streams) == 1:
         async with aclosing(streams[0]()) as messages:
@@ -22,7 +22,8 @@ async def all_of(streams: list[Callable[[], AsyncIterator[dict]]], at_once: int)
     news, places = asyncio.Queue(at_once), asyncio.Semaphore(at_once)
 
     async def follow(i: int) -> None:
-        # Serve's router knows calls by the request that they are made for, and would take all of these for one.
+        # Serve's router identifies calls by their request's context. Without a context of its own each, it would take
+        # all of these for one call.
         serve.context._serve_request_context.set(serve.context._RequestContext())
         async with places:
             try:

@@ -1,4 +1,4 @@
-"""Texts to token ids and back, as vLLM's clients ask for them: lm-eval counts a context's tokens by these."""
+"""/tokenize, /detokenize and /tokenizer_info as in vLLM. lm-eval uses them to count the tokens of a context."""
 
 from typing import Annotated
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from nanochat_ray.data.tokenizer import Tokenizer
-from serving.answers import LEAST_LOGPROB, Choice, completion_logprobs, finite, token_name
+from serving.answers import MIN_LOGPROB, Choice, completion_logprobs, finite, token_name
 
 REPLACED = "\N{REPLACEMENT CHARACTER}"
 
@@ -77,4 +77,4 @@ def test_no_token_is_lost_among_the_likeliest(tokenizer):
 
 
 def test_an_infinite_logprob_is_a_number_in_json():
-    assert finite(float("-inf")) == finite(float("nan")) == LEAST_LOGPROB and finite(None) is None
+    assert finite(float("-inf")) == finite(float("nan")) == MIN_LOGPROB and finite(None) is None

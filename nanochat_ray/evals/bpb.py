@@ -15,22 +15,23 @@ from nanochat_ray.train.pretrain import newest_rows
 @dataclass
 class BpbOptions:
     checkpoint: str
-    """Folder of the checkpoint, or a run folder, of which the newest is taken."""
+    """Folder of the checkpoint, or a run folder, whose newest checkpoint is used."""
     rows: str | None = None
-    """Folder of rows that prepare made with the same tokenizer; the default is the one made last."""
+    """Folder of rows or of a mixture, made by prepare with the checkpoint's tokenizer. Default: the newest."""
     eval_tokens: int = 1_048_576
-    """Validation tokens to measure on; of a mixture an equal part of each source."""
+    """Validation tokens to measure on. A mixture's sources get equal parts."""
     device_batch_size: int = 8
-    """Rows in one forward pass."""
+    """Rows per forward pass."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str | None = None
-    """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
+    """float32 or bfloat16. Default: bfloat16 if the hardware is fast at it."""
 
 
 def run(options: BpbOptions) -> dict[str, float]:
-    """{"val/bpb": …}, and of a mixture also "val/bpb/<name>" of each source.
+    """Return {"val/bpb": …}, in bits per byte. A mixture adds "val/bpb/<name>" for each source.
 
-    Raises ValueError when the rows were not made with the checkpoint's tokenizer."""
+    Raises FileNotFoundError without a checkpoint or rows, and ValueError if the checkpoint is damaged or the rows were
+    made with another tokenizer."""
     model, tokenizer, _ = load_model(options.checkpoint, options.device, options.dtype)
     folder = options.rows or newest_rows()
     made_with = storage.read_json(storage.join(folder, "manifest.json"))["tokenizer_sha256"]

@@ -1,7 +1,7 @@
-"""The CORE bundle (DCLM, arXiv:2406.11794): fetched once, then read task by task.
+"""The CORE bundle (DCLM, arXiv:2406.11794): downloads it once, and reads its tasks.
 
-A bundle is a folder: core.yaml lists the tasks, eval_meta_data.csv has what guessing scores in each, and eval_data/
-has a jsonl file for each, an example a line.
+A bundle is a folder. core.yaml lists the tasks, eval_meta_data.csv has the accuracy of guessing in each of them, and
+eval_data/ has a jsonl file per task with one example per line.
 """
 
 import csv
@@ -25,9 +25,9 @@ SHUFFLE_SEED = 1337
 
 @dataclass(frozen=True)
 class Example:
-    """One question. texts holds it in full, ended by each of its choices; texts[gold] is the right one.
+    """One question. texts has its full text with each of the choices; texts[gold] has the right one.
 
-    In language_modeling there is one text, and opening is what it says before the continuation, delimiter and all.
+    In language_modeling there is one text. opening is its part before the continuation, with the delimiter.
     """
 
     texts: list[str]
@@ -45,9 +45,9 @@ class Task:
 
 
 def fetch() -> str:
-    """The folder of the published bundle under NANOCHAT_RAY_HOME, downloaded and unpacked the first time.
+    """Return the folder of the published bundle under NANOCHAT_RAY_HOME. The first call downloads and unpacks it.
 
-    Raises OSError when it can't be downloaded (a later call goes on from there), ValueError when it is damaged.
+    Raises OSError if the download fails, and a later call resumes it. Raises ValueError if the archive is damaged.
     """
     folder = storage.join(storage.home(), "eval_bundle")
     if storage.exists(storage.join(folder, "core.yaml")):
@@ -57,7 +57,7 @@ def fetch() -> str:
     try:
         download.fetch(URL, archive)
     except (FileNotFoundError, PermissionError) as error:
-        if error.errno:  # the disk's answer, not the server's
+        if error.errno:  # an error of the local disk; the server's errors have no errno
             raise
         raise FileNotFoundError(f"{URL} can't be had: give the folder of a bundle with --bundle") from None
     try:
@@ -70,7 +70,10 @@ def fetch() -> str:
 
 
 def _unpack(archive, folder: str) -> None:
-    """Write the archive's bundle, each file checked against its CRC; core.yaml last, so it stands for all."""
+    """Write the archive's bundle to the folder, and check each file against its CRC.
+
+    core.yaml is written last, so a folder that has it is complete.
+    """
     with zipfile.ZipFile(archive) as zipped:
         names = [name for name in zipped.namelist() if not name.endswith("/")]
         roots = [PurePosixPath(name).parent for name in names if PurePosixPath(name).name == "core.yaml"]
@@ -83,9 +86,10 @@ def _unpack(archive, folder: str) -> None:
 
 
 def read_tasks(bundle_dir: str, max_per_task: int = -1, names: list[str] | None = None) -> list[Task]:
-    """The tasks of core.yaml in its order, or those of the given names; -1 takes all examples of each.
+    """Return all tasks in the order of core.yaml, or those in `names` in that order.
 
-    Raises FileNotFoundError or ValueError naming the file, and the line where there is one.
+    max_per_task limits the examples of each task; -1 takes all. Raises FileNotFoundError or ValueError with the file,
+    and with the line if there is one.
     """
     uri = storage.join(bundle_dir, "core.yaml")
     try:
@@ -102,7 +106,7 @@ def read_tasks(bundle_dir: str, max_per_task: int = -1, names: list[str] | None 
             kind, shots = entry["icl_task_type"], int(entry["num_fewshot"][0])
             data, delimiter = str(entry["dataset_uri"]), entry.get("continuation_delimiter", " ")
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"{uri}: task {name} lacks something ({_one_line(error)})") from None
+            raise ValueError(f"{uri}: task {name} has a missing or invalid field ({_one_line(error)})") from None
         if kind not in PARSERS:
             raise ValueError(f"{uri}: task {name} has icl_task_type {kind!r}, not one of {', '.join(PARSERS)}")
         data_uri = storage.join(bundle_dir, "eval_data", data)

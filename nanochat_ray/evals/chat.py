@@ -1,7 +1,7 @@
-"""ChatCORE, the chat model's score: accuracy over five tasks, centered on guessing.
+"""ChatCORE, the score of a chat model: accuracy over five tasks, centered on guessing.
 
-Multiple choice is answered by the likeliest of the letters, many questions in a forward. GSM8K and HumanEval are
-generated on the engine, all problems in its batches, and judged by the number and by running the tests.
+A multiple-choice question is answered by its most likely letter, with many questions per forward pass. For GSM8K and
+HumanEval the engine generates the answers in batches. They are judged by the final number, and by running the tests.
 """
 
 import json
@@ -40,51 +40,51 @@ TASKS = {
     "GSM8K": Task(partial(gsm8k.conversations, "test"), gsm8k.judge, 0.0, True),
     "HumanEval": Task(humaneval.conversations, humaneval.judge, 0.0, True),
 }
-# What the programs of HumanEval import; where it fails, the sandbox does, and not the model.
+# The imports of HumanEval's programs. If they fail, the sandbox is at fault and not the model.
 SANDBOX_CHECK = "import collections, functools, hashlib, heapq, itertools, math, random, re, string, typing"
 
 
 @dataclass
 class ChatCoreOptions:
     checkpoint: str
-    """Folder of the checkpoint, or a run folder, of which the newest is taken."""
+    """Folder of the checkpoint, or a run folder, whose newest checkpoint is used."""
     tasks: list[str] | None = None
-    """Some of ARC-Easy, ARC-Challenge, MMLU, GSM8K, HumanEval; the score is then their mean."""
+    """Only these of ARC-Easy, ARC-Challenge, MMLU, GSM8K, HumanEval. The score is then their mean."""
     max_problems: int | None = None
-    """Problems of each task, the first of the shuffled ones; all by default."""
+    """Problems per task, the first after shuffling. Default: all."""
     datasets_dir: str | None = None
-    """Folder with the Hub's layout (openai/gsm8k/…) to read datasets from; without it they come from the Hub."""
+    """Folder with the Hub's layout (openai/gsm8k/…) to read datasets from. Default: download them from the Hub."""
     batch_size: int = 32
-    """Problems that share a forward pass."""
+    """Problems per forward pass."""
     max_new_tokens: int = 512
-    """Longest answer, in tokens."""
+    """Maximum tokens of an answer."""
     temperature: float = 0.0
-    """0 always takes the likeliest token."""
+    """0 always takes the most likely token."""
     top_k: int | None = 50
-    """Sample among this many likeliest tokens."""
+    """Sample from this many most likely tokens."""
     out: str | None = None
-    """Folder to write chatcore.json and chatcore_answers.jsonl to; the default is the one given as --checkpoint."""
+    """Folder for chatcore.json and chatcore_answers.jsonl. Default: the folder given as --checkpoint."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     dtype: str | None = None
-    """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
+    """float32 or bfloat16. Default: bfloat16 if the hardware is fast at it."""
 
 
 @dataclass
 class ChatCoreInTraining:
     chatcore_every: int = 0
-    """Steps between ChatCORE scores, the last of them at the end; 0 for none."""
+    """Steps between ChatCORE scores. The last step is scored, too. 0 for none."""
     chatcore_max_problems: int | None = 100
-    """Problems of each task in them."""
+    """Problems per task in these scores."""
     chatcore_tasks: list[str] | None = None
-    """Some of ARC-Easy, ARC-Challenge, MMLU, GSM8K, HumanEval; the score is then their mean."""
+    """Only these of ARC-Easy, ARC-Challenge, MMLU, GSM8K, HumanEval. The score is then their mean."""
 
 
 @dataclass
 class ChatResult:
-    """By task: accuracy, accuracy centered on guessing (0) and perfection (1), and the answers in shuffled order.
+    """Per task: accuracy, centered accuracy (guessing is 0, perfection is 1), and the answers in shuffled order.
 
-    An answer is {correct, answer}; the answer of multiple choice is the letter. It is None, and wrong, where the
-    question is longer than the model's reach."""
+    An answer is {correct, answer}. For multiple choice, `answer` is the letter. If the question is longer than the
+    model's reach, `answer` is None and `correct` is False."""
 
     accuracy: dict[str, float] = field(default_factory=dict)
     centered: dict[str, float] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class ChatResult:
         return sum(self.centered.values()) / len(self.centered)
 
     def metrics(self) -> dict[str, float]:
-        """Under the names that a run logs."""
+        """Return the score and the accuracies by their names in a run's log."""
         return {"chatcore_metric": self.chatcore_metric} | {f"chatcore/{task}": a for task, a in self.accuracy.items()}
 
     def table(self) -> str:
@@ -107,18 +107,20 @@ class ChatResult:
 
 
 def run(options: ChatCoreOptions) -> ChatResult:
-    """Evaluate a checkpoint and write its answers. Raises OSError naming a dataset that can't be had."""
+    """Evaluate a checkpoint and write its answers. Raises OSError with the name of a dataset that can't be read."""
     problems = load_problems(options.tasks, options.max_problems, options.datasets_dir)
     model, tokenizer, _ = load_model(options.checkpoint, options.device, options.dtype)
     params = SamplingParams(options.max_new_tokens, options.temperature, options.top_k)
     result = evaluate_chat(model, tokenizer, problems, params, options.batch_size)
-    with measuring("writing chat.json"):
+    with measuring("writing chatcore.json"):
         save(result, options.out or options.checkpoint)
     return result
 
 
 def in_training(options: ChatCoreInTraining, datasets_dir: str | None) -> Measurement | None:
-    """ChatCORE for sft.run, or None when it is not asked for. Raises OSError or ValueError as run does."""
+    """Return the ChatCORE measurement for sft.run, or None if chatcore_every is 0.
+
+    Raises OSError or ValueError as load_problems does, and OSError if the sandbox for HumanEval does not work."""
     if options.chatcore_every <= 0:
         return None
     problems = load_problems(options.chatcore_tasks, options.chatcore_max_problems, datasets_dir)
@@ -134,8 +136,9 @@ def measure(problems: dict[str, list[dict]], model: GPT, tokenizer: Tokenizer) -
 def load_problems(
     tasks: list[str] | None = None, max_problems: int | None = None, datasets_dir: str | None = None
 ) -> dict[str, list[dict]]:
-    """The problems of each task, all tasks by default. Raises ValueError for an unknown task, OSError for one that
-    can't be had."""
+    """Return the problems of each task, by default of all tasks.
+
+    Raises ValueError for an unknown task or if max_problems is below 1, and OSError if a dataset can't be read."""
     if unknown := set(tasks or []) - set(TASKS):
         raise ValueError(f"no task {', '.join(sorted(unknown))}; there are {', '.join(TASKS)}")
     if max_problems is not None and max_problems < 1:
@@ -145,7 +148,7 @@ def load_problems(
         try:
             problems[name] = list(TASKS[name].conversations(datasets_dir=datasets_dir, size=max_problems))
         except OSError as error:
-            raise OSError(f"{name}: {error}, or leave it out: --tasks, --chatcore-tasks") from None
+            raise OSError(f"{name}: {error}, or leave the task out with --tasks or --chatcore-tasks") from None
     return problems
 
 
@@ -156,10 +159,10 @@ def evaluate_chat(
     params: SamplingParams | None = None,
     batch_size: int = 32,
 ) -> ChatResult:
-    """ChatCORE over the problems of load_problems, shared by all ranks of torch.distributed if there are any.
+    """Return the ChatCORE of a model on the problems of load_problems. All ranks of torch.distributed share them.
 
-    params: how to generate; greedy answers of up to 512 tokens by default. Raises OSError where the sandbox that
-    HumanEval needs does not work."""
+    params: how to generate; by default greedy answers of up to 512 tokens. Raises OSError if the sandbox for HumanEval
+    does not work."""
     params = params or SamplingParams(max_tokens=512, temperature=0.0)
     result = ChatResult()
     for name, conversations in problems.items():
@@ -175,7 +178,7 @@ def evaluate_chat(
         def judge(conversation: dict, text: str | None, task: Task = task) -> bool:
             return text is not None and task.judge(conversation, text)
 
-        with ThreadPoolExecutor(machine.available_cpus()) as pool:  # HumanEval's programs run side by side
+        with ThreadPoolExecutor(machine.available_cpus()) as pool:  # run HumanEval's programs in parallel
             correct = list(pool.map(judge, mine, texts))
         answers = gather([{"correct": c, "answer": text} for c, text in zip(correct, texts, strict=True)])
         too_long = sum(answer["answer"] is None for answer in answers)
@@ -192,7 +195,7 @@ def evaluate_chat(
 def generate(
     model: GPT, tokenizer: Tokenizer, conversations: list[dict], params: SamplingParams, batch_size: int
 ) -> list[str | None]:
-    """Each answer as text, tool calls included; None to a question that leaves no room for one."""
+    """Return each answer as text with its tool calls. It is None if the question leaves no room for an answer."""
     engine = Engine(model, tokenizer, batch_size)
     asked = prompts(tokenizer, conversations)
     fitting = [prompt for prompt in asked if len(prompt) < engine.manager.capacity]
@@ -202,25 +205,25 @@ def generate(
 
 @torch.inference_mode()
 def choose(model: GPT, tokenizer: Tokenizer, conversations: list[dict], batch_size: int) -> list[str | None]:
-    """Each answer's letter: of the question's letters the one with the highest logit, the first of equals.
+    """Return the letter of each question that has the highest logit, the first of equals.
 
-    None where the question is longer than the model's reach."""
+    It is None if the question is longer than the model's reach."""
     device, ids = model.cos.device, prompts(tokenizer, conversations)
     chosen: list[str | None] = [None] * len(ids)
     fitting = (i for i in range(len(ids)) if len(ids[i]) <= model.cos.size(0))
-    by_length = sorted(fitting, key=lambda i: len(ids[i]), reverse=True)  # little padding, and the most first
+    by_length = sorted(fitting, key=lambda i: len(ids[i]), reverse=True)  # for little padding; the longest first
     for start in range(0, len(by_length), batch_size):
         batch = by_length[start : start + batch_size]
         longest = len(ids[batch[0]])
-        # Padding comes after the question, where it changes nothing.
+        # Padding follows the question, so the question does not attend to it.
         idx = torch.tensor([ids[i] + [tokenizer.bos_id] * (longest - len(ids[i])) for i in batch], device=device)
         last = torch.tensor([len(ids[i]) - 1 for i in batch], device=device)
         hidden = model.hidden(idx)[torch.arange(len(batch), device=device), last]
         letters = [conversations[i]["letters"] for i in batch]
-        most = max(map(len, letters))
-        # Their tokens, the last one again where a question has fewer: argmax takes the first of equals.
+        width = max(map(len, letters))
+        # A question with fewer letters repeats its last one. This changes nothing: argmax takes the first of equals.
         tokens = [
-            [letter_token(tokenizer, letter) for letter in [*row, *row[-1:] * (most - len(row))]] for row in letters
+            [letter_token(tokenizer, letter) for letter in [*row, *row[-1:] * (width - len(row))]] for row in letters
         ]
         best = model.logits(hidden).gather(1, torch.tensor(tokens, device=device)).argmax(1)
         for i, row, place in zip(batch, letters, best.tolist(), strict=True):
@@ -229,7 +232,7 @@ def choose(model: GPT, tokenizer: Tokenizer, conversations: list[dict], batch_si
 
 
 def prompts(tokenizer: Tokenizer, conversations: list[dict]) -> list[list[int]]:
-    """Each conversation's tokens up to where the assistant's answer begins."""
+    """Return each conversation's tokens up to the beginning of the assistant's answer."""
     return [tokenizer.render_for_completion({"messages": c["messages"][:-1]}) for c in conversations]
 
 
@@ -239,7 +242,7 @@ def letter_token(tokenizer: Tokenizer, letter: str) -> int:
 
 
 def share(items: list) -> list:
-    """This rank's part: every world_size-th."""
+    """Return this rank's part of the items: every world_size-th."""
     return items[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else items
 
 
@@ -248,7 +251,7 @@ def is_first_rank() -> bool:
 
 
 def gather(mine: list) -> list:
-    """What share took apart, from all ranks, in order."""
+    """Collect the parts that share() made from all ranks, and return them in the original order."""
     if not dist.is_initialized():
         return mine
     shares = [None] * dist.get_world_size()
@@ -257,7 +260,7 @@ def gather(mine: list) -> list:
 
 
 def check_sandbox() -> None:
-    """See that ordinary programs run in the sandbox, and say what protects this machine from the others."""
+    """Check that a program can run in the sandbox, and print the layers in effect. Raises OSError if it can't."""
     result = run_program(SANDBOX_CHECK)
     if not result.passed:
         raise OSError(f"the sandbox can't run {SANDBOX_CHECK!r}: {result.error}")
@@ -266,7 +269,7 @@ def check_sandbox() -> None:
 
 
 def save(result: ChatResult, folder: str) -> None:
-    """chatcore.json with the numbers, and chatcore_answers.jsonl, a line an answer in shuffled order."""
+    """Write chatcore.json with the scores, and chatcore_answers.jsonl with a line per answer, in shuffled order."""
     numbers = {"chatcore_metric": result.chatcore_metric, "accuracy": result.accuracy, "centered": result.centered}
     storage.write_json(storage.join(folder, "chatcore.json"), numbers)
     lines = [

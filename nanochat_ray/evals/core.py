@@ -1,7 +1,8 @@
-"""CORE, the base model's score (DCLM, arXiv:2406.11794): accuracy over few-shot tasks, centered on guessing.
+"""CORE, the score of a base model (DCLM, arXiv:2406.11794): accuracy over few-shot tasks, centered on guessing.
 
-An example is run once, however many choices it has: the tokens that its choices begin with, then what each choice
-goes on with, side by side in one row and blind to each other. Rows of about the same length share a forward.
+An example takes one row of one forward pass, however many choices it has. The row holds the tokens that all choices
+begin with, then the rest of each choice; the choices do not attend to each other. Rows of similar length share a
+forward pass.
 """
 
 import copy
@@ -35,47 +36,47 @@ from nanochat_ray.train.hosts import until_started
 from nanochat_ray.train.loop import Measurement
 
 SHOTS_SEED = 1234
-FORWARD_TOKENS = {"cuda": 2**16, "cpu": 2**12}  # in one forward, padding included; one row may be longer
-HEAD_LOGITS = 2**25  # held at once: 128 MB of fp32
+FORWARD_TOKENS = {"cuda": 2**16, "cpu": 2**12}  # per forward pass, with padding; a single row may be longer
+MAX_LOGITS = 2**25  # computed at once: 128 MB of fp32
 
 
 @dataclass
 class CoreOptions:
     checkpoint: str
-    """Folder of the checkpoint, or a run folder, of which the newest is taken."""
+    """Folder of the checkpoint, or a run folder, whose newest checkpoint is used."""
     bundle: str | None = None
-    """Folder of a CORE bundle; without it the published one is downloaded, once."""
+    """Folder of a CORE bundle. Default: the published one, which is downloaded once."""
     max_per_task: int = -1
-    """Examples of each task, the first of the shuffled ones; -1 for all."""
+    """Examples per task, the first after shuffling; -1 for all."""
     tasks: list[str] | None = None
-    """Only these tasks; the score is then their mean."""
+    """Only these tasks. The score is then their mean."""
     actors: int = 0
-    """Share the work among this many Ray actors, each with a copy of the weights and a GPU or, where there are none, a
-    CPU; 0 for this process alone, on all CPUs."""
+    """Number of Ray actors that share the work. Each has a copy of the weights and a GPU, or a CPU if the cluster has
+    no GPUs. 0: this process alone, on all CPUs."""
     out: str | None = None
-    """Folder to write core.csv and core_examples.jsonl to; the default is the one given as --checkpoint."""
+    """Folder for core.csv and core_examples.jsonl. Default: the folder given as --checkpoint."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Of this process; an actor takes a GPU when the cluster has them."""
+    """Device of this process. An actor uses a GPU if the cluster has one."""
     dtype: str | None = None
-    """float32 or bfloat16; the default is bfloat16 where the hardware is fast at it."""
+    """float32 or bfloat16. Default: bfloat16 if the hardware is fast at it."""
 
 
 @dataclass
 class CoreInTraining:
     core_every: int = 0
-    """Steps between CORE scores, the last of them at the end; 0 for none."""
+    """Steps between CORE scores. The last step is scored, too. 0 for none."""
     core_max_per_task: int = 500
-    """Examples of each task in them; -1 for all."""
+    """Examples per task in these scores; -1 for all."""
     bundle: str | None = None
-    """Folder of a CORE bundle, on a disk that all workers see; without it the published one is downloaded, once."""
+    """Folder of a CORE bundle, on a disk that all workers see. Default: the published one, which is downloaded once."""
 
 
 @dataclass
 class CoreResult:
-    """By task: accuracy, accuracy centered on guessing (0) and perfection (1), and the examples in shuffled order.
+    """Per task: accuracy, centered accuracy (guessing is 0, perfection is 1), and the examples in shuffled order.
 
-    An example is {correct, gold, pred, mean_losses} with the mean loss of each choice in nats a token, and in
-    language_modeling {correct, len, start}: how many tokens it has and where its continuation starts.
+    An example is {correct, gold, pred, mean_losses}, with the mean loss of each choice in nats per token. In
+    language_modeling it is {correct, len, start}: its number of tokens, and the index where its continuation starts.
     """
 
     accuracy: dict[str, float] = field(default_factory=dict)
@@ -87,14 +88,14 @@ class CoreResult:
         return sum(self.centered.values()) / len(self.centered)
 
     def metrics(self) -> dict[str, float]:
-        """Under the names that a run logs."""
+        """Return the score and the accuracies by their names in a run's log."""
         return {"core_metric": self.core_metric} | {f"core/{task}": a for task, a in self.accuracy.items()}
 
 
 def run(options: CoreOptions) -> CoreResult:
-    """Evaluate a checkpoint and write its files. Raises OSError or ValueError naming what is missing or damaged."""
+    """Evaluate a checkpoint and write its files. Raises OSError or ValueError if something is missing or damaged."""
     folder = options.bundle or bundle.fetch()
-    if options.actors:  # the weights pass through here on their way to the actors
+    if options.actors:  # load the weights on the CPU, and send them to the actors
         on_gpus = "GPU" in ray.cluster_resources()
         device, dtype = "cpu", options.dtype or ("bfloat16" if on_gpus else None)
     else:
@@ -107,11 +108,13 @@ def run(options: CoreOptions) -> CoreResult:
 
 
 def in_training(options: CoreInTraining) -> Measurement | None:
-    """CORE for pretrain.run, or None when it is not asked for. Raises OSError or ValueError as run does."""
+    """Return the CORE measurement for pretrain.run, or None if core_every is 0.
+
+    Raises OSError or ValueError if the bundle is missing or damaged."""
     if options.core_every <= 0:
         return None
     folder = storage.absolute(options.bundle) if options.bundle else bundle.fetch()
-    bundle.read_tasks(folder, options.core_max_per_task)  # what is missing or damaged is known before the training
+    bundle.read_tasks(folder, options.core_max_per_task)  # fail before the training if the bundle is damaged
     return Measurement(options.core_every, partial(measure, folder, options.core_max_per_task), "CORE")
 
 
@@ -127,9 +130,10 @@ def evaluate_core(
     tasks: list[str] | None = None,
     actors: int = 0,
 ) -> CoreResult:
-    """CORE of a model, on `actors` Ray actors; with 0 here, shared by all ranks of torch.distributed if there are any.
+    """Return the CORE of a model, computed by `actors` Ray actors, or with 0 here, shared by all ranks.
 
-    Raises FileNotFoundError or ValueError naming the bundle's file that is missing or damaged.
+    Raises FileNotFoundError or ValueError with the file of the bundle that is missing or damaged, and ValueError if the
+    cluster has no room for the actors.
     """
     read = bundle.read_tasks(bundle_dir, max_per_task, tasks)
     score_all = Scorers(model, actors) if actors else partial(score_on_ranks, model)
@@ -142,7 +146,7 @@ def evaluate_core(
         scores = {}
         for batch, batch_scores in zip(batches, score_all([[items[i] for i in b] for b in batches]), strict=True):
             scores |= zip(batch, batch_scores, strict=True)
-        judged = [judge(task, i, item, scores[i]) if item else unread(task, i) for i, item in enumerate(items)]
+        judged = [judge(task, i, item, scores[i]) if item else judge_too_long(task, i) for i, item in enumerate(items)]
         accuracy = sum(example["correct"] for example in judged) / len(judged)
         result.examples[task.name] = judged
         result.accuracy[task.name] = accuracy
@@ -161,19 +165,19 @@ def evaluate_core(
 
 @dataclass(frozen=True)
 class Item:
-    """An example in tokens, int32 arrays: the prefix that all choices share, then each distinct branch from it.
+    """An example in tokens (int32): the prefix that all choices share, then each distinct branch that continues it.
 
-    A choice's last token is only predicted, so it is no part of its branch. For each choice, slots are the places in
-    prefix + branches (one after the other) whose next tokens are its targets.
+    For each choice, targets are the tokens to predict, and slots are the positions that predict them, as indices into
+    the prefix followed by all branches. A branch lacks its choice's last token, which is only a target.
     """
 
     prefix: np.ndarray
     branches: list[np.ndarray]
     slots: list[np.ndarray]
     targets: list[np.ndarray]
-    position: int  # of the prefix's first token
-    length: int  # tokens of the first choice, bos included, and where its targets start in them
-    start: int
+    position: int  # rotary position of the prefix's first token
+    length: int  # tokens of the first choice, with bos
+    start: int  # index of its first target
 
     @property
     def branched(self) -> int:
@@ -181,7 +185,7 @@ class Item:
 
 
 def build_items(task: Task, tokenizer: Tokenizer, model: GPT) -> list[Item | None]:
-    """Tokens of each example after its shots; None where a choice alone is longer than the model's reach."""
+    """Return the tokens of each example after its shots, or None if a choice alone is longer than the model's reach."""
     examples = task.examples
     shots = [example.texts[example.gold] + "\n\n" for example in examples]
     prompts = []
@@ -207,17 +211,18 @@ def build_items(task: Task, tokenizer: Tokenizer, model: GPT) -> list[Item | Non
 
 
 def draw_shots(index: int, num_examples: int, shots: int) -> list[int]:
-    """Which other examples are shown before example `index`; all of them when there are too few."""
+    """Return the indices of the examples to show before example `index`: all others if there are too few."""
     others = num_examples - 1
     drawn = random.Random(SHOTS_SEED + index).sample(range(others), min(shots, others))
     return [i + (i >= index) for i in drawn]
 
 
 def encode(tokenizer: Tokenizer, prompts: list[list[str]]) -> Iterator[np.ndarray]:
-    """Token ids of each prompt, bos first. Prompts come in parts, and a part is encoded once for all prompts it is in.
+    """Yield the token ids of each prompt, int32 with bos first. A prompt is a list of parts.
 
-    The split pattern always cuts between a line's end and a visible character, so parts that meet there have the
-    tokens they have in the whole text. Prompts of other parts are encoded whole.
+    A part that several prompts have is encoded once. The split pattern always cuts between the end of a line and a
+    visible character, so parts that meet there have the same tokens as in the whole text. Other prompts are encoded
+    whole.
     """
 
     def separable(parts: list[str]) -> bool:
@@ -233,7 +238,7 @@ def encode(tokenizer: Tokenizer, prompts: list[list[str]]) -> Iterator[np.ndarra
 
 
 def common_prefix(sequences: list[np.ndarray]) -> int:
-    """How many tokens all the sequences begin with."""
+    """Return the number of tokens that all sequences begin with."""
     length = min(map(len, sequences))
     differs = np.zeros(length + 1, dtype=bool)
     differs[length] = True
@@ -243,10 +248,11 @@ def common_prefix(sequences: list[np.ndarray]) -> int:
 
 
 def build_item(sequences: list[np.ndarray], starts: list[int], model: GPT) -> Item | None:
-    """One item of the choices' tokens; the targets of sequence i are its tokens from starts[i] on.
+    """Build one item from the choices' tokens. The targets of sequence i are its tokens from starts[i] on.
 
-    Of the prefix, what no target can see is left out: each layer looks back by its window, the smear by one token.
-    A sequence beyond the reach of rotary positions loses its beginning. None when its choice alone is.
+    The item omits the tokens of the prefix that no target can see: each layer looks back by its window, and the smear
+    by one token. A sequence beyond the reach of rotary positions loses its beginning. Returns None if its part after
+    the shared prefix is too long by itself.
     """
     shared = max(1, common_prefix([sequence[:-1] for sequence in sequences]))
     unseen = min(starts) - 1 - sum(model.config.window_sizes) - 1
@@ -257,7 +263,7 @@ def build_item(sequences: list[np.ndarray], starts: list[int], model: GPT) -> It
     branches, offsets, slots, width = [], {}, [], 0
     for sequence, start in zip(sequences, starts, strict=True):
         branch = sequence[shared:-1]
-        if branch.tobytes() not in offsets:  # equal choices get equal losses, to the bit: the first wins
+        if branch.tobytes() not in offsets:  # equal choices share a branch: the losses are equal, and the first wins
             offsets[branch.tobytes()] = width
             branches.append(branch)
             width += len(branch)
@@ -269,7 +275,10 @@ def build_item(sequences: list[np.ndarray], starts: list[int], model: GPT) -> It
 
 
 def make_batches(items: list[tuple[int, Item]], budget: int) -> list[list[int]]:
-    """Indices of items of about the same length, the longest first; `budget` tokens a batch, padding included."""
+    """Return batches of indices. Items of similar length share a batch of at most `budget` tokens, with padding.
+
+    The longest come first. An item that is longer than the budget is a batch by itself.
+    """
     order = sorted(items, key=lambda pair: (len(pair[1].prefix), pair[1].branched), reverse=True)
     batches, prefix, branched = [], 0, 0
     for i, item in order:
@@ -281,18 +290,18 @@ def make_batches(items: list[tuple[int, Item]], budget: int) -> list[list[int]]:
     return batches
 
 
-def unread(task: Task, index: int) -> dict:
-    """What is written of an example whose choices the model can't read."""
+def judge_too_long(task: Task, index: int) -> dict:
+    """Return the result of an example with a choice that is longer than the model's reach."""
     return {"correct": False, "gold": task.examples[index].gold, "pred": None, "mean_losses": []}
 
 
 def judge(task: Task, index: int, item: Item, scores: list[tuple[float, bool]]) -> dict:
-    """What is written of an example, from the mean loss of each choice and whether each target was the likeliest."""
+    """Return the result of an example. scores: per choice (mean loss, whether each target was the likeliest token)."""
     if task.kind == "language_modeling":
         return {"correct": scores[0][1], "len": item.length, "start": item.start}
     losses, gold = [loss for loss, _ in scores], task.examples[index].gold
-    # A choice that all others go on from has no tokens of its own and a loss of NaN: no comparison with it holds, so it
-    # wins when it is the first and loses elsewhere. Odd, but it is how published scores were made.
+    # If one choice is a prefix of all others, it has no tokens of its own and its loss is NaN. No comparison with NaN
+    # holds, so the choice wins if it is the first and loses otherwise. Published scores were computed in this way.
     pred = min(range(len(losses)), key=losses.__getitem__)
     return {"correct": pred == gold, "gold": gold, "pred": pred, "mean_losses": losses}
 
@@ -306,12 +315,12 @@ def device_of(model: GPT) -> torch.device:
 
 @torch.inference_mode()
 def score(model: GPT, items: list[Item]) -> list[list[tuple[float, bool]]]:
-    """For each choice of each item: its targets' mean loss, and whether each of them was the likeliest token."""
+    """Return for each choice of each item its mean loss, and whether every target was the most likely token."""
     packed = PackedItems(items, device_of(model))
     hidden = model.hidden(packed.idx, packed)
     targets = torch.from_numpy(np.concatenate([t for item in items for t in item.targets])).long().to(hidden.device)
     losses, likeliest = [], []
-    chunk = max(1, HEAD_LOGITS // model.config.vocab_size)
+    chunk = max(1, MAX_LOGITS // model.config.vocab_size)
     for states, wanted in zip(hidden[packed.rows, packed.slots].split(chunk), targets.split(chunk), strict=True):
         logits = model.logits(states)
         losses.append(F.cross_entropy(logits, wanted, reduction="none"))
@@ -328,17 +337,17 @@ def score(model: GPT, items: list[Item]) -> list[list[tuple[float, bool]]]:
 
 
 class PackedItems:
-    """Items as rows of one forward: prefixes, padded to the longest, then each row's branches, padded likewise.
+    """Items as rows of one forward pass: the prefixes, padded to the longest, then each row's branches, padded as well.
 
-    It is the `cache` of model.hidden, which gives the layout to the model: positions (at), the id before each, and
-    what may be seen. A branch goes on from its row's prefix and sees nothing of the other branches.
+    model.hidden takes it as `cache`. It gives the model the positions (at), the previous ids, and the attention. A
+    branch continues its row's prefix and does not attend to other branches.
     """
 
     def __init__(self, items: list[Item], device: torch.device):
         self.prefix = max(len(item.prefix) for item in items)
         shape = (len(items), self.prefix + max(item.branched for item in items))
         idx, position = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        branch = np.full(shape, -1)  # which branch of its row a token is in; 0 for the prefix, −1 for padding
+        branch = np.full(shape, -1)  # number of a token's branch; 0 for the prefix, −1 for padding
         before = np.tile(np.arange(-1, shape[1] - 1), (shape[0], 1))
         for row, item in enumerate(items):
             length, at = len(item.prefix), self.prefix
@@ -350,7 +359,7 @@ class PackedItems:
                 position[row, place] = item.position + length + np.arange(len(tokens))
                 before[row, at : at + 1] = length - 1
                 at += len(tokens)
-        previous = np.take_along_axis(idx, before.clip(min=0), axis=1)  # of the first, which has none, not looked at
+        previous = np.take_along_axis(idx, before.clip(min=0), axis=1)  # the entry of a first token is not used
         self.idx, self.at, self.branch, self.previous = (
             torch.from_numpy(array).to(device) for array in (idx, position, branch, previous)
         )
@@ -358,11 +367,12 @@ class PackedItems:
         sizes = [sum(map(len, item.slots)) for item in items]
         self.slots = torch.from_numpy(np.concatenate(shift)).to(device)
         self.rows = torch.from_numpy(np.repeat(np.arange(len(items)), sizes)).to(device)
-        self.masks = {}  # by window: the layers share a few
+        self.masks = {}  # by window, because many layers have the same
 
     def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-        """q (B, T, H, D), k and v (B, T, K, D) to (B, T, H, D). The prefixes attend as in training; padding after
-        them is seen by no real token."""
+        """Attend with q (B, T, H, D), k and v (B, T, K, D). Returns (B, T, H, D).
+
+        Prefixes attend as in training. No real token attends to the padding after them."""
         P = self.prefix
         y = attention(q[:, :P], k[:, :P], v[:, :P], window)
         if q.size(1) == P:
@@ -378,7 +388,7 @@ class PackedItems:
 
 
 def score_on_ranks(model: GPT, batches: list[list[Item]]) -> list[list]:
-    """Score batches here; with torch.distributed each rank scores its share, and all get all scores."""
+    """Return the scores of the batches. With torch.distributed each rank scores a share, and every rank gets all."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     scores = {i: score(model, batches[i]) for i in range(rank, len(batches), world_size)}
     if world_size > 1:
@@ -390,33 +400,33 @@ def score_on_ranks(model: GPT, batches: list[list[Item]]) -> list[list]:
 
 @ray.remote(max_restarts=3, max_task_retries=3)
 class Scorer:
-    """Scores batches somewhere in the cluster, with a copy of the weights."""
+    """Ray actor that scores batches with its own copy of the weights."""
 
     def __init__(self):
-        torch.set_num_threads(1)  # sums round as they are split: so they don't depend on how many actors share the CPUs
+        torch.set_num_threads(1)  # rounding depends on the threads: with one, any number of actors gives the same sums
         self.model: GPT | None = None
 
     def started(self) -> None:
         pass
 
     def score(self, model: list[ray.ObjectRef], items: list[Item]) -> list:
-        if self.model is None:  # with the first batch: an actor that starts again finds its weights there too
+        if self.model is None:  # each batch brings the reference, so a restarted actor finds its weights, too
             self.model = ray.get(model[0]).to("cuda" if ray.get_gpu_ids() else "cpu")
         return score(self.model, items)
 
 
 class Scorers:
-    """Ray actors that score batches, each taking the next one when it is free. They end with this object.
+    """Ray actors that score batches. A free actor takes the next batch. The actors end with this object.
 
-    Those that have not started yet, as others hold what they need, are not waited for, but for the first.
-    Raises ValueError when the cluster has no room for so many.
+    Work begins when the first actor has started. The others join later, when the resources that they need are free.
+    Raises ValueError if there are more actors than GPUs, or than CPUs in a cluster without GPUs.
     """
 
     def __init__(self, model: GPT, count: int):
         resources = ray.cluster_resources()
         kind = "GPU" if resources.get("GPU") else "CPU"
         if count > resources[kind]:
-            raise ValueError(f"{count} actors on {resources[kind]:.0f} {kind}s: give at most one a {kind}")
+            raise ValueError(f"{count} actors on {resources[kind]:.0f} {kind}s: give at most one per {kind}")
         self.kind, self.count = kind, count
         self.model = ray.put(model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu())
         scorer = Scorer.options(num_cpus=1, num_gpus=1 if kind == "GPU" else 0)
@@ -434,16 +444,16 @@ class Scorers:
             yield self.pool.get_next()
 
     def _admit(self) -> None:
-        """Take the actors that have started into the pool."""
+        """Add the actors that have started to the pool."""
         for started in ray.wait(list(self.starting), num_returns=len(self.starting), timeout=0)[0]:
             self.pool.push(self.starting.pop(started))
 
 
-# What is written
+# Writing the results
 
 
 def save(result: CoreResult, folder: str) -> None:
-    """core.csv, a line a task and one for CORE, and core_examples.jsonl, a line an example in shuffled order."""
+    """Write core.csv with a line per task and one for CORE, and core_examples.jsonl with a line per example."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["task", "examples", "accuracy", "centered"])

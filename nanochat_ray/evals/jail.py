@@ -1,8 +1,8 @@
-"""The inside of sandbox.py: reads a program from stdin, locks itself up, runs it, writes to stdout how it went.
+"""The process that sandbox.py starts: reads a program from stdin, runs it in isolation, writes the outcome to stdout.
 
-Started as `python -I -S jail.py FOLDER TIMEOUT MEMORY_MB LAYERS`. The guard (this process) forks the prisoner, which
-gives up all it can and then runs the program; the guard, out of its reach, reads its output and ends it in time. Only
-the standard library, and the light part of it: starting up is most of what a run costs.
+Usage: `python -I -S jail.py FOLDER TIMEOUT MEMORY_MB LAYERS`. This process forks a child, which drops its privileges
+and then runs the program. The parent is out of the program's reach. It reads the child's output and kills it at the
+deadline. Only light modules of the standard library are imported, because most of the time of a run is its start.
 """
 
 import ctypes
@@ -14,10 +14,10 @@ import time
 from types import ModuleType
 
 NOBODY = 65534
-SCRATCH_BYTES = 16 * 2**20  # what a program may write
-OUTPUT_BYTES = 64 * 2**10  # what is kept of what it prints; the rest is read and thrown away
-STATUS_BYTES = 4 * 2**10
-SYSTEM_PATHS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix)  # what Python needs to run
+MAX_SCRATCH_BYTES = 16 * 2**20  # bytes of the program's files
+MAX_OUTPUT_BYTES = 64 * 2**10  # bytes of the output that are kept; the rest is dropped
+MAX_STATUS_BYTES = 4 * 2**10
+SYSTEM_PATHS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix)  # Python needs them to run
 
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x20000, 0x4000000, 0x8000000, 0x10000000
 CLONE_NEWPID, CLONE_NEWNET = 0x20000000, 0x40000000
@@ -26,10 +26,10 @@ MOUNT_ATTR_READ_ONLY_NOSUID_NODEV, AT_FDCWD, AT_RECURSIVE = 1 | 2 | 4, -100, 0x8
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 1, 22, 38, 2
 SYS_MOUNT_SETATTR, SYS_LANDLOCK_CREATE, SYS_LANDLOCK_ADD, SYS_LANDLOCK_RESTRICT = 442, 444, 445, 446
 LANDLOCK_VERSION, LANDLOCK_PATH_BENEATH = 1, 1
-LANDLOCK_READ_FILE, LANDLOCK_READ = 0b0101, 0b1101  # execute and read files; list folders too
+LANDLOCK_READ_FILE, LANDLOCK_READ = 0b0101, 0b1101  # execute and read files; the second also lists folders
 SIGKILL = 9
 
-# Denied system calls, as numbers on x86_64 and aarch64.
+# Denied system calls: their numbers on x86_64 and aarch64.
 DENIED = {
     # the network
     "socket": (41, 198),
@@ -37,14 +37,14 @@ DENIED = {
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
-    # more processes, or other programs
+    # new processes and programs
     "fork": (57, None),
     "vfork": (58, None),
     "clone": (56, 220),
     "clone3": (435, 435),
     "execve": (59, 221),
     "execveat": (322, 281),
-    # the processes of others
+    # effects on other processes
     "kill": (62, 129),
     "tkill": (200, 130),
     "tgkill": (234, 131),
@@ -72,7 +72,7 @@ DENIED = {
     "sched_setattr": (314, 274),
     "migrate_pages": (256, 238),
     "move_pages": (279, 239),
-    # owners, modes and times of files, which landlock leaves alone
+    # owners, modes and times of files, because landlock does not restrict them
     "chmod": (90, None),
     "fchmod": (91, 52),
     "fchmodat": (268, 53),
@@ -91,12 +91,12 @@ DENIED = {
     "removexattr": (197, 14),
     "lremovexattr": (198, 15),
     "fremovexattr": (199, 16),
-    # These watch what others do with files, and hold locks that others wait for.
+    # watching the file accesses of other processes, and locks that they wait for
     "inotify_init": (253, None),
     "inotify_init1": (294, 26),
     "fanotify_init": (300, 262),
     "flock": (73, 32),
-    # memory that RLIMIT_AS does not count, and memory, queues and semaphores of others
+    # memory that RLIMIT_AS does not count, and the shared memory, queues and semaphores of others
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
@@ -116,7 +116,7 @@ DENIED = {
     "mq_timedreceive": (243, 183),
     "mq_notify": (244, 184),
     "mq_getsetattr": (245, 185),
-    # the kernel's large doors
+    # kernel interfaces with a large attack surface
     "unshare": (272, 97),
     "setns": (308, 268),
     "mount": (165, 40),
@@ -131,8 +131,8 @@ DENIED = {
     "keyctl": (250, 219),
     "syslog": (103, 116),
 }
-# System calls of many commands: numbers, which argument is the command, and those that are allowed. Others make the
-# kernel signal another process, or lock what that one uses.
+# System calls with many commands: (numbers, index of the argument with the command, allowed commands). Other commands
+# can make the kernel signal another process, or lock a file that it uses.
 ALLOWED_COMMANDS = {
     "fcntl": ((72, 25), 1, {"F_DUPFD": 0, "F_GETFD": 1, "F_SETFD": 2, "F_GETFL": 3, "F_DUPFD_CLOEXEC": 1030}),
     "ioctl": (
@@ -154,18 +154,18 @@ def main() -> None:
     layers = sys.argv[4].split(",") if sys.platform == "linux" else []
     code = sys.stdin.buffer.read()
     protection = []
-    if "namespaces" in layers and works(enter_namespaces, folder):
+    if "namespaces" in layers and attempt(enter_namespaces, folder):
         protection.append("namespaces")
     token = os.urandom(16).hex().encode()
     output, stdout = os.pipe()
     status, report = os.pipe()
     pid = os.fork()
     if pid == 0:
-        imprison(folder, timeout, memory_mb, layers, protection, stdout, report)
+        confine(folder, timeout, memory_mb, layers, protection, stdout, report)
         run(code, token)
     os.close(stdout)
     os.close(report)
-    ready = os.read(status, STATUS_BYTES)  # the program's time begins now, however slow the machine is to get here
+    ready = os.read(status, MAX_STATUS_BYTES)  # wait until the child is confined: the timeout begins here
     printed, reported, ended = watch(pid, output, status, time.monotonic() + timeout)
     names, _, verdict = (ready + reported).partition(b"\n")
     if verdict == token:
@@ -179,17 +179,17 @@ def main() -> None:
     sys.stdout.buffer.write(b"\0".join([names, error.replace(b"\0", b" "), printed]))
 
 
-def works(layer, *args) -> bool:
-    """Whether the kernel lets the layer be put on."""
+def attempt(function, *args) -> bool:
+    """Call function(*args). Return False if the system refuses it."""
     try:
-        layer(*args)
+        function(*args)
     except (OSError, ValueError, AttributeError):  # refused, or not Linux
         return False
     return True
 
 
 def call(function: str, *args) -> int:
-    """A function of libc. Raises OSError when it returns -1."""
+    """Call a function of libc and return its result. Raises OSError if it is -1."""
     args = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
     if (result := getattr(libc, function)(*args)) == -1:
         raise OSError(ctypes.get_errno(), f"{function}: {os.strerror(ctypes.get_errno())}")
@@ -197,8 +197,9 @@ def call(function: str, *args) -> int:
 
 
 def enter_namespaces(folder: str) -> None:
-    """Processes, network, IPC and mounts of its own; in folder a file system of the system folders, read-only, and
-    an empty /tmp. Without root's rights it takes a user namespace."""
+    """Enter new namespaces of processes, network, IPC, host name and mounts; without root's rights also of users.
+
+    Mount a file system in `folder` that has the system folders, read-only, and an empty /tmp."""
     uid, gid = os.geteuid(), os.getegid()
     spaces = CLONE_NEWNS | CLONE_NEWPID | CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS
     try:
@@ -221,51 +222,51 @@ def enter_namespaces(folder: str) -> None:
         call("mount", path.encode(), inside.encode(), None, MS_BIND | MS_REC, None)
     attributes = (ctypes.c_uint64 * 4)(MOUNT_ATTR_READ_ONLY_NOSUID_NODEV)
     call("syscall", SYS_MOUNT_SETATTR, AT_FDCWD, folder.encode(), AT_RECURSIVE, attributes, ctypes.sizeof(attributes))
-    mount_tmpfs(f"{folder}/tmp", SCRATCH_BYTES, f"nr_inodes=1024,mode=700,uid={NOBODY},gid={NOBODY}")
+    mount_tmpfs(f"{folder}/tmp", MAX_SCRATCH_BYTES, f"nr_inodes=1024,mode=700,uid={NOBODY},gid={NOBODY}")
 
 
 def mount_tmpfs(folder: str, size: int, options: str) -> None:
     call("mount", b"tmpfs", folder.encode(), b"tmpfs", MS_NOSUID | MS_NODEV, f"size={size},{options}".encode())
 
 
-def imprison(folder: str, timeout: float, memory_mb: int, layers, protection: list[str], stdout: int, report: int):
-    """Give up everything the program has no need of, and report which layers are in force."""
-    os.setsid()  # kill(0) reaches the process group, whatever namespace its other members are in
+def confine(folder: str, timeout: float, memory_mb: int, layers, protection: list[str], stdout: int, report: int):
+    """Drop everything that the program does not need, and write the names of the layers in effect to `report`."""
+    os.setsid()  # leave the process group: kill(0) would reach its other members, even in another namespace
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(stdout, 1)
     os.dup2(stdout, 2)
     os.dup2(report, 3)
     os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     if "namespaces" in protection:
-        os.chroot(folder)  # also forbids user namespaces within
+        os.chroot(folder)  # also forbids new user namespaces
         folder = "/tmp"
     os.chdir(folder)
     os.environ.update(HOME=folder, TMPDIR=folder)
-    works(become_nobody, folder)
-    works(call, "capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())  # no capabilities
-    works(call, "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    works(call, "prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)  # after the change of user, which takes it back
-    if "namespaces" not in protection and "landlock" in layers and works(restrict_files, folder):
+    attempt(become_nobody, folder)
+    attempt(call, "capset", (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)())  # no capabilities
+    attempt(call, "prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    attempt(call, "prctl", PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)  # after the change of user, which would reset it
+    if "namespaces" not in protection and "landlock" in layers and attempt(restrict_files, folder):
         protection.append("landlock")
     limits = {
         "AS": memory_mb * 2**20,
         "CPU": int(timeout) + 1,
-        "FSIZE": SCRATCH_BYTES,
+        "FSIZE": MAX_SCRATCH_BYTES,
         "NOFILE": 64,
-        "NPROC": 0,  # no process or thread beside itself, so that the limit of memory is one of all it uses
+        "NPROC": 0,  # no other process or thread, so that the memory limit covers everything
         "CORE": 0,
     }
     for name, limit in limits.items():
-        works(resource.setrlimit, getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-    if "seccomp" in layers and works(deny_system_calls):
+        attempt(resource.setrlimit, getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+    if "seccomp" in layers and attempt(deny_system_calls):
         protection.append("seccomp")
     if os.geteuid() == 0 and "seccomp" not in protection:
-        raise OSError("the limit of processes does not hold root, and this kernel has no seccomp: run as another user")
+        raise OSError("the process limit does not apply to root, and this kernel has no seccomp: run as another user")
     os.write(3, " ".join([*protection, "limits"]).encode() + b"\n")
 
 
 def become_nobody(folder: str) -> None:
-    """From root to a user who owns nothing but folder, if that one can read Python's library."""
+    """As root, change to the user nobody, who owns only the folder, if that user can read Python's library."""
     if os.geteuid() != 0:
         return
     os.seteuid(NOBODY)
@@ -279,10 +280,10 @@ def become_nobody(folder: str) -> None:
 
 
 def restrict_files(folder: str) -> None:
-    """Landlock (docs.kernel.org/userspace-api/landlock.html): read what Python needs, write in folder, no more."""
+    """Apply Landlock (docs.kernel.org/userspace-api/landlock.html): read what Python needs, write only in folder."""
     version = call("syscall", SYS_LANDLOCK_CREATE, None, 0, LANDLOCK_VERSION)
-    rights = (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1  # on files; each version added some
-    tcp, scopes = [0b11] * (version >= 4), [0b11] * (version >= 6)  # connections, signals to processes outside
+    rights = (1 << (13, 14, 15, 15, 16)[min(version, 5) - 1]) - 1  # rights on files; each version added some
+    tcp, scopes = [0b11] * (version >= 4), [0b11] * (version >= 6)  # TCP; abstract sockets and signals to outside
     handled = (ctypes.c_uint64 * (1 + len(tcp + scopes)))(rights, *tcp, *scopes)
     ruleset = call("syscall", SYS_LANDLOCK_CREATE, handled, ctypes.sizeof(handled), 0)
     for path in filter(os.path.exists, (*SYSTEM_PATHS, folder)):
@@ -296,7 +297,9 @@ def restrict_files(folder: str) -> None:
 
 
 def deny_system_calls() -> None:
-    """A seccomp filter: what is DENIED or no ALLOWED_COMMAND fails with EPERM; another architecture's calls kill."""
+    """Install a seccomp filter. DENIED calls, and commands that are not in ALLOWED_COMMANDS, fail with EPERM.
+
+    A call of another architecture kills the process."""
     machine = os.uname().machine
     if machine not in AUDIT_ARCH:
         raise OSError(f"no system call numbers for {machine}")
@@ -312,7 +315,7 @@ def deny_system_calls() -> None:
         block = [(load, 0, 0, 16 + 8 * argument)]  # the lower half of 64 bits
         for command in commands.values():
             block += [(equal, 0, 1, command), (result, 0, 0, allow)]
-        if numbers == ALLOWED_COMMANDS["fcntl"][0]:  # a file's flags, but not the one that asks for signals
+        if numbers == ALLOWED_COMMANDS["fcntl"][0]:  # set a file's flags, except O_ASYNC, which requests signals
             block += [(equal, 0, 3, F_SETFL), (load, 0, 0, 32), (any_bit, 1, 0, O_ASYNC), (result, 0, 0, allow)]
         block.append((result, 0, 0, fail_with_eperm))
         program += [(equal, 0, len(block), numbers[column]), *block]
@@ -327,42 +330,42 @@ def deny_system_calls() -> None:
 
 
 def run(code: bytes, token: bytes):
-    """Import the program as a module: what it does only as __main__, as a demo, is left out.
+    """Run the program as a module named "program". Code for __main__, such as a demo, does not run.
 
-    Only one that comes to its end writes the token. This file's own names are out of its sight."""
+    Only a program that runs to its end writes the token. It cannot see the names in this file."""
     module = sys.modules["program"] = sys.modules["__main__"] = ModuleType("program")
     try:
         exec(compile(code, "<program>", "exec"), module.__dict__)
     except BaseException as error:
-        verdict = f"{type(error).__name__}: {error}"[:STATUS_BYTES]
-        works(lambda: sys.stdout.flush())
+        verdict = f"{type(error).__name__}: {error}"[:MAX_STATUS_BYTES]
+        attempt(lambda: sys.stdout.flush())
         os.write(3, verdict.encode(errors="replace"))
         os._exit(1)
-    works(lambda: sys.stdout.flush())  # whatever the program made of it
+    attempt(lambda: sys.stdout.flush())  # the program may have closed or replaced it
     os.write(3, token)
     os._exit(0)
 
 
 def watch(pid: int, output: int, status: int, deadline: float) -> tuple[bytes, bytes, int | None]:
-    """Read what the prisoner says until it ends, or end it at the deadline.
+    """Read the child's output and status until it ends. Kill it at the deadline.
 
-    Returns its output, its status line, and its wait status (None when it had to be killed)."""
+    Returns the output, the status, and the wait status, which is None if the child was killed here."""
     kept = {output: b"", status: b""}
-    most = {output: OUTPUT_BYTES, status: STATUS_BYTES}
+    limits = {output: MAX_OUTPUT_BYTES, status: MAX_STATUS_BYTES}
     open_pipes, ended = {output, status}, None
     while ended is None and (left := deadline - time.monotonic()) > 0:
-        if not open_pipes:  # closed by an exit, or by a program that closes its files and goes on
+        if not open_pipes:  # the child has ended, or has closed its files and goes on
             time.sleep(min(left, 0.001))
         for pipe in select.select(open_pipes, [], [], left)[0] if open_pipes else []:
             data = os.read(pipe, 2**16)
-            kept[pipe] = (kept[pipe] + data)[: most[pipe]]
+            kept[pipe] = (kept[pipe] + data)[: limits[pipe]]
             if not data:
                 open_pipes.remove(pipe)
         if not open_pipes:
             done, wait_status = os.waitpid(pid, os.WNOHANG)
             ended = wait_status if done else None
     if ended is None:
-        os.kill(pid, SIGKILL)  # and with the first process of its namespace all others
+        os.kill(pid, SIGKILL)  # with the first process of a namespace, all others are killed
         os.waitpid(pid, 0)
     return kept[output], kept[status], ended
 

@@ -1,16 +1,16 @@
-"""Runs a program that a model wrote where it can do no harm: a process of its own, locked up by jail.py.
+"""Runs a program that a model wrote in a process of its own, which jail.py isolates from the machine.
 
-A program is imported as a module, not run as __main__. It is killed after 5 s, has 256 MB, no network, no other process
-or thread, an empty folder as the only place to write to, and nothing of this process's environment or descriptors.
-Limits are kept everywhere; three more layers are put on where the kernel has them, and the result says which are in
-force:
-- namespaces: it sees no process but itself, no network, and of the disk only Python and the system's libraries.
-- landlock, where namespaces are refused (containers mostly do): the same of the disk.
+A program is imported as a module, not run as __main__. It is killed after 5 s. It gets 256 MB, no other process or
+thread, an empty working folder, and neither the environment nor the file descriptors of this process. These limits
+always apply. Three more layers apply where the kernel supports them, and the result names the layers in effect:
+- namespaces: the program sees no other process, no network, and of the disk only Python and the system's libraries. It
+  can write only to its folder.
+- landlock, if namespaces are refused, as in most containers: the same restriction of the disk.
 - seccomp: no sockets, no new processes, no signals or ptrace to others, no mounts, no shared memory, locks or leases;
-  of fcntl, ioctl and prctl only the commands that a program on its own needs.
-With neither of the first two it may read and write files as this user may (started by root, as nobody if nobody may
-read Python's library). This guards the machine, not the score: a program that is out to deceive shares its process with
-its tests.
+  of fcntl, ioctl and prctl only the commands that a program needs for itself.
+Without the first two, the program may read and write files as this user may. If root starts it, it runs as nobody,
+provided that nobody may read Python's library. The sandbox protects the machine, not the score: a program that wants
+to cheat shares its process with its tests.
 """
 
 import os
@@ -22,25 +22,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LAYERS = ("namespaces", "landlock", "seccomp")
-START_SECONDS = 60  # a busy machine may need long to start Python
+START_SECONDS = 60  # at most, to start Python on a busy machine
 JAIL = Path(__file__).with_name("jail.py")
 
 
 @dataclass(frozen=True)
 class SandboxResult:
-    passed: bool  # the program came to its end
-    error: str  # why it did not: "AssertionError: …", "timed out after 5 s", "killed by signal 11"
+    passed: bool  # the program ran to its end
+    error: str  # why it did not, such as "AssertionError: …", "timed out after 5 s", "killed by signal 11"
     output: str  # the first 64 KiB of stdout and stderr
-    protection: str  # the layers in force, such as "namespaces seccomp limits"
+    protection: str  # the layers in effect, such as "namespaces seccomp limits"
 
 
 def run_program(
     code: str, timeout: float = 5.0, memory_mb: int = 256, layers: tuple[str, ...] = LAYERS
 ) -> SandboxResult:
-    """Run Python code; whatever it does is in the result.
+    """Run Python code and return its outcome. timeout is in seconds.
 
-    layers: those to put on if the kernel can; leave some out to see what the others hold. Raises OSError when the
-    sandbox itself does not work on this machine.
+    layers: the layers to apply if the kernel supports them. Tests leave some out to check the others. Raises OSError if
+    the sandbox itself does not work on this machine.
     """
     folder = tempfile.mkdtemp(prefix="sandbox_")
     command = [sys.executable, "-I", "-S", str(JAIL), folder, str(timeout), str(memory_mb), ",".join(layers)]
@@ -49,7 +49,7 @@ def run_program(
         process = subprocess.Popen(
             command, stdin=pipe, stdout=pipe, stderr=pipe, cwd=folder, env={}, start_new_session=True
         )
-        try:  # the jail ends the program in time: beyond it, only its start can take long
+        try:  # the jail enforces the timeout; only its start can take longer
             answer, trouble = process.communicate(code.encode(errors="replace"), timeout + START_SECONDS)
         except subprocess.TimeoutExpired:
             raise OSError(f"the sandbox did not start within {START_SECONDS} s") from None

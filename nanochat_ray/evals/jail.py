@@ -15,7 +15,7 @@ from types import ModuleType
 
 NOBODY = 65534
 MAX_SCRATCH_BYTES = 16 * 2**20  # bytes of the program's files
-MAX_OUTPUT_BYTES = 64 * 2**10  # bytes of the output that are kept; the rest is dropped
+MAX_OUTPUT_BYTES = 64 * 2**10  # bytes of output to keep; the rest is dropped
 MAX_STATUS_BYTES = 4 * 2**10
 SYSTEM_PATHS = ("/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix)  # Python needs them to run
 

@@ -1,4 +1,4 @@
-"""What a model is taught and asked: each task has conversations(...) and judge(conversation, answer_text) -> bool."""
+"""Tasks to train and evaluate on. Each has conversations(...), and most judge(conversation, answer_text) -> bool."""
 
 import sys
 from collections.abc import Iterator
@@ -18,26 +18,26 @@ class MixtureOptions:
     mixture: Literal["hub", "offline"] = "hub"
     """hub: SmolTalk, MMLU, GSM8K and spelling. offline: docstrings, arithmetic and spelling, which need no network."""
     datasets_dir: str | None = None
-    """Folder with the Hub's layout (openai/gsm8k/…) to read datasets from; without it they come from the Hub."""
+    """Folder with the Hub's layout (openai/gsm8k/…) to read datasets from. Default: download them from the Hub."""
     smoltalk_epochs: int = 1
-    """How many times SmolTalk is in the hub mixture; 0 leaves it out, here as below."""
+    """Copies of SmolTalk in the hub mixture; 0 leaves it out."""
     mmlu_epochs: int = 3
-    """How many times MMLU's auxiliary_train is in it."""
+    """Copies of MMLU's auxiliary_train in the hub mixture; 0 leaves it out."""
     gsm8k_epochs: int = 4
-    """How many times GSM8K's train is in it."""
+    """Copies of GSM8K's train split in the hub mixture; 0 leaves it out."""
     arc_epochs: int = 0
-    """How many times the train splits of ARC-Easy and ARC-Challenge are in it."""
+    """Copies of the train splits of ARC-Easy and ARC-Challenge in the hub mixture; 0 leaves them out."""
     spelling: int = 80_000
-    """Conversations in it about the letters of words."""
+    """Conversations about the letters of words in the hub mixture."""
     conversations: list[str] = field(default_factory=list)
-    """Your own conversations, NAME=WEIGHT of each source. NAME is a file, a folder or a pattern (jsonl, json, parquet,
-    arrow or csv; text also as .gz, .zst, .bz2 or .xz), or hub:owner/name[:config[:split]] for a data set of the Hub.
-    The columns tell the format: OpenAI's (messages), ShareGPT's (conversations) or Alpaca's (instruction, input,
-    output). WEIGHT is how often each conversation comes: 3 is three times, 0.5 is half of them, which a seed chooses;
-    without it once. Only these are learned, and every 20th is kept for validation. If one NAME is `mixture` they are
-    added to --mixture instead, whose validation is then the only one."""
+    """Your own conversations, as NAME=WEIGHT for each source. NAME is a file, a folder or a pattern (jsonl, json,
+    parquet, arrow or csv; text also as .gz, .zst, .bz2 or .xz), or hub:owner/name[:config[:split]] for a data set of
+    the Hub. The columns tell the format: OpenAI's (messages), ShareGPT's (conversations) or Alpaca's (instruction,
+    input, output). WEIGHT is the number of copies of each conversation, by default 1; 0.5 takes half of them, chosen
+    by a seed. The model learns only these conversations, and every 20th is kept for validation. If one NAME is
+    `mixture`, they are added to --mixture instead, and all validation data comes from it."""
     max_rows: int | None = None
-    """Conversations taken of each of the mixture's datasets, before they are repeated; all by default."""
+    """Maximum conversations from each of the mixture's datasets, before they are copied. Default: all."""
 
     @property
     def has_mixture(self) -> bool:
@@ -45,20 +45,20 @@ class MixtureOptions:
 
     @property
     def needs_ray(self) -> bool:
-        """Whether docstrings are read, which Ray collects."""
+        """Whether the mixture has docstrings, because Ray collects them."""
         return self.has_mixture and self.mixture == "offline"
 
 
 def sft_conversations(options: MixtureOptions) -> dict[str, Conversations]:
-    """{"train", "val"}: the mixture, one's own conversations, or both, in an order that is the same every time.
+    """Return {"train", "val"}: the mixture, the user's own conversations, or both, always in the same order.
 
-    Raises OSError naming what can't be had, ValueError for conversations that can't be used."""
+    Raises OSError with the name of a source that can't be read, and ValueError if conversations can't be used."""
     splits = {"train": Conversations(), "val": Conversations()}
-    for source, weight in [own.parse(argument) for argument in options.conversations]:  # all, before the first is read
+    for source, weight in [own.parse(argument) for argument in options.conversations]:  # check all before reading one
         if source != own.MIXTURE:
             mine = own.conversations(source, options.datasets_dir)
             if not options.has_mixture:
-                mine = _holding_out(mine, splits["val"])
+                mine = _hold_out(mine, splits["val"])
             splits["train"].add(mine, times=weight)
     for split, mixed in splits.items():
         if not options.has_mixture:
@@ -70,8 +70,8 @@ def sft_conversations(options: MixtureOptions) -> dict[str, Conversations]:
     return splits
 
 
-def _holding_out(conversations: Iterator[dict], val: Conversations) -> Iterator[dict]:
-    """The conversations without every 20th of them, which goes to `val`; the second one is the first of those."""
+def _hold_out(conversations: Iterator[dict], val: Conversations) -> Iterator[dict]:
+    """Yield the conversations, but add every 20th to `val` instead, beginning with the second."""
     for i, conversation in enumerate(conversations):
         if i % VAL_EVERY == 1:
             val.add([conversation])
@@ -80,14 +80,15 @@ def _holding_out(conversations: Iterator[dict], val: Conversations) -> Iterator[
 
 
 def hub_mixture(split: str, options: MixtureOptions, mixed: Conversations | None = None) -> Conversations:
-    """Conversations of the Hub's datasets, mixed in an order that is the same every time.
+    """Return conversations of the Hub's datasets, always mixed in the same order.
 
-    split: "train", a dataset as often as the options say, or "val": once, in about the same proportions. mixed: others,
-    to which they are added. Raises OSError naming the dataset that can't be had."""
+    split: "train" has the copies of each dataset that the options set; "val" has one copy, in about the same
+    proportions. mixed: other conversations, to which these are added. Raises OSError with the name of a dataset that
+    can't be read."""
     o, train, all_rows = options, split == "train", sys.maxsize
     test, validation = ("train", "train") if train else ("test", "validation")
     exams = ("auxiliary_train", "train") if train else ("all", "test")
-    datasets = [  # epochs, conversations, most rows in val
+    datasets = [  # epochs, conversations, maximum rows in val
         (o.smoltalk_epochs, partial(smoltalk.conversations, test), all_rows),
         (o.mmlu_epochs, partial(mmlu.conversations, *exams), 5200),
         (o.gsm8k_epochs, partial(gsm8k.conversations, test), 420),
@@ -104,7 +105,7 @@ def hub_mixture(split: str, options: MixtureOptions, mixed: Conversations | None
             try:
                 rows = conversations(datasets_dir=o.datasets_dir, size=size)
             except OSError as error:
-                raise OSError(f"{error}; --mixture offline needs neither") from None
+                raise OSError(f"{error}; --mixture offline needs no data set") from None
             mixed.add(rows, times=epochs if train else 1)
     mixed.shuffle(Random(42))
     return mixed
@@ -118,10 +119,10 @@ def offline_mixture(
     n_spelling: int = 9700,
     mixed: Conversations | None = None,
 ) -> Conversations:
-    """The three tasks that need no network, mixed in an order that is the same every time.
+    """Return conversations of the three tasks that need no network, always mixed in the same order.
 
-    split: "train" or "val". The numbers are those of training conversations; validation has a twentieth of each.
-    mixed: others, to which they are added."""
+    split: "train" or "val". The numbers are for training; validation has a twentieth of each. mixed: other
+    conversations, to which these are added."""
     share = 1 if split == "train" else VAL_EVERY
     mixed = Conversations() if mixed is None else mixed
     mixed.add(pydocs.conversations(pydocs_shards, split, n_pydocs // share))

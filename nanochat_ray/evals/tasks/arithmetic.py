@@ -1,4 +1,4 @@
-"""Arithmetic with the calculator: bare sums and one-step word problems, + − × ÷ of one to four digits."""
+"""Arithmetic with the calculator: bare expressions and one-step word problems, + − × ÷ of one to five digits."""
 
 from random import Random
 
@@ -27,16 +27,19 @@ STORIES = {
 }
 NAMES = ["Ada", "Ben", "Chen", "Dina", "Emil", "Fatima", "Grace", "Hugo", "Ines", "Jamal", "Kofi", "Lena"]
 THINGS = ["apples", "books", "cards", "coins", "eggs", "marbles", "oranges", "pencils", "shells", "stamps", "tickets"]
-ROUND_DIVISORS = [2, 4, 5, 8, 10, 20, 25]  # the quotient is a short decimal
+ROUND_DIVISORS = [2, 4, 5, 8, 10, 20, 25]  # their quotients are short decimals
 
 
 def conversations(split: str, size: int, seed: int = 0) -> list[dict]:
-    """size conversations; the i-th depends on split, seed and i alone. A problem is its operation and its operands."""
+    """Return `size` conversations. The i-th depends only on split, seed and i.
+
+    A problem with the same operation and operands is in one split only, however it is worded.
+    """
     return [_conversation(split, Random(f"arithmetic {split} {seed} {i}")) for i in range(size)]
 
 
 def judge(conversation: dict, answer_text: str) -> bool:
-    """Whether the answer, without its tool calls, ends on the right number."""
+    """Return whether the answer, without its tool calls, ends with the right number."""
     return same_number(conversation, answer_text)
 
 
@@ -59,7 +62,7 @@ def _conversation(split: str, rng: Random) -> dict:
 
 
 def _operands(operator: str, story: bool, rng: Random) -> tuple[int, int]:
-    """A story counts things: nothing negative, nothing broken, and more than one of each."""
+    """Draw the operands. A story counts things: nothing is negative or fractional, and there is more than one of each."""
     a, b = (rng.randrange(2, 10 ** rng.randint(1, 4)) for _ in range(2))
     if operator == "-" and story:
         return max(a, b) + 1, min(a, b)

@@ -1,4 +1,4 @@
-"""GSM8K (arXiv:2110.14168): word problems of grade-school arithmetic, answered step by step with a calculator."""
+"""GSM8K (arXiv:2110.14168): word problems of grade-school arithmetic, solved step by step with a calculator."""
 
 import re
 from decimal import Decimal
@@ -10,19 +10,19 @@ FINAL = re.compile(r"#### ([-−]?(?:\d[\d,]*)?\.?\d+)")
 
 
 def conversations(split: str, datasets_dir: str | None = None, size: int | None = None) -> list[dict]:
-    """split: train or test. An answer's <<expression=result>> marks are calls of the calculator."""
+    """Return the problems. split: train or test. The marks <<expression=result>> of answers become calculator calls."""
     rows = hub_rows("openai/gsm8k", "main", split, datasets_dir, size)
     return [conversation(row["question"], answer_parts(row["answer"])) for row in rows]
 
 
 def judge(conversation: dict, answer_text: str) -> bool:
-    """Whether the answer states the number, as `#### number`, that the conversation ends on."""
+    """Return whether the answer states the number of the reference answer, as `#### number`."""
     stated = final_number(answer_text)
     return stated is not None and stated == final_number(conversation["messages"][-1]["content"][-1]["text"])
 
 
 def answer_parts(answer: str) -> list[dict]:
-    """The text between the marks, and for each mark a python part and a python_output part."""
+    """Split an answer into the text between the marks, and a python and a python_output part for each mark."""
     texts = MARK.split(answer)  # text, expression, result, text, expression, …
     parts = []
     for kind, text in zip(("text", "python", "python_output") * (len(texts) // 3 + 1), texts, strict=False):
@@ -32,6 +32,6 @@ def answer_parts(answer: str) -> list[dict]:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the first ####: 1,234 is 1234 and 18.00 is 18; None without one."""
+    """Return the number after the first ####, or None without one. 1,234 is 1234, and 18.00 equals 18."""
     found = FINAL.search(text)
     return Decimal(found[1].replace(",", "").replace("−", "-")) if found else None

@@ -1,4 +1,4 @@
-"""HumanEval (arXiv:2107.03374): the beginning of a Python function, to be completed so that its tests pass."""
+"""HumanEval (arXiv:2107.03374): complete a Python function so that its tests pass."""
 
 import ast
 import re
@@ -6,13 +6,13 @@ import re
 from nanochat_ray.evals.sandbox import run_program
 from nanochat_ray.evals.tasks.common import conversation, hub_rows
 
-FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.S)  # a model that is cut off does not close its block
+FENCED = re.compile(r"```[^\n`]*\n(.*?)(?:```|\Z)", re.S)  # an answer that is cut off does not close its block
 IMPORT = re.compile(r"(?:import|from) .*")
 FUTURE = re.compile(r"^from __future__ import .*", re.M)
 
 
 def conversations(datasets_dir: str | None = None, size: int | None = None) -> list[dict]:
-    """Prompt and finished program, with entry_point (the function's name) and test (what defines check)."""
+    """Return prompts and finished programs, with entry_point (the function's name) and test (code defining check)."""
     rows = hub_rows("openai/openai_humaneval", "openai_humaneval", "test", datasets_dir, size)
     return [
         conversation(row["prompt"], row["prompt"] + row["canonical_solution"])
@@ -22,12 +22,12 @@ def conversations(datasets_dir: str | None = None, size: int | None = None) -> l
 
 
 def judge(conversation: dict, answer_text: str) -> bool:
-    """Whether the answer's program passes the tests, in the sandbox. Raises OSError where that does not work."""
+    """Return whether the answer's program passes the tests in the sandbox. Raises OSError if the sandbox fails."""
     return run_program(program(conversation, answer_text)).passed
 
 
 def program(conversation: dict, answer_text: str) -> str:
-    """What the prompt defines besides the asked function, the answer's code, the tests, and the call that runs them."""
+    """Return a program: the prompt's other definitions, the answer's code, the tests, and the call that runs them."""
     prompt, entry_point = conversation["messages"][0]["content"], conversation["entry_point"]
     code = code_of(answer_text)
     futures = FUTURE.findall(code)  # Python wants them as a program's first statements
@@ -36,11 +36,11 @@ def program(conversation: dict, answer_text: str) -> str:
 
 
 def definitions(prompt: str, entry_point: str) -> list[str]:
-    """The prompt's imports, helpers and constants: an answer may use them, or bring its own, which come later."""
+    """Return the prompt's imports, helpers and constants as source. An answer may use them, or redefine them later."""
     lines = prompt.split("\n")
     try:
         statements = ast.parse(prompt).body
-    except (SyntaxError, ValueError):  # the asked function has no body, not even a docstring
+    except (SyntaxError, ValueError):  # the function has no body, not even a docstring
         return [line for line in lines if IMPORT.fullmatch(line)]
     found = []
     for statement in statements:
@@ -51,6 +51,6 @@ def definitions(prompt: str, entry_point: str) -> list[str]:
 
 
 def code_of(answer_text: str) -> str:
-    """What is in the answer's first fenced block, or all of it."""
+    """Return the content of the answer's first fenced block, or the whole answer without one."""
     fenced = FENCED.search(answer_text)
     return fenced[1] if fenced else answer_text.strip()

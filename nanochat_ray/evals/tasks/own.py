@@ -1,4 +1,4 @@
-"""Conversations of one's own, from files or from data sets of the Hub, and how often each is taken."""
+"""The user's own conversations, from files or data sets of the Hub, and the number of copies of each."""
 
 import math
 import re
@@ -11,21 +11,21 @@ from nanochat_ray.data import files, messages, tables
 from nanochat_ray.data.files import shown
 from nanochat_ray.evals.tasks.common import hub_rows
 
-MIXTURE = "mixture"  # the name of --mixture among one's own
+MIXTURE = "mixture"  # stands for --mixture among the sources
 HUB = "hub:"
-MOST_BAD = 0.01  # of the conversations of a source
-SHOWN_BAD = 3
-FORM = "hub:owner/name[:config[:split]]"
+MAX_BAD = 0.01  # share of a source's conversations
+MAX_SHOWN_BAD = 3  # bad conversations in a message
+HUB_FORM = "hub:owner/name[:config[:split]]"
 
 
 def parse(argument: str) -> tuple[str, float]:
-    """SOURCE[=WEIGHT] -> (source, how often each of its conversations comes). What exists as a path is a path.
+    """Return (source, number of copies of each conversation) from SOURCE[=WEIGHT]. An existing path is a SOURCE.
 
-    Raises ValueError for a weight that can't be, FileNotFoundError for files that don't exist."""
+    Raises ValueError if the source or the weight is not valid, and FileNotFoundError if files do not exist."""
     source, weight = argument, 1.0
     if not _exists(argument) and "=" in argument:
         before, _, after = argument.rpartition("=")
-        with suppress(ValueError):  # of a path with = in it, which does not exist
+        with suppress(ValueError):  # "=" without a number after it belongs to the source
             source, weight = before, float(after)
     if not 0 < weight < math.inf or (source == MIXTURE and weight != 1):
         also = ", and the mixture has none" if source == MIXTURE else ""
@@ -38,10 +38,10 @@ def parse(argument: str) -> tuple[str, float]:
 
 
 def conversations(source: str, datasets_dir: str | None = None) -> Iterator[dict]:
-    """The conversations of files, a folder of them or a pattern (see files.find), or of a data set of the Hub.
+    """Yield the conversations of files, a folder or a pattern (see files.find), or of a data set of the Hub.
 
-    Prints which formats they had and which lines are left out. Raises OSError, or ValueError when a file is damaged or
-    more than 1 % can't be used, naming the first of them with what is wrong."""
+    Prints their formats, and the places of those that are left out. Raises OSError if something can't be read. Raises
+    ValueError if a file is damaged, or if more than 1 % can't be used, with the first of these and their errors."""
     formats, bad, some = Counter(), 0, []
     for where, record in _records(source, datasets_dir):
         try:
@@ -50,7 +50,7 @@ def conversations(source: str, datasets_dir: str | None = None) -> Iterator[dict
             name, conversation = messages.read(record)
         except (ValueError, TypeError, AttributeError) as error:
             bad += 1
-            if len(some) < SHOWN_BAD:
+            if len(some) < MAX_SHOWN_BAD:
                 some.append(str(error) if error is record else shown(f"{where} {error}"))
             continue
         formats[name] += 1
@@ -59,9 +59,9 @@ def conversations(source: str, datasets_dir: str | None = None) -> Iterator[dict
     if not total:
         raise ValueError(f"{shown(source)} holds no conversations")
     left_out = "; ".join([*some, *(["…"] if bad > len(some) else [])])
-    if bad > MOST_BAD * total:
+    if bad > MAX_BAD * total:
         raise ValueError(
-            f"{shown(source)}: {bad:,} of {total:,} conversations can't be used, more than {MOST_BAD:.0%}: {left_out}"
+            f"{shown(source)}: {bad:,} of {total:,} conversations can't be used, more than {MAX_BAD:.0%}: {left_out}"
         )
     read = ", ".join(f"{count:,} in {name}'s format" for name, count in formats.items())
     print(f"conversations: {shown(source)}: {read}" + (f"; {bad:,} left out: {left_out}" if bad else ""), flush=True)
@@ -72,7 +72,7 @@ def _exists(source: str) -> bool:
 
 
 def _records(source: str, datasets_dir: str | None) -> Iterator[tuple[str, object]]:
-    """(file and line, or row; its value) of each conversation."""
+    """Yield (place, value) of each conversation. The place is a file and a line, or a row."""
     if source.startswith(HUB):
         rows = hub_rows(*_hub_name(source), datasets_dir, shuffled=False)
         yield from ((f"row {i}", row) for i, row in enumerate(rows, 1))
@@ -84,7 +84,9 @@ def _records(source: str, datasets_dir: str | None) -> Iterator[tuple[str, objec
 
 def _files(source: str) -> list[files.DataFile]:
     if not re.search(r"[,*?\[]", source) and not _exists(source):
-        raise FileNotFoundError(f"--conversations: {shown(source)} does not exist: name a file that does, or {FORM}")
+        raise FileNotFoundError(
+            f"--conversations: {shown(source)} does not exist: name a file that does, or {HUB_FORM}"
+        )
     chosen = [file for found in files.find(source) for file in found.files]
     if text := [file.name for file in chosen if file.kind == "txt"]:
         raise ValueError(f"{files.some(text)}: conversations are read from jsonl, json, parquet, arrow or csv files")
@@ -92,9 +94,9 @@ def _files(source: str) -> list[files.DataFile]:
 
 
 def _hub_name(source: str) -> tuple[str, str | None, str]:
-    """(name, config, split)"""
+    """Return (name, config, split)."""
     name, *more = source.removeprefix(HUB).split(":")
     if name.count("/") != 1 or len(more) > 2:
-        raise ValueError(f"--conversations {source}: a data set of the Hub is {FORM}")
+        raise ValueError(f"--conversations {source}: a data set of the Hub is {HUB_FORM}")
     config, split = [*more, "", ""][:2]
     return name, config or None, split or "train"

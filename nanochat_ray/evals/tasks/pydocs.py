@@ -1,4 +1,4 @@
-"""Questions about the installed packages: what a documented name does, answered by its docstring's summary."""
+"""Questions about what a name in the installed packages does. The answer is the summary of its docstring."""
 
 import re
 from collections import Counter
@@ -17,7 +17,7 @@ QUESTIONS = [
     "In Python, what does `{name}` do?",
     "Summarize `{name}`.",
 ]
-MIN_CHARS, MAX_CHARS = 15, 200
+MIN_CHARS, MAX_CHARS = 15, 200  # per answer
 PRIVATE_OR_TEST = re.compile(r"_(?!_\w+__$).*|tests?|conftest|test_.*|Test[A-Z].*")
 # A paragraph ends at an empty line or at a heading such as "Args:".
 PARAGRAPH_END = re.compile(r"\n\s*\n|\n[ \t]*[\w ]{3,20}:[ \t]*\n")
@@ -26,10 +26,10 @@ SENTENCE_END = re.compile(r"(?<!\be\.g\.)(?<!\bi\.e\.)(?<!\betc\.)(?<!\bvs\.)(?<
 
 
 def conversations(shards: list[str], split: str, size: int) -> list[dict]:
-    """The first size conversations of a split, in the shards' order; fewer when the shards hold no more.
+    """Return the first `size` conversations of a split in the shards' order, or fewer if the shards hold no more.
 
     shards: URIs of parquet files with columns name (qualified) and text (a docstring). A name is in one split only,
-    and the words of its question depend on nothing but the name."""
+    and the wording of its question depends only on the name. Raises ValueError if a column is missing."""
     chosen = []
     for name, text in _docstrings(shards):
         if len(chosen) == size:
@@ -42,13 +42,13 @@ def conversations(shards: list[str], split: str, size: int) -> list[dict]:
 
 
 def judge(conversation: dict, answer_text: str) -> bool:
-    """Whether at least half of the words match: F1 over the bags of words, as in SQuAD (Rajpurkar et al. 2016)."""
+    """Return whether the F1 of the two bags of words is at least 0.5, as in SQuAD (Rajpurkar et al. 2016)."""
     wanted, given = (Counter(re.findall(r"\w+", t.lower())) for t in (reference_text(conversation), answer_text))
     return 2 * (wanted & given).total() >= 0.5 * (wanted.total() + given.total())
 
 
 def summary(docstring: str) -> str | None:
-    """The first sentence on one line without markup; None when it is no sentence of 15 to 200 characters."""
+    """Return the first sentence on one line without markup, or None if it is not a sentence of 15 to 200 characters."""
     paragraph = PARAGRAPH_END.split(docstring.strip())[0]
     sentence = SENTENCE_END.split(" ".join(paragraph.split()))[0]
     sentence = re.sub(r":[\w:.+-]+:`[~!]?([^`<]+?)(?:\s*<[^`]*>)?`", r"`\1`", sentence)  # a Sphinx role
@@ -61,7 +61,7 @@ def summary(docstring: str) -> str | None:
 
 
 def _docstrings(shards: list[str]) -> Iterator[tuple[str, str]]:
-    """Names and docstrings in order, a name's first docstring only."""
+    """Yield (name, docstring) in order, with only the first docstring of each name."""
     seen = set()
     for uri in shards:
         with storage.reading(uri) as f:

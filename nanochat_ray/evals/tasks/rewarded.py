@@ -1,4 +1,4 @@
-"""Tasks to train on by rewards: those that come with nanochat-ray by name, and a user's own from a file."""
+"""Tasks for reinforcement learning: those of nanochat-ray by name, and a user's own from a file."""
 
 import importlib.util
 import os
@@ -12,22 +12,22 @@ from nanochat_ray.data import sources
 from nanochat_ray.evals.tasks import arithmetic, gsm8k, pydocs, spelling
 from nanochat_ray.measuring import one_line
 
-QUESTIONS, HELD_OUT = 1600, 400  # of tasks whose questions are made up
-SEED = 1  # of those questions; finetuning's have another
+TRAIN_QUESTIONS, VAL_QUESTIONS = 1600, 400  # per generated task, and for docstrings
+SEED = 1  # for generated questions; finetuning uses another
 
 
 @dataclass(kw_only=True)
 class TaskOptions:
     task: str
-    """arithmetic, spelling, counting (the letters of words), letters (both in turn), docstrings, gsm8k, or
-    FILE.py:CLASS, a task of your own: docs/rl.md says what it takes."""
+    """arithmetic, spelling, counting (the letters of words), letters (spelling and counting in turn), docstrings,
+    gsm8k, or FILE.py:CLASS for a task of your own, as in docs/rl.md."""
     datasets_dir: str | None = None
-    """Folder with the Hub's layout to read gsm8k from; without it it comes from the Hub."""
+    """Folder with the Hub's layout to read gsm8k from. Default: download it from the Hub."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Questions to learn from, questions held out, and whether an answer to one is right."""
+    """Questions to train on, held-out questions, and the function that judges an answer."""
 
     train: list[dict]
     val: list[dict]
@@ -38,15 +38,16 @@ class Task:
 
 
 def load_task(options: TaskOptions):
-    """A Task, or an instance of the user's class. Raises ValueError for one that is unknown or lacks something, OSError
-    for a dataset that can't be had."""
+    """Return a Task, or an instance of the user's class.
+
+    Raises ValueError if the task is unknown or incomplete, and OSError if its file or dataset can't be read."""
     if ":" in options.task:
         return own_task(options.task)
     made: dict[str, Callable[[], Task]] = {
-        "letters": lambda: in_turn(made["spelling"](), made["counting"]()),
-        "arithmetic": lambda: made_up(arithmetic.conversations, arithmetic.judge),
-        "spelling": lambda: made_up(spelling.conversations, spelling.judge, calls_tool=False),
-        "counting": lambda: made_up(spelling.conversations, spelling.judge, calls_tool=True),
+        "letters": lambda: alternate(made["spelling"](), made["counting"]()),
+        "arithmetic": lambda: generated(arithmetic.conversations, arithmetic.judge),
+        "spelling": lambda: generated(spelling.conversations, spelling.judge, calls_tool=False),
+        "counting": lambda: generated(spelling.conversations, spelling.judge, calls_tool=True),
         "docstrings": docstrings,
         "gsm8k": lambda: Task(
             *(gsm8k.conversations(split, options.datasets_dir) for split in ("train", "test")), gsm8k.judge
@@ -57,18 +58,18 @@ def load_task(options: TaskOptions):
     return made[options.task]()
 
 
-def made_up(conversations: Callable, judge: Callable[[dict, str], bool], calls_tool: bool | None = None) -> Task:
-    """calls_tool: take those alone whose reference answer does, or doesn't."""
+def generated(conversations: Callable, judge: Callable[[dict, str], bool], calls_tool: bool | None = None) -> Task:
+    """Return a task of generated questions. calls_tool: take only those whose reference answer does, or does not."""
 
     def chosen(split: str, size: int) -> list[dict]:
         found = conversations(split, 4 * size, SEED)
         return [c for c in found if calls_tool in (None, isinstance(c["messages"][-1]["content"], list))][:size]
 
-    return Task(chosen("train", QUESTIONS), chosen("val", HELD_OUT), judge)
+    return Task(chosen("train", TRAIN_QUESTIONS), chosen("val", VAL_QUESTIONS), judge)
 
 
-def in_turn(*tasks: Task) -> Task:
-    """A question of each, and so on."""
+def alternate(*tasks: Task) -> Task:
+    """Return a task with a question of each task in turn. All must have the same number of questions."""
     train, val = (
         [c | {"task": i} for conversations in zip(*parts, strict=True) for i, c in enumerate(conversations)]
         for parts in ([task.train for task in tasks], [task.val for task in tasks])
@@ -78,12 +79,17 @@ def in_turn(*tasks: Task) -> Task:
 
 def docstrings() -> Task:
     shards = [shard.uri for shard in sources.resolve("pydocs").train]
-    train, val = (pydocs.conversations(shards, split, n) for split, n in (("train", QUESTIONS), ("val", HELD_OUT)))
+    train, val = (
+        pydocs.conversations(shards, split, n) for split, n in (("train", TRAIN_QUESTIONS), ("val", VAL_QUESTIONS))
+    )
     return Task(train, val, pydocs.judge)
 
 
 def own_task(name: str):
-    """FILE.py:CLASS -> an instance. The class travels to the workers as it is: they need not have the file."""
+    """Return an instance of the class in FILE.py:CLASS. Ray pickles it by value, so workers need not have the file.
+
+    Raises FileNotFoundError if there is no such file, and ValueError if the class is not a task.
+    """
     path, _, attribute = name.rpartition(":")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file {path}: --task takes FILE.py:CLASS")

@@ -8,13 +8,13 @@ NAME = "HuggingFaceTB/smol-smoltalk"
 
 
 def conversations(split: str, datasets_dir: str | None = None, size: int | None = None) -> Iterator[dict]:
-    """split: train or test. Raises ValueError for a conversation whose turns are not in order."""
+    """Yield the conversations. split: train or test. Raises ValueError if the turns of one are not in order."""
     rows = hub_rows(NAME, None, split, datasets_dir, size)
     return ({"messages": checked(row["messages"], f"{NAME} {split}, shuffled row {i}")} for i, row in enumerate(rows))
 
 
 def checked(messages: list[dict], where: str) -> list[dict]:
-    """The messages, which must be a system message if any, then user and assistant in turns to the assistant's last."""
+    """Return the messages. Raises ValueError unless user and assistant take turns, after a system message if any."""
     roles = [message["role"] for message in messages]
     turns = roles[1:] if roles[:1] == ["system"] else roles
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):

@@ -1,4 +1,4 @@
-"""A checkpoint -> the files of other programs: Hugging Face's transformers, and nanochat."""
+"""Exports a checkpoint to the files of other programs: Hugging Face's transformers, and nanochat."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,22 +9,22 @@ from tyro.conf import Positional
 @dataclass
 class ExportOptions:
     checkpoint: str
-    """Folder of the checkpoint, or of a run for its newest."""
+    """Folder of the checkpoint, or a run folder, whose newest checkpoint is used."""
     out: Positional[str]
     """Folder to write to, or a URI such as s3://bucket/name."""
     format: Literal["hf", "nanochat"] = "hf"
-    """hf: what transformers loads, with a model card. nanochat: what nanochat loads, with OUT as NANOCHAT_BASE_DIR."""
+    """hf: files for transformers, with a model card. nanochat: files for nanochat, with OUT as NANOCHAT_BASE_DIR."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights in the format hf; bfloat16 takes half the room."""
+    """Type of the weights in the format hf. bfloat16 halves the size."""
     push: str | None = None
-    """USER/NAME on the Hugging Face Hub to upload the folder to, with the token in HF_TOKEN."""
+    """USER/NAME on the Hugging Face Hub, to which the folder is uploaded with the token in HF_TOKEN."""
 
 
 def run(options: ExportOptions) -> str:
-    """Returns where the model is: a folder or the address on the Hub.
+    """Export a checkpoint, and return the folder of the model or its address on the Hub.
 
-    Raises FileNotFoundError without a checkpoint; ValueError for a damaged one, for an OUT that is one, and without a
-    token; OSError when it can't be written.
+    Raises FileNotFoundError if there is no checkpoint, ValueError if it is damaged, if OUT is a checkpoint or if --push
+    is not possible, and OSError if the files can't be written or uploaded.
     """
     import torch
 

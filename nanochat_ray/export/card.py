@@ -1,4 +1,4 @@
-"""A model card: what the model is, what was measured, how it was trained, how to run it."""
+"""Writes a model card: what the model is, its figures, how it was trained, and how to run it."""
 
 from nanochat_ray import storage
 from nanochat_ray.model.gpt import GPT
@@ -10,7 +10,7 @@ FIGURES = {
     "core_metric": "CORE (DCLM), GPT-2 XL has 0.2565",
     "chatcore_metric": "ChatCORE",
 }
-CURVE_ROWS = 12  # of val/bpb, evenly chosen
+MAX_CURVE_ROWS = 12  # values of val/bpb, evenly spaced
 STAGES = {"pretrain": "base model", "sft": "chat model", "rl": "chat model, finetuned by reinforcement learning"}
 
 CARD = """\
@@ -44,8 +44,8 @@ model = pipeline("text-generation", "{name}", trust_remote_code=True)
 {example}
 ```
 
-The model's code is `modeling_nanochat_ray.py`, in this folder. The calculator that chat models may call is not part of
-it: it runs in nanochat-ray's engine and service. Text after `<|python_start|>` is what the model would have asked it.
+The model's code is `modeling_nanochat_ray.py`, in this folder. It does not include the calculator that chat models may
+call, which runs in nanochat-ray's engine and service. Text after `<|python_start|>` is such a call.
 """
 
 BASE_EXAMPLE = """print(model("The sky is blue because")[0]["generated_text"])"""
@@ -54,9 +54,9 @@ print(model([{"role": "user", "content": "Why is the sky blue?"}])[0]["generated
 
 
 def write(out: str, model: GPT, meta: dict, folder: str, name: str) -> None:
-    """README.md in `out`, from a checkpoint's meta and from its run's config.json and metrics.jsonl if they are there.
+    """Write README.md to `out` from a checkpoint's meta, and from its run's config.json and metrics.jsonl if present.
 
-    folder: the checkpoint's. name: what the model is called, USER/NAME on the Hub.
+    folder: the checkpoint's folder. name: the model's name, on the Hub USER/NAME.
     """
     config, lines = _run_of(folder)
     lines = [line for line in lines if line["step"] <= meta["step"]]
@@ -78,7 +78,7 @@ def write(out: str, model: GPT, meta: dict, folder: str, name: str) -> None:
 
 
 def _run_of(folder: str) -> tuple[dict, list[dict]]:
-    """config.json and the metrics of the run that a checkpoint lies in; empty for one that lies in none."""
+    """Return config.json and the metrics of a checkpoint's run. Both are empty if it is not in a run folder."""
     run = storage.parent(storage.parent(folder))
     uri = storage.join(run, "config.json")
     if storage.name(storage.parent(folder)) != "checkpoints" or not storage.exists(uri):
@@ -96,7 +96,7 @@ def _curve(lines: list[dict]) -> str:
     if len(measured) < 2:
         return ""
     last = len(measured) - 1
-    chosen = sorted({round(i * last / (CURVE_ROWS - 1)) for i in range(CURVE_ROWS)})
+    chosen = sorted({round(i * last / (MAX_CURVE_ROWS - 1)) for i in range(MAX_CURVE_ROWS)})
     rows = [(f"{measured[i]['step']:,}", f"{measured[i]['val/bpb']:.4f}") for i in chosen]
     return f"\n{_table(('step', 'val/bpb'), rows)}\n"
 

@@ -1,7 +1,7 @@
 """Write a model as a folder that Hugging Face transformers loads with trust_remote_code.
 
-The model's code goes along as modeling_nanochat_ray.py. transformers' own type `nanochat` is the architecture of
-October 2025 and has no place for smear, value embeddings and backout, so the type is `nanochat_ray`.
+The folder includes the model's code, modeling_nanochat_ray.py. The type `nanochat` in transformers is the architecture
+of October 2025, without smear, value embeddings and backout. So the type of this model is `nanochat_ray`.
 """
 
 from importlib.resources import files
@@ -15,15 +15,16 @@ from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.gpt import GPT, GPTConfig
 
-SHARD_BYTES = 2 * 10**9  # a shard is held in memory whole
+SHARD_BYTES = 2 * 10**9  # at most; a whole shard is held in memory
 MODELING = "modeling_nanochat_ray"
-PLAIN = "<|\ue000"  # how the chat template writes a "<|" of a message, which then begins no special token
+PLAIN = "<|\ue000"  # the chat template writes a message's "<|" like this, so it begins no special token
 
 
 def write(out: str, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype = torch.float32) -> None:
-    """config.json, weights in shards, generation_config.json, the tokenizer, the chat template and the model's code.
+    """Write config.json, weights in shards, generation_config.json, the tokenizer, the chat template and the code.
 
-    out is a folder or a URI. dtype: that of the weights; those of the model are fp32. Raises OSError.
+    out: a folder or a URI. dtype: type of the written weights; the model's are fp32. Raises OSError if a file can't be
+    written.
     """
 
     def put(name: str, text: str) -> None:
@@ -44,7 +45,7 @@ def write(out: str, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype = torch
 
 
 def _write_weights(out: str, model: GPT, dtype: torch.dtype) -> None:
-    """Tables have a row for each token: the padding to a multiple of 64 rows is left out."""
+    """Write the weights in shards. Tables have one row per token, without the padding to a multiple of 64 rows."""
     weights = {}
     for name, weight in model.named_parameters():
         if name.endswith(("wte.weight", "lm_head.weight")) or name.startswith("value_embeds."):
@@ -72,19 +73,19 @@ def _config(config: GPTConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> dict
         "auto_map": {auto: f"{MODELING}.{name}" for auto, name in classes.items()},
         **vars(config),
         "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),  # the name that transformers 4 and 5 both know
+        "torch_dtype": str(dtype).removeprefix("torch."),  # transformers 4 and 5 both know this name
         **_token_ids(tokenizer),
     }
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict:
-    """bos, which also begins the next document, ends an answer as well. It pads, since nothing learns to say it."""
+    """Return the special ids. bos also ends an answer, because it begins the next document. It is the padding, too."""
     bos, end = tokenizer.bos_id, tokenizer.special("<|assistant_end|>")
     return {"bos_token_id": bos, "eos_token_id": [end, bos], "pad_token_id": bos}
 
 
 def _generation_config(tokenizer: Tokenizer) -> dict:
-    """What `nanochat-ray chat` does without options."""
+    """Return the sampling of `nanochat-ray chat` without options."""
     sampling = {"do_sample": True, "temperature": 0.6, "top_k": 50, "max_new_tokens": 512}
     return _token_ids(tokenizer) | sampling
 
@@ -95,7 +96,7 @@ def _tokenizer_config(config: GPTConfig) -> dict:
         "bos_token": "<|bos|>",
         "eos_token": "<|assistant_end|>",
         "pad_token": "<|bos|>",
-        "padding_side": "left",  # as generate needs it
+        "padding_side": "left",  # generate() needs it
         "clean_up_tokenization_spaces": False,
         "model_max_length": config.sequence_len,
         "model_input_names": ["input_ids", "attention_mask"],
@@ -103,9 +104,10 @@ def _tokenizer_config(config: GPTConfig) -> dict:
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> dict:
-    """tokenizer.json of the library `tokenizers`, which gives the ids of Tokenizer.encode, after bos.
+    """Return tokenizer.json for the library `tokenizers`. It gives bos and then the ids of Tokenizer.encode.
 
-    It reads special tokens that are written in a text as such, for the chat template's sake; but none from messages.
+    Names of special tokens in a text become special tokens, because the chat template needs this. The template marks
+    those in messages, so they stay plain text.
     """
     names = _byte_names()
 
@@ -144,7 +146,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> dict:
             "end_of_word_suffix": None,
             "fuse_unk": False,
             "byte_fallback": False,
-            "ignore_merges": True,  # as in tiktoken, a piece that is a token is that token, whatever merges say
+            "ignore_merges": True,  # like tiktoken: a piece that is a token needs no merges
             "vocab": {named(token): tokenizer.ranks[token] for token in by_rank},
             "merges": [[named(left), named(right)] for left, right in merges],
         },
@@ -152,9 +154,10 @@ def fast_tokenizer(tokenizer: Tokenizer) -> dict:
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | None:
-    """The pair that BPE joins to this token at last, from the merges before it; None for a byte.
+    """Return the pair of parts that BPE merges last to get this token. Only merges of lower rank come before.
 
-    Also None where those merges never lead to two parts: then nothing but a piece of its own gives the token.
+    Returns None for a byte. Also returns None if these merges do not lead to two parts: then BPE gives the token only
+    for a piece that equals it.
     """
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
@@ -166,7 +169,7 @@ def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes] | N
 
 
 def _byte_names() -> list[str]:
-    """GPT-2's visible character for each byte: itself where it has one, else one from U+0100 on."""
+    """Return GPT-2's visible character for each byte: the byte's own if it is visible, else one from U+0100 on."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = [byte for byte in range(256) if byte not in visible]
     return [chr(byte) if byte in visible else chr(256 + hidden.index(byte)) for byte in range(256)]

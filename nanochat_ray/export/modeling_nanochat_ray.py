@@ -1,12 +1,12 @@
-"""nanochat-ray's Transformer for Hugging Face transformers 4.57 and later: this file, torch and transformers are all it
-needs.
+"""nanochat-ray's Transformer for Hugging Face transformers 4.57 and later. It needs only this file, torch and
+transformers.
 
-Rotary positions, QK norm, ReLU² MLP, no biases, and what sets it apart from a Llama:
+It has rotary positions, QK norm, ReLU² MLP and no biases. It differs from a Llama in these points:
 
-- smear: each token's embedding takes in a little of the previous token's
-- value embeddings: on every other layer a table gives each token a vector of its own that is added to the values
-- x0: every layer takes in the embeddings again
-- backout: the state after the middle layer is taken away again at the end
+- smear: a little of the previous token's embedding is added to each token's embedding
+- value embeddings: on every other layer, a table gives each token a vector that is added to the values
+- x0: every layer adds the input embeddings again
+- backout: a part of the state after the middle layer is subtracted at the end
 - sliding windows: most layers attend to a quarter of the context
 
 Load it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).
@@ -23,8 +23,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-SMEAR_CHANNELS = 24  # how many channels of the embedding decide how much of the previous token is mixed in
-VALUE_GATE_CHANNELS = 12  # how many channels of a layer's input gate its value embedding
+SMEAR_CHANNELS = 24  # number of channels of the embedding that gate the previous token
+VALUE_GATE_CHANNELS = 12  # number of channels of a layer's input that gate its value embedding
 ROTARY_BASE = 100_000
 LOGIT_SOFTCAP = 15
 # transformers 5.24 renamed past_key_values to cache, in arguments and in outputs.
@@ -65,13 +65,13 @@ class NanochatRayConfig(PretrainedConfig):
 
     @property
     def window_sizes(self) -> list[int]:
-        """Per layer, how many positions before its own a query sees."""
+        """The number of positions before its own that a query sees, per layer."""
         short = math.ceil(self.sequence_len / 4 / 128) * 128
         letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)] + ["L"]
         return [short if letter == "S" else self.sequence_len for letter in letters]
 
     def has_value_embedding(self, layer: int) -> bool:
-        return layer % 2 == (self.n_layer - 1) % 2  # every other layer, the last one among them
+        return layer % 2 == (self.n_layer - 1) % 2  # every other layer, and always the last one
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -85,16 +85,17 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def visible_keys(T: int, S: int, window: int, attention_mask: torch.Tensor | None, device) -> torch.Tensor | None:
-    """Which of the last min(S, window + T) keys each of the last T positions sees, (B or 1, 1, T, keys) of bool.
+    """Return which of the last min(S, window + T) keys each of the last T positions sees: bool, (B or 1, 1, T, keys).
 
-    S counts all positions so far. attention_mask is (B, S), or None where nothing is padding. None: all that is there.
+    S is the number of all positions so far. attention_mask is (B, S), or None without padding. Returns None if a single
+    position sees all of these keys.
     """
     if T == 1 and attention_mask is None:
         return None
     keys = min(S, window + T)
     distance = torch.arange(S - T, S, device=device)[:, None] - torch.arange(S - keys, S, device=device)
     visible = ((distance >= 0) & (distance <= window))[None, None]
-    if attention_mask is not None:  # padding sees itself, as a softmax over nothing is NaN
+    if attention_mask is not None:  # padding sees itself, because a softmax over nothing is NaN
         visible = visible & attention_mask[:, None, None, -keys:].bool() | (distance == 0)
     return visible
 
@@ -159,7 +160,7 @@ class NanochatRayPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
-        """As in any model; value embeddings of new tokens are 0."""
+        """Resize the embeddings as in any model. The value embeddings of new tokens are 0."""
         wte = super().resize_token_embeddings(*args, **kwargs)
         for table in self.base_model.value_embeds.values():
             rows = F.pad(table.weight.data, (0, 0, 0, wte.num_embeddings - table.num_embeddings))
@@ -168,7 +169,7 @@ class NanochatRayPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Of weights that no file gives, as nanochat-ray begins its training."""
+        """Initialize weights that are in no file, in the same way as nanochat-ray before training."""
         bound = math.sqrt(3 / self.config.n_embd)  # a uniform's bound for a standard deviation of 1/sqrt(C)
         if isinstance(module, NanochatRayAttention):
             for projection in (module.c_q, module.c_k, module.c_v):
@@ -194,7 +195,7 @@ class NanochatRayPreTrainedModel(PreTrainedModel):
 
 
 class NanochatRayModel(NanochatRayPreTrainedModel):
-    """Token ids (B, T) to hidden states (B, T, C)."""
+    """Maps token ids (B, T) to hidden states (B, T, C)."""
 
     def __init__(self, config: NanochatRayConfig):
         super().__init__(config)
@@ -229,7 +230,7 @@ class NanochatRayModel(NanochatRayPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        """input_ids (B, T) are the tokens after those in the cache; attention_mask (B, S) is of both, 0 for padding."""
+        """input_ids (B, T) are the tokens after those in the cache. attention_mask (B, S) covers both; 0 is padding."""
         if input_ids is None:
             raise ValueError("nanochat_ray takes input_ids, not inputs_embeds: value embeddings are looked up by id")
         cache = past_key_values if cache is None else cache
@@ -251,7 +252,7 @@ class NanochatRayModel(NanochatRayPreTrainedModel):
 
         x = norm(self.wte(input_ids))
         previous = norm(self.wte(previous_ids(input_ids, cache, self.config.n_layer)))
-        previous = previous * (position_ids > 0).unsqueeze(-1)  # the first token has none, nor has it after padding
+        previous = previous * (position_ids > 0).unsqueeze(-1)  # the first token has none, also if it follows padding
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         x = x + self.smear_lambda.to(x.dtype) * gate * previous
 
@@ -276,9 +277,10 @@ class NanochatRayModel(NanochatRayPreTrainedModel):
 
 
 def previous_ids(input_ids: torch.Tensor, cache: DynamicCache | None, n_layer: int) -> torch.Tensor:
-    """The id before each token, (B, T); 0 for the first. The cache keeps the ids in a layer after the model's own.
+    """Return the id before each token, (B, T); 0 for the first.
 
-    So they are reordered, repeated and cropped together with the keys and values.
+    The cache keeps the ids in a layer after the model's own, so that they are reordered, repeated and cropped together
+    with the keys and values.
     """
     T = input_ids.size(1)
     if cache is not None:
@@ -315,9 +317,9 @@ class NanochatRayForCausalLM(NanochatRayPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """Logits (B, T, V) in fp32, softly capped at ±15, of the last logits_to_keep positions; 0 for all.
+        """Return logits (B, T, V) in fp32, softly capped at ±15, of the last logits_to_keep positions; 0 for all.
 
-        With labels (B, T), not shifted and −100 where there is none, also the loss.
+        With labels (B, T), also return the loss. Labels are not shifted, and −100 is ignored.
         """
         outputs = self.model(input_ids, attention_mask, position_ids, cache, past_key_values, use_cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

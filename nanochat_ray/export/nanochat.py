@@ -1,4 +1,4 @@
-"""Write a model as nanochat's own files: OUT is a folder to take as NANOCHAT_BASE_DIR."""
+"""Writes a model as nanochat's own files, to a folder that can be nanochat's NANOCHAT_BASE_DIR."""
 
 import pickle
 from dataclasses import asdict
@@ -10,13 +10,14 @@ from nanochat_ray import storage
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.gpt import GPT
 
-FOLDERS = {"sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}  # by stage; of any other, base_checkpoints
+FOLDERS = {"sft": "chatsft_checkpoints", "rl": "chatrl_checkpoints"}  # by stage; other stages use base_checkpoints
 
 
 def write(out: str, model: GPT, tokenizer: Tokenizer, meta: dict) -> str:
-    """base_checkpoints/d4/model_000600.pt and meta_000600.json, and tokenizer/; returns the checkpoint's folder.
+    """Write base_checkpoints/d4/model_000600.pt, meta_000600.json and tokenizer/. Returns the checkpoint's folder.
 
-    `nanochat-ray import` of them gives the same weights and ids bit for bit. Raises OSError.
+    `nanochat-ray import` of these files gives the same weights and ids, bit for bit. Raises OSError if a file can't be
+    written.
     """
     config, step = asdict(model.config), meta["step"]
     folder = storage.join(out, FOLDERS.get(meta.get("stage"), "base_checkpoints"), f"d{config['n_layer']}")

@@ -62,7 +62,7 @@ def _conversation(split: str, rng: Random) -> dict:
 
 
 def _operands(operator: str, story: bool, rng: Random) -> tuple[int, int]:
-    """Draw the operands. A story counts things: nothing is negative or fractional, and there is more than one of each."""
+    """Draw operands. A story counts things: nothing is negative or fractional, and there are at least two of each."""
     a, b = (rng.randrange(2, 10 ** rng.randint(1, 4)) for _ in range(2))
     if operator == "-" and story:
         return max(a, b) + 1, min(a, b)

@@ -39,7 +39,7 @@ def conversations(split: str, size: int, seed: int = 0) -> list[dict]:
 
 
 def judge(conversation: dict, answer_text: str) -> bool:
-    """Return whether the answer, without tool calls, ends with the right count or spells the word with any separators."""
+    """Return whether the answer, without tool calls, ends with the right count or spells the word, however spaced."""
     if isinstance(conversation["messages"][-1]["content"], list):
         return same_number(conversation, answer_text)
     return _spelled(answer_text) == _spelled(reference_text(conversation))

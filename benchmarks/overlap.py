@@ -139,7 +139,7 @@ def train(cluster, options: Options, mbits: int) -> list[float]:
 
 def main() -> None:
     options = tyro.cli(Options, description=__doc__)
-    shards.BUCKET_BYTES = 4 * 12 * CONFIG.n_layer * CONFIG.n_embd**2 // (BUCKETS + 1)
+    shards.MIN_BUCKET_BYTES = 4 * 12 * CONFIG.n_layer * CONFIG.n_embd**2 // (BUCKETS + 1)
     measure(options) if options.rank is None else work(options)
 
 

@@ -1,7 +1,7 @@
-"""Causal attention with an optional sliding window, by the kernel that is best on each device.
+"""Causal attention with an optional sliding window.
 
-Compiled blocks run the back end that GPT.compile_for_training chose among available_backends. Uncompiled calls, whose
-lengths vary, run PyTorch's scaled_dot_product_attention (SDPA) on every device.
+Compiled blocks use the back end that GPT.compile_for_training chose among available_backends(). Uncompiled calls have
+varying lengths and use PyTorch's scaled_dot_product_attention (SDPA) on every device.
 """
 
 import math
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-BLOCK = 128  # queries whose scores are held at once
-FULL_WINDOW = "sdpa"  # "sdpa" or "flex": what "flex" runs where a window is the whole context
+BLOCK = 128  # queries per block of the back end "blocks"
+FULL_WINDOW_BACKEND = "sdpa"  # "sdpa" or "flex": the back end "flex" uses it for layers without a window
 SDPA_ORDER = [
-    SDPBackend.CUDNN_ATTENTION,  # on Hopper about twice as fast as torch's own FlashAttention 2
+    SDPBackend.CUDNN_ATTENTION,  # on Hopper about twice as fast as PyTorch's FlashAttention 2
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
@@ -31,17 +31,17 @@ def attention(
     backend: str = "sdpa",
     mask: BlockMask | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Self-attention over whole sequences, as in training.
+    """Compute causal self-attention over whole sequences, as in training. Returns (B, T, H, D).
 
-    q is (B, T, H, D); k and v are (B, T, K, D), K dividing H; heads of q and k have a norm of at most 1.2·√D. A
-    position sees itself and the `window` positions before it. Returns (B, T, H, D); the softmax scale is 1/sqrt(D).
-    backend and its mask (window_mask makes it) count in compiled code alone.
+    q is (B, T, H, D); k and v are (B, T, K, D), where K divides H. Each head of q and k has a norm of at most 1.2·√D.
+    A position sees itself and the `window` positions before it. The softmax scale is 1/sqrt(D).
+    backend: one of available_backends(). mask: from window_mask(). Uncompiled calls ignore both.
     """
     full = window >= q.size(1) - 1
     if not torch.compiler.is_compiling():
         backend, mask = "sdpa", None
     elif backend == "flex" and full:
-        backend = FULL_WINDOW
+        backend = FULL_WINDOW_BACKEND
     if backend in FLASH:
         return FLASH[backend](q, k, v, -1 if full else window)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -56,11 +56,12 @@ def attention(
 
 @lru_cache(maxsize=8)
 def available_backends(device: torch.device | str, dtype: torch.dtype = torch.bfloat16) -> tuple[str, ...]:
-    """What compiled blocks can run on a device, the best first. The order is a guess: only flex was timed, on an H200.
+    """Return the back ends that compiled blocks can use on a device, the best first.
 
-    flash-attn-4: the package flash-attn-4, on Hopper and Blackwell. flash-attn-3: a kernel of the Hugging Face Hub by
-    the package `kernels`, on Hopper. flash-attn-2: the one in PyTorch. flex: FlexAttention. sdpa: what SDPA prefers.
-    blocks: plain matmuls for CPUs. A package counts only if it runs a small forward and backward.
+    flash-attn-4: the package flash-attn-4, on Hopper and Blackwell. flash-attn-3: a kernel from the Hugging Face Hub,
+    loaded by the package `kernels`, on Hopper. flash-attn-2: PyTorch's own. flex: FlexAttention. sdpa: SDPA chooses.
+    blocks: plain matmuls for CPUs. A package is listed only if a small forward and backward succeed with it. The order
+    is a guess: only flex was timed, on an H200.
     """
     device = torch.device(device)
     if device.type == "cpu":
@@ -77,17 +78,20 @@ def available_backends(device: torch.device | str, dtype: torch.dtype = torch.bf
 
 
 def window_mask(backend: str, T: int, window: int, device: torch.device) -> BlockMask | torch.Tensor | None:
-    """The `mask` of a layer's attention, made once and outside compiled code; None where the back end needs none."""
+    """Return the `mask` that attention() needs for T positions, or None if the back end needs no mask.
+
+    Call it outside compiled code. Masks are cached.
+    """
     full = window >= T - 1
-    if backend == "flex" and not (full and FULL_WINDOW == "sdpa"):
+    if backend == "flex" and not (full and FULL_WINDOW_BACKEND == "sdpa"):
         return _block_mask(T, window, str(device))
     return _boolean_mask(T, window, str(device)) if backend == "sdpa" and not full else None
 
 
 @lru_cache(maxsize=8)
-@torch.inference_mode(False)  # autograd can't save tensors that were made in inference mode
+@torch.inference_mode(False)  # autograd can't save tensors made in inference mode
 def _block_mask(T: int, window: int, device: str) -> BlockMask:
-    """FlexAttention skips the blocks of keys that a window masks, which SDPA with a mask does not."""
+    """Return FlexAttention's mask. It skips blocks of keys outside the window; SDPA with a mask computes them."""
 
     def visible(batch, head, query, key):
         return (query >= key) & (query - key <= window)
@@ -109,16 +113,16 @@ def _sdpa(q, k, v, window: int, mask: torch.Tensor | None) -> torch.Tensor:
             positions = torch.arange(T, device=q.device)
             mask = sliding_window_mask(positions, positions, window)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-    if not (q.is_cuda and torch.compiler.is_compiling()):  # cuDNN plans anew for each length
+    if not (q.is_cuda and torch.compiler.is_compiling()):  # cuDNN would make a plan for each length
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     with sdpa_kernel(SDPA_ORDER, set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
 
 
 def _attention_by_blocks(q, k, v, window: int) -> torch.Tensor:
-    """Blocks of queries against the keys they can see: plain matmuls, with the softmax fused between them by inductor.
+    """Attend from each block of queries to the keys it can see, by plain matmuls. Inductor fuses the softmax.
 
-    Faster on CPUs than SDPA, whose backward is slow there and which computes what a window masks.
+    On CPUs this is faster than SDPA: SDPA's backward is slow there, and it also computes the masked scores.
     """
     B, H, T, D = q.shape
     k, v = (x.repeat_interleave(H // x.size(1), dim=1) if x.size(1) < H else x for x in (k, v))
@@ -128,7 +132,7 @@ def _attention_by_blocks(q, k, v, window: int) -> torch.Tensor:
         stop = min(start + BLOCK, T)
         first = max(0, start - window) // BLOCK * BLOCK
         visible = sliding_window_mask(torch.arange(start, stop), torch.arange(first, stop), window)
-        # No maximum is subtracted before exp: the norms of q and k bound scores by 1.44·√D.
+        # exp needs no maximum subtracted: the norms of q and k limit scores to 1.44·√D.
         weights = torch.where(visible, torch.exp((q[:, start:stop] @ k[:, first:stop].mT).float()), 0)
         y = (weights.to(v.dtype) @ v[:, first:stop]) / weights.sum(-1, keepdim=True)
         blocks.append(y.to(v.dtype))
@@ -136,16 +140,16 @@ def _attention_by_blocks(q, k, v, window: int) -> torch.Tensor:
 
 
 def sliding_window_mask(queries: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Tensor:
-    """(…, Tq, Tk) booleans, true where the query at a position may see the key at another."""
+    """Return (…, Tq, Tk) booleans: whether each query sees each key. Takes their positions, (…, Tq) and (…, Tk)."""
     distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)
     return (distance >= 0) & (distance <= window)
 
 
-# FlashAttention (arXiv:2407.08608 and its successors): functions of (B, T, H, D) and a window, -1 for none.
+# FlashAttention (arXiv:2407.08608 and its successors): functions of q, k, v (B, T, H, D) and a window, -1 for none.
 
 
 def _flash_attention_2(q, k, v, window: int) -> torch.Tensor:
-    """The FlashAttention 2 that PyTorch is built with: SDPA has no argument for its windows."""
+    """Call PyTorch's FlashAttention 2 directly, because SDPA has no argument for windows."""
     T, left = q.size(1), None if window < 0 else window
     return torch.ops.aten._flash_attention_forward(
         q, k, v, None, None, T, T, dropout_p=0.0, is_causal=True, return_debug_mask=False, window_size_left=left
@@ -159,12 +163,15 @@ FLASH: dict[str, Callable] = {
 
 
 def _load_flash_attention_3() -> bool:
-    """Put the Hub's FlashAttention 3 into FLASH, before anything is compiled; False where it can't be had."""
+    """Add the Hub's FlashAttention 3 to FLASH and return True, or return False if it can't be loaded.
+
+    Call it before anything is compiled.
+    """
     try:
         from kernels import get_kernel
 
         kernel = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
-    except Exception:  # no package, no network, no build for this torch
+    except Exception:  # no package, no network, or no build for this version of PyTorch
         return False
     FLASH["flash-attn-3"] = lambda q, k, v, window: kernel(q, k, v, causal=True, window_size=(window, 0))
     return True
@@ -174,7 +181,10 @@ def _load_flash_attention_3() -> bool:
 def flash_attention_4(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(output, log of the sum of exponentials (B, H, T)). An operator of ours, as torch.compile can't trace theirs."""
+    """Return (output (B, T, H, D), logsumexp of the scores (B, H, T)).
+
+    It is a custom operator, because torch.compile can't trace the package's own function.
+    """
     from flash_attn.cute.interface import _flash_attn_fwd
 
     return _flash_attn_fwd(q, k, v, causal=True, return_lse=True, **_window_size_4(window))[:2]
@@ -223,7 +233,7 @@ flash_attention_4.register_autograd(_backward, setup_context=_save_for_backward)
 
 
 def _runs(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a back end traces, and runs forward and backward: packages may be broken, or not for this GPU."""
+    """Return whether a back end traces and runs forward and backward. A package may be broken or not fit the GPU."""
     shapes = (1, 256, 2, 128), (1, 256, 1, 128), (1, 256, 1, 128)
     try:
         with torch.inference_mode(False), torch.enable_grad():

@@ -7,30 +7,28 @@ from functools import cache
 
 import torch
 
-# Graphs that one function may have. Blocks differ by value embedding, window, gradients and batch size; Muon's stacks
-# by shape. Dynamo's own limit of 8 is too low, and past it a function runs uncompiled or, with fullgraph, fails.
-MOST_KINDS = 64
-STATIC = {"dynamic": False, "fullgraph": True}  # a graph for each shape, and an error rather than a graph break
+# Graphs per function. Blocks differ by value embedding, window, gradients and batch size, Muon's stacks by shape.
+# Dynamo's default of 8 is too low. Beyond the limit a function runs uncompiled or, with fullgraph, fails.
+MAX_GRAPHS = 64
+STATIC = {"dynamic": False, "fullgraph": True}  # one graph per shape; a graph break is an error
+PROBE_TIMEOUT = 120  # seconds; a first small compile takes some seconds
 
 
-def allow_kinds() -> None:
-    """Raise Dynamo's limit of graphs a function. torch.compile has an option for it only in later versions."""
-    torch._dynamo.config.recompile_limit = MOST_KINDS
+def raise_recompile_limit() -> None:
+    """Set Dynamo's limit to MAX_GRAPHS. torch.compile has an option for it only in later versions."""
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS
 
 
 def compile_static(function: Callable, **options) -> Callable:
-    allow_kinds()
+    raise_recompile_limit()
     return torch.compile(function, **STATIC, **options)
-
-
-PROBE_SECONDS = 120  # for a first small compile, which takes some seconds
 
 
 @cache
 def why_not_compiled(device: str) -> str | None:
-    """None if a tiny compile works on a "cpu" or "cuda"; else why not, in a line.
+    """Compile a tiny function on "cpu" or "cuda". Returns None if that works, else the reason in one line.
 
-    It takes a compiler, Python's headers, a cache folder that can be written, and a disk whose files can be run.
+    Compiling needs a compiler, Python's headers, a writable cache folder, and a disk that allows executable files.
     """
     outcome: list[str | None] = []
 
@@ -44,11 +42,11 @@ def why_not_compiled(device: str) -> str | None:
 
     thread = threading.Thread(target=probe, daemon=True)
     thread.start()
-    thread.join(PROBE_SECONDS)
-    return outcome[0] if outcome else f"a tiny compile took more than {PROBE_SECONDS} s"
+    thread.join(PROBE_TIMEOUT)
+    return outcome[0] if outcome else f"a tiny compile took more than {PROBE_TIMEOUT} s"
 
 
 def _cause(error: Exception) -> str:
-    """The line of a compiler's output that says what is wrong, else the error's first."""
+    """Return the first line with "error:", as compilers print it, or else the first line of the message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if re.search(r"\berror:", line)), lines[0])

@@ -1,26 +1,28 @@
-"""Triton kernels of an embedding table's gradient: sums over runs of equal ids, the same in every run of a program.
+"""Triton kernels for an embedding table's gradient: deterministic sums over groups of equal ids.
 
-Blocks of adjacent sorted ids are summed first. A run inside one block is then done; what runs over the ends of blocks
-leaves a sum in fp32 for each block, and these are added in their order.
+The ids are sorted, so a group is contiguous. The first kernel sums within blocks of ids. A group inside one block is
+then complete. A group across several blocks has a partial sum in fp32 for each of them, and the second kernel adds
+these in order.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK = 32  # ids of a program
-CHANNELS = 128  # of a program, at most
-SUMS_AT_ONCE = 32  # blocks whose sums are read together
+BLOCK = 32  # ids per program
+MAX_CHANNELS = 128  # per program
+SUMS_AT_ONCE = 32  # partial sums that are read together
 
 
 @triton.jit
 def sum_blocks_kernel(
-    grad, ids, places, table, sums, N,
+    grad, ids, positions, table, sums, N,
     C: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """A block's sums. sums is (blocks, 2, C): of the run that began before the block, of the one that goes on after it.
+    """Sum each group of equal ids within a block: complete groups into table, partial sums into sums (blocks, 2, C).
 
-    A block that lies in one run has the first alone.
+    sums[:, 0] is for the group that began in an earlier block, sums[:, 1] for a group that begins here and continues
+    in the next block. A block that lies inside one group writes only sums[:, 0].
     """
     block = tl.program_id(1)
     start = block * BLOCK
@@ -28,9 +30,9 @@ def sum_blocks_kernel(
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = c < C
     own = tl.load(ids + n, mask=n < N, other=-1)
-    place = tl.load(places + n, mask=n < N, other=0)
-    x = tl.load(grad + place[:, None] * C + c, mask=(n < N)[:, None] & inside, other=0.0)
-    # Each row of the product is the sum of the rows with the same id. The products are exact, the sums in fp32.
+    position = tl.load(positions + n, mask=n < N, other=0)
+    x = tl.load(grad + position[:, None] * C + c, mask=(n < N)[:, None] & inside, other=0.0)
+    # Each row of this product is the sum of all rows with its id. Its products are exact; its sums are in fp32.
     same = own[:, None] == own[None, :]
     total = tl.dot(same.to(x.dtype), x, input_precision="ieee")
     first = (n < N) & ((n == start) | (own != tl.load(ids + n - 1, mask=(n > 0) & (n < N), other=-1)))
@@ -48,7 +50,7 @@ def add_sums_kernel(
     ids, sums, table, blocks,
     C: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """A run that begins in this block and goes on after it."""
+    """Add the partial sums of the group that begins in this block and continues in the next one, if there is one."""
     block = tl.program_id(1)
     last = tl.load(ids + block * BLOCK + BLOCK - 1)
     after = tl.load(ids + block * BLOCK + BLOCK)
@@ -66,18 +68,18 @@ def add_sums_kernel(
         tl.store(table + last.to(tl.int64) * C + c, total.to(table.dtype.element_ty), mask=inside)
 
 
-def table_gradient(grad: torch.Tensor, ids: torch.Tensor, places: torch.Tensor, rows: int) -> torch.Tensor:
-    """(rows, C) in the dtype of grad (N, C): row i is the sum, taken in fp32, of grad's rows at places where ids is i.
+def table_gradient(grad: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return (rows, C) in the dtype of grad (N, C): row i is the sum of grad[positions[ids == i]], added in fp32.
 
-    ids (N,) are sorted. A row that is not finite makes others not finite, too.
+    ids (N,) are sorted. A row of grad that is not finite makes rows of other ids not finite, too.
     """
     (N, C), grad = grad.shape, grad.contiguous()
     table, blocks = grad.new_zeros(rows, C), triton.cdiv(N, BLOCK)
     sums = grad.new_empty(blocks, 2, C, dtype=torch.float32)
-    channels = min(CHANNELS, max(16, triton.next_power_of_2(C)))
+    channels = min(MAX_CHANNELS, max(16, triton.next_power_of_2(C)))
     parts = triton.cdiv(C, channels)
     sum_blocks_kernel[(parts, blocks)](
-        grad, ids, places, table, sums, N, C=C, BLOCK=BLOCK, CHANNELS=channels, num_warps=4
+        grad, ids, positions, table, sums, N, C=C, BLOCK=BLOCK, CHANNELS=channels, num_warps=4
     )
     if blocks > 1:
         add_sums_kernel[(parts, blocks - 1)](

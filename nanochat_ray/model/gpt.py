@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanochat_ray.model.attention import attention, available_backends, window_mask
-from nanochat_ray.model.compiling import STATIC, allow_kinds, compile_static
+from nanochat_ray.model.compiling import STATIC, compile_static, raise_recompile_limit
 from nanochat_ray.model.embedding import embed, order_for_gradients
 from nanochat_ray.model.loss import IGNORED, cross_entropy, softcap
 
-SMEAR_CHANNELS = 24  # how many channels of the embedding decide how much of the previous token is mixed in
-VALUE_GATE_CHANNELS = 12  # how many channels of a layer's input gate its value embedding
-ROTARY_REACH = 10  # inputs may be this many times longer than sequence_len
+SMEAR_CHANNELS = 24  # channels of the embedding that decide how much of the previous token is mixed in
+VALUE_GATE_CHANNELS = 12  # channels of a layer's input that gate its value embedding
+ROTARY_REACH = 10  # the longest input, as a multiple of sequence_len
 
 
 @dataclass
@@ -32,7 +32,7 @@ class GPTConfig:
     n_head: int = 6
     n_kv_head: int = 6
     n_embd: int = 768
-    window_pattern: str = "SSSL"  # tiled over layers: S a quarter of the context, L all of it; the last is always L
+    window_pattern: str = "SSSL"  # repeated over layers. S sees a quarter of the context, L all of it. The last is L
 
     def __post_init__(self):
         if self.n_embd % self.n_head or (self.n_embd // self.n_head) % 2:
@@ -48,17 +48,17 @@ class GPTConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        return math.ceil(self.vocab_size / 64) * 64  # tables in multiples of 64 rows: matmuls and shards divide evenly
+        return math.ceil(self.vocab_size / 64) * 64  # so that matmuls and shards divide evenly
 
     @property
     def window_sizes(self) -> list[int]:
-        """Per layer, how many positions before its own a query sees."""
+        """Return for each layer how many positions before its own a query sees."""
         short = math.ceil(self.sequence_len / 4 / 128) * 128
         letters = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)] + ["L"]
         return [short if letter == "S" else self.sequence_len for letter in letters]
 
     def has_value_embedding(self, layer: int) -> bool:
-        return layer % 2 == (self.n_layer - 1) % 2  # every other layer, the last one among them
+        return layer % 2 == (self.n_layer - 1) % 2  # every other layer, including the last
 
 
 def norm(x: torch.Tensor) -> torch.Tensor:
@@ -76,7 +76,7 @@ class Linear(nn.Linear):
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding (arXiv:2104.09864) on half-splits. x is (B, T, H, D); cos, sin are (…, T, 1, D/2)."""
+    """Apply rotary positions (arXiv:2104.09864) on half-splits. x is (B, T, H, D); cos, sin are (…, T, 1, D/2)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos + b * sin, -a * sin + b * cos], dim=-1)
 
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.n_embd, config.head_dim
         self.layer, self.head_dim, self.window = layer, D, config.window_sizes[layer]
-        self.backend = "sdpa"  # of attention in compiled code
+        self.backend = "sdpa"  # used in compiled code
         self.c_q = Linear(C, config.n_head * D)
         self.c_k = Linear(C, config.n_kv_head * D)
         self.c_v = Linear(C, config.n_kv_head * D)
@@ -103,7 +103,7 @@ class Attention(nn.Module):
             # Value residual (arXiv:2410.17897): the token's own embedding, gated per head between 0 and 3.
             gate = 3 * torch.sigmoid(self.ve_gate(u[..., :VALUE_GATE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * value_embedding.view(B, T, -1, self.head_dim)
-        # QK norm, scaled by 1.2 each: a little sharper than unit vectors would be.
+        # QK norm. The factors of 1.2 make attention a little sharper.
         q, k = 1.2 * norm(rotate(q, cos, sin)), 1.2 * norm(rotate(k, cos, sin))
         if cache is None:
             y = attention(q, k, v, self.window, self.backend, mask)
@@ -135,14 +135,15 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Call it with idx (B, T) of token ids for logits (B, T, V) in fp32, or with targets too for the loss."""
+    """The whole model. It maps token ids (B, T) to logits (B, T, V) in fp32, or to the loss if targets are given."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.compiled = False
-        self.recompute = False  # keep a block's input alone for the backward, and compute the rest again there
-        # Called before the weights of a layer are read, and with inf before the head's: they may still be on their way.
+        self.recompute = False  # activation checkpointing: the backward recomputes each block from its input
+        # hidden() calls it with a layer before it reads the layer's weights, and with inf before the head's. They may
+        # still be arriving from other ranks.
         self.wait_for_weights: Callable[[float], None] | None = None
         V, C, L = config.padded_vocab_size, config.n_embd, config.n_layer
         self.transformer = nn.ModuleDict(
@@ -170,7 +171,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        bound = math.sqrt(3 / self.config.n_embd)  # a uniform's bound for a standard deviation of 1/sqrt(C)
+        bound = math.sqrt(3 / self.config.n_embd)  # a uniform distribution then has a standard deviation of 1/sqrt(C)
         nn.init.normal_(self.transformer.wte.weight, std=0.8)
         nn.init.normal_(self.lm_head.weight, std=0.001)
         for block in self.transformer.h:
@@ -190,7 +191,7 @@ class GPT(nn.Module):
         self.backout_lambda.fill_(0.2)
 
     def set_compute_dtype(self, dtype: torch.dtype) -> "GPT":
-        """Matmuls run in `dtype` and embeddings are stored in it; every other weight stays fp32."""
+        """Set the dtype of matmuls and stored embeddings. All other weights stay fp32. Returns self."""
         for embedding in (self.transformer.wte, *self.value_embeds.values()):
             embedding.to(dtype)
         return self
@@ -200,11 +201,11 @@ class GPT(nn.Module):
         return self.transformer.wte.weight.dtype
 
     def hidden(self, idx: torch.Tensor, cache=None) -> torch.Tensor:
-        """The final hidden states (B, T, C), before the head.
+        """Return the final hidden states (B, T, C), before the head.
 
-        With a cache (inference/model_runner.py's Step) idx holds the next tokens of its rows, and the cache gives their
-        positions, the ids before them for the smear, and attention over what came before.
-        Raises ValueError when a sequence is longer than ROTARY_REACH · sequence_len.
+        cache: a Step of inference/model_runner.py, for idx (1, N) with the next tokens of several sequences. It has
+        their positions, the ids before them for the smear, and attention over earlier tokens.
+        Raises ValueError if T is more than ROTARY_REACH · sequence_len.
         """
         T = idx.size(1)
         if T > self.cos.size(0):
@@ -220,9 +221,9 @@ class GPT(nn.Module):
         smear, finish = _compiled_ends() if compiled and idx.is_cuda else (GPT.smear, GPT.finish)
         previous = None if cache is None else norm(self.transformer.wte(cache.previous)) * (cache.at > 0).unsqueeze(-1)
         x = smear(self, embedded, previous)
-        # A row of 16 bytes for each layer: compiled code copies an argument whose address is a multiple of fewer.
+        # Pad each layer's row to 16 bytes: compiled code copies an argument whose address is not a multiple of 16.
         lambdas = F.pad(torch.stack([self.resid_lambdas, self.x0_lambdas], dim=1), (0, 2)).unbind()
-        x0, x_mid = x.view_as(x), x  # x0 not the same object as x, which would make another kind of block
+        x0, x_mid = x.view_as(x), x  # were x0 the same object as x, the first block would need its own graph
         for i, block in enumerate(self.transformer.h):
             wait(i)
             table = self.value_embeds[str(i)].weight if str(i) in self.value_embeds else None
@@ -233,34 +234,38 @@ class GPT(nn.Module):
             x = block(*inputs) if keeps else checkpoint(block, *inputs, use_reentrant=False)
             if i == self.config.n_layer // 2:
                 x_mid = x
-        wait(math.inf)  # the head's
+        wait(math.inf)  # for the head's weights
         return finish(self, x, x_mid)
 
     def smear(self, embedded: torch.Tensor, previous: torch.Tensor | None = None) -> torch.Tensor:
-        """Norm, and mix in the previous token's normed embedding; `previous` where it is not the one before in idx."""
+        """Normalize the embeddings (B, T, C) and mix in the embedding of each previous token.
+
+        previous: the normalized embeddings of the previous tokens, if those are not the ones before in `embedded`.
+        """
         x = norm(embedded)
         previous = F.pad(x, (0, 0, 1, -1)) if previous is None else previous
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_CHANNELS]))
         return x + self.smear_lambda.to(x.dtype) * gate * previous
 
     def finish(self, x: torch.Tensor, x_mid: torch.Tensor) -> torch.Tensor:
-        """Backout and the last norm."""
+        """Subtract the middle layer's output (backout) and apply the last norm."""
         return norm(x - self.backout_lambda.to(x.dtype) * x_mid)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(…, C) hidden states to (…, V) logits in fp32, softly capped at ±15."""
+        """Compute logits (…, V) in fp32, softly capped at ±15, from hidden states (…, C)."""
         return softcap(self.lm_head(hidden)[..., : self.config.vocab_size])
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None, loss_reduction: str = "mean"):
-        """Logits (B, T, V); with targets (B, T) the cross entropy in nats, () for "mean" and "sum", (B, T) for "none".
+        """Return logits (B, T, V) in fp32 or, with targets (B, T), the cross entropy in nats.
 
-        Targets of −1 are ignored: they have no part in the mean and a loss of 0.
+        loss_reduction: "mean" and "sum" return (), "none" returns (B, T). Targets of −1 are ignored: their loss is 0,
+        and the mean leaves them out.
         """
         hidden = self.hidden(idx)
         if targets is None:
             return self.logits(hidden)
         flat = targets.reshape(-1)
-        if loss_reduction == "none" and torch.is_grad_enabled():  # any weights may follow: whole logits are needed
+        if loss_reduction == "none" and torch.is_grad_enabled():  # cross_entropy() has no gradient of single losses
             logits = self.logits(hidden).flatten(0, 1)
             return F.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="none").view(targets.shape)
         head = self.lm_head.weight[: self.config.vocab_size]
@@ -270,14 +275,14 @@ class GPT(nn.Module):
         return total if loss_reduction == "sum" else total / (flat != IGNORED).sum()
 
     def compile_for_training(self, attention: str | None = None) -> None:
-        """torch.compile what repeats: a kind of block is compiled once, whatever the depth, and so is the loss.
+        """Compile the blocks and the loss. Blocks of one kind share a graph, whatever the depth.
 
-        attention: one of available_backends, by default the first. Raises ValueError for one that is not there.
+        attention: one of available_backends(), by default the first. Raises ValueError for any other.
         """
         available = available_backends(self.cos.device, self.compute_dtype)
         if attention is not None and attention not in available:
             raise ValueError(f"no attention back end {attention} here: there are {', '.join(available)}")
-        allow_kinds()
+        raise_recompile_limit()
         for block in self.transformer.h:
             block.attn.backend = attention or available[0]
             block.compile(**STATIC)
@@ -285,7 +290,7 @@ class GPT(nn.Module):
 
     @contextmanager
     def uncompiled(self) -> Iterator[None]:
-        """Within it nothing runs compiled: for inputs of many lengths, each of which would be compiled."""
+        """Run everything in this context uncompiled. Inputs of many lengths need it: each would be compiled."""
         compiled, self.compiled = self.compiled, False
         try:
             with torch.compiler.set_stance("force_eager"):
@@ -294,19 +299,19 @@ class GPT(nn.Module):
             self.compiled = compiled
 
     def convert_to_fp8(self) -> None:
-        """The blocks' matmuls in float8 by torchao, forward and backward, on Hopper GPUs and later. Not yet run.
+        """Convert the blocks' matmuls to float8 by torchao, forward and backward. Needs a Hopper GPU or later.
 
-        Raises ImportError without torchao.
+        Its speed in training was not measured yet. Raises ImportError without torchao.
         """
         from torchao.float8 import convert_to_float8_training
 
-        def divides(module: nn.Module, name: str) -> bool:  # which the gates' sizes don't
+        def divisible(module: nn.Module, name: str) -> bool:  # false for the gates
             return module.in_features % 16 == 0 and module.out_features % 16 == 0
 
-        convert_to_float8_training(self.transformer.h, module_filter_fn=divides)
+        convert_to_float8_training(self.transformer.h, module_filter_fn=divisible)
 
 
 @lru_cache(maxsize=1)
 def _compiled_ends():
-    """What comes before and after the blocks, compiled on GPUs, where each small kernel costs a launch."""
+    """Compile the parts before and after the blocks. On GPUs this saves launches of small kernels."""
     return compile_static(GPT.smear), compile_static(GPT.finish)

@@ -1,8 +1,9 @@
 """MuonAdamW: Muon for the matrices of the blocks, AdamW for everything else, sharded over the ranks (ZeRO-2).
 
-The optimizer reduces gradients itself, so models are not wrapped in DDP: each rank receives the mean gradient of what
-it owns, updates that with the only copy of its state, and sends it to the others. Gradients travel while the backward
-still runs, and weights while the next forward does. One rank takes the same path with nothing to send.
+The optimizer reduces gradients itself, so models are not wrapped in DDP. Each rank receives the mean gradient of the
+parameters that it owns, updates them with the only copy of their state, and sends them to the others. Gradients are
+sent while the backward still runs, and weights while the next forward runs. A single rank takes the same path and sends
+nothing.
 """
 
 import math
@@ -25,7 +26,7 @@ POLAR_EXPRESS = (
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
 
-GATE_LR = 0.2  # of the smear gate, the smear lambda and the backout lambda
+GATE_LR = 0.2  # learning rate of the smear gate, the smear lambda and the backout lambda
 
 
 def build_optimizer(
@@ -38,7 +39,10 @@ def build_optimizer(
     weight_decay: float,
     gate_lr: float = GATE_LR,
 ) -> "MuonAdamW":
-    """Groups the model's parameters by kind and rate. AdamW rates of tables shrink with width as (C/768)^-1/2."""
+    """Return the model's optimizer, with parameters grouped by kind and learning rate.
+
+    The AdamW rates of tables are scaled with the width by (C/768)^-1/2.
+    """
     s = (model.config.n_embd / 768) ** -0.5
     named = dict(model.named_parameters())
 
@@ -64,7 +68,7 @@ def build_optimizer(
 
 
 def adamw_update(p, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_decay) -> None:
-    """One AdamW step in place (arXiv:1711.05101), in fp32 whatever the dtype of p."""
+    """Do one AdamW step in place (arXiv:1711.05101), in fp32 for any dtype of p."""
     grad = grad.float()
     exp_avg.lerp_(grad, 1 - betas[0])
     exp_avg_sq.lerp_(grad.square(), 1 - betas[1])
@@ -74,10 +78,13 @@ def adamw_update(p, grad, exp_avg, exp_avg_sq, step, *, lr, betas, eps, weight_d
 
 
 def orthogonalize(u: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The nearest (semi-)orthogonal matrices to u (n, r, c), by Polar Express (arXiv:2505.16932) in `dtype`."""
+    """Approximate the nearest (semi-)orthogonal matrices to u (n, r, c), by Polar Express (arXiv:2505.16932).
+
+    Multiplies in `dtype` and returns fp32.
+    """
     X = (u / (1.01 * u.norm(dim=(-2, -1), keepdim=True) + 1e-6)).to(dtype)
     tall = X.size(-2) > X.size(-1)
-    for a, b, c in POLAR_EXPRESS:  # always multiply on the smaller side
+    for a, b, c in POLAR_EXPRESS:  # A and B have the size of the smaller side
         A = X.mT @ X if tall else X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
@@ -85,10 +92,11 @@ def orthogonalize(u: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def muon_update(p, grad, momentum_buffer, second_moment, *, lr, momentum, weight_decay, matmul_dtype) -> None:
-    """One Muon step in place on stacked matrices p (n, r, c), in fp32 but for the orthogonalization.
+    """Do one Muon step in place on stacked matrices p (n, r, c), in fp32 except for the orthogonalization.
 
-    Nesterov momentum, rows equilibrated, orthogonalized, then NorMuon's per-neuron scale (arXiv:2510.05491) that
-    keeps the update's norm, and cautious weight decay (arXiv:2411.16085): only where it agrees with the update.
+    The steps are Nesterov momentum, scaling of rows to one norm, orthogonalization, and NorMuon's scale per neuron
+    (arXiv:2510.05491), which keeps the update's norm. Weight decay is cautious (arXiv:2411.16085): it applies only
+    where the update and the weight have the same sign.
     """
     r, c = p.shape[-2:]
     momentum_buffer.lerp_(grad, 1 - momentum)
@@ -97,7 +105,8 @@ def muon_update(p, grad, momentum_buffer, second_moment, *, lr, momentum, weight
     row_norm = u.norm(dim=-1, keepdim=True)
     u = u * (u.norm(dim=(-2, -1), keepdim=True) / math.sqrt(r) / row_norm.clamp(min=1e-6))
     X = orthogonalize(u, matmul_dtype)
-    # A zero gradient stays zero: at the first step most are, as the projections after them are initialized to zero.
+    # The clamp keeps a zero gradient zero. At the first step most gradients are zero, because the projections after
+    # these matrices are initialized to zero.
     X = X * (math.sqrt(min(r, c)) / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-10))
 
     axis = -1 if r >= c else -2
@@ -115,12 +124,12 @@ def muon_update(p, grad, momentum_buffer, second_moment, *, lr, momentum, weight
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Groups carry kind ("adamw" | "muon"), lr, initial_lr and, for muon, momentum and weight_decay.
+    """Muon and AdamW over groups as build_optimizer() makes them. A group's kind is "adamw" or "muon".
 
-    compute_dtype: of Muon's matmuls, and of the forward's. Where a rank does not own a weight, it has it in this dtype.
+    compute_dtype: of matmuls, in Muon and in the forward. A rank has the weights of others rounded to this dtype.
     """
 
-    # torch's own decorator of these imports Dynamo, two seconds of a start that compiles nothing.
+    # Skip PyTorch's decorator of these methods: it imports Dynamo, which takes two seconds even if nothing is compiled.
     add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
     zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
 
@@ -132,8 +141,8 @@ class MuonAdamW(torch.optim.Optimizer):
         distributed = dist.is_available() and dist.is_initialized()
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.shards = make_shards(self.param_groups, rank, world_size, compute_dtype)
-        self.to_reduce = self.shards  # this step's shards that have not started
-        self.to_gather: list[Shard] = []  # after a step: those whose weights still travel
+        self.to_reduce = self.shards  # shards whose gradients are not sent yet in this step
+        self.to_gather: list[Shard] = []  # after a step: shards whose weights are still being sent
         self.in_backward, self.in_forward = False, False
         if world_size > 1:
             for shard in self.shards:
@@ -144,19 +153,24 @@ class MuonAdamW(torch.optim.Optimizer):
             self.compile_updates()
 
     def compile_updates(self, **options) -> None:
-        """Compile the updates for each shape, as on GPUs: scalars that change are then tensors, or each new rate would
-        be another program. options: of torch.compile."""
+        """Compile the updates for each shape. This is the default on GPUs.
+
+        Scalars that change become tensors, because each new learning rate would otherwise compile another graph.
+        options: of torch.compile.
+        """
         self._adamw = compile_static(adamw_update, **options)
         self._muon = compile_static(muon_update, **options)
         self._scalar = torch.tensor
 
     def overlap(self, model: GPT) -> None:
-        """Let step() return while weights still travel. The model's forward waits for those of each layer; anything
-        else that reads them has to wait() first."""
+        """Let step() return while weights are still being sent. The model's forward waits for those of each layer.
+
+        Call wait() before anything else reads the weights.
+        """
         self.in_forward, model.wait_for_weights = True, self.wait
 
     def reduce_in_backward(self) -> None:
-        """Call it before the last backward of a step: each shard's gradients are sent as soon as they are there."""
+        """Send each shard's gradients as soon as they are complete. Call it before the last backward of a step."""
         self.in_backward = True
         for shard in self.shards:
             shard.waiting_for = set(shard.params.values())
@@ -165,14 +179,14 @@ class MuonAdamW(torch.optim.Optimizer):
         if not self.in_backward:
             return
         shard.waiting_for.discard(p)
-        # Shards start in one order, as all ranks must send the same at the same time.
+        # Start shards in a fixed order: all ranks must call collectives in the same order.
         while self.to_reduce and not self.to_reduce[0].waiting_for:
             self.to_reduce[0].start_reduce()
             self.to_reduce = self.to_reduce[1:]
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all parameters. Takes their gradients: each is None afterwards, which frees memory for the next."""
+        """Update all parameters. Sets their gradients to None, which frees memory for the next ones."""
         for shard in self.to_reduce:
             shard.start_reduce()
         self.to_reduce, self.in_backward = self.shards, False
@@ -190,7 +204,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 options = {k: self._scalar(group[k]) for k in ("lr", "momentum", "weight_decay")}
                 p, grad = (torch.stack([tensors[i] for i in stack]) for tensors in (owned, gradients))
                 for i in stack:
-                    gradients[i] = None  # their memory is free for the update
+                    gradients[i] = None  # free its memory for the update
                 self._muon(
                     p,
                     grad,
@@ -206,33 +220,33 @@ class MuonAdamW(torch.optim.Optimizer):
             options = {k: group[k] for k in ("betas", "eps", "weight_decay")} | {"lr": self._scalar(group["lr"])}
             step = self._scalar(shard.state["step"].item())
             moments = shard.state["exp_avg"], shard.state["exp_avg_sq"]
-            if owned[0].numel():  # with many ranks the last may have no rows
+            if owned[0].numel():  # the last of many ranks may own no rows
                 self._adamw(*owned, *gradients, *moments, step, **options)
 
     @torch.no_grad()
     def wait(self, layer: float = math.inf) -> None:
-        """Until the weights have arrived that the forward reads up to this layer: by default all of them."""
+        """Wait for the weights that the forward reads up to and including this layer, by default for all weights."""
         while self.to_gather and self.to_gather[0].layer <= layer:
             self.to_gather.pop(0).finish_gather()
 
     @torch.no_grad()
     def gather_exactly(self) -> None:
-        """Have all weights in their own dtype on every rank, as a checkpoint keeps them. Every rank calls this."""
+        """Gather all weights unrounded on every rank, as a checkpoint stores them. Every rank must call this."""
         self.wait()
-        coarse = [shard for shard in self.shards if shard.read_dtype != shard.dtype]
-        for shard in coarse:
+        rounded = [shard for shard in self.shards if shard.read_dtype != shard.dtype]
+        for shard in rounded:
             shard.start_gather(shard.dtype)
             shard.finish_gather()
 
     def shard_state(self) -> dict[str, tuple[int, torch.Tensor]]:
-        """This rank's part of the state: "parameter|state name" -> (first row, rows), for a checkpoint.
+        """Return this rank's part of the state for a checkpoint: "parameter|state name" -> (first row, rows).
 
-        Whole tensors (Muon's matrices, small tensors, step counts) have first row 0; what all ranks hold alike is left
-        to rank 0.
+        Whole tensors (Muon's matrices, small tensors, step counts) have first row 0. Only rank 0 returns the tensors
+        that are the same on all ranks.
         """
         return {key: value for shard in self.shards for key, value in shard.export().items()}
 
     def load_shard_state(self, read: Callable[[str, int, int], torch.Tensor]) -> None:
-        """Takes this rank's part from `read("parameter|state name", start, stop)`: rows of the unsharded tensor."""
+        """Load this rank's part. `read("parameter|state name", start, stop)` returns rows of the unsharded tensor."""
         for shard in self.shards:
             shard.load(read)

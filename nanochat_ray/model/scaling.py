@@ -1,4 +1,4 @@
-"""The depth dial: one number decides the width, the batch, the horizon, the rates and the weight decay."""
+"""The depth dial: the depth decides the width, batch, horizon, learning rates and weight decay of a run."""
 
 import math
 from dataclasses import dataclass, field
@@ -8,15 +8,15 @@ import torch
 from nanochat_ray.model.gpt import GPT, SMEAR_CHANNELS, GPTConfig
 
 ASPECT_RATIO = 64  # channels per layer
-REFERENCE_DEPTH = 12  # the depth at which the base rates were tuned …
-REFERENCE_BATCH = 2**19  # … and its batch, in tokens
+REFERENCE_DEPTH = 12  # the base learning rates were tuned at this depth
+REFERENCE_BATCH = 2**19  # tokens; the batch at which they were tuned
 BASE_LRS = {"unembedding_lr": 0.008, "embedding_lr": 0.3, "matrix_lr": 0.02, "scalar_lr": 0.5}
 BASE_WEIGHT_DECAY = 0.28
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything the dial decides. Batch and horizon are in tokens, FLOPs per token count forward and backward."""
+    """All that the dial decides. Batch and horizon are in tokens. FLOPs per token count forward and backward."""
 
     depth: int
     target_param_data_ratio: float
@@ -36,7 +36,7 @@ class RunPlan:
 
     @property
     def lrs(self) -> dict[str, float]:
-        """The four base rates at this batch size, as build_optimizer takes them."""
+        """Return the four base learning rates, scaled to this batch, as build_optimizer() takes them."""
         return {name: lr * self.lr_scale for name, lr in BASE_LRS.items()}
 
     @property
@@ -55,7 +55,7 @@ def model_config(depth: int, *, sequence_len: int, vocab_size: int, head_dim: in
 
 
 def param_counts(config: GPTConfig) -> dict[str, int]:
-    """Parameters by role. `scalars` are the per-layer and global lambdas and the smear gate."""
+    """Count the parameters by role. `scalars` are the per-layer and global lambdas and the smear gate."""
     with torch.device("meta"):
         model = GPT(config)
     counts = {"wte": 0, "value_embeds": 0, "lm_head": 0, "transformer_matrices": 0, "scalars": 0}
@@ -67,7 +67,10 @@ def param_counts(config: GPTConfig) -> dict[str, int]:
 
 
 def flops_per_token(config: GPTConfig) -> int:
-    """Training FLOPs: 6 per matmul weight, and 12·H·D per position that attention sees (arXiv:2204.02311, app. B)."""
+    """Return the training FLOPs of a token (arXiv:2204.02311, app. B).
+
+    These are 6 per matmul weight, and 12·H·D per position that attention sees.
+    """
     counts = param_counts(config)
     seen = sum(min(window, config.sequence_len) for window in config.window_sizes)
     matmul_params = counts["transformer_matrices"] + counts["lm_head"] + SMEAR_CHANNELS
@@ -86,11 +89,12 @@ def plan_run(
     num_iterations: int | None = None,
     target_flops: float | None = None,
 ) -> RunPlan:
-    """Decide a run from its depth.
+    """Plan a run from its depth.
 
-    The horizon is num_iterations, else what target_flops buy, else target_param_data_ratio tokens per scaling
-    parameter. The batch grows as tokens^0.383 (arXiv:2505.13738) unless given; rates with its square root; weight
-    decay keeps the reference's time scale (arXiv:2405.13698). Raises ValueError for a horizon below one step.
+    The horizon is given by num_iterations, else by target_flops, else it is target_param_data_ratio tokens per scaling
+    parameter. By default the batch grows as tokens^0.383 (arXiv:2505.13738). Learning rates grow as the square root of
+    the batch. Weight decay keeps the reference's time scale (arXiv:2405.13698).
+    Raises ValueError for a depth below 1 or a horizon below one step.
     """
     if depth < 1:
         raise ValueError(f"depth must be at least 1, not {depth}")
@@ -134,19 +138,19 @@ def plan_run(
 
 
 WARMUP_STEPS = 40
-WARMDOWN_RATIO = 0.65
-FINAL_LR = 0.05
+WARMDOWN_RATIO = 0.65  # share of all steps
+FINAL_LR = 0.05  # multiplier of the learning rates at the end
 MOMENTUM_WARMUP_STEPS = 400
 
 
 def warmdown_left(step: int, num_iterations: int) -> float | None:
-    """The share of the warmdown still to come, from 1 to 0; None before it begins."""
+    """Return the share of the warmdown that is left, from 1 to 0, or None before it begins."""
     warmdown = round(WARMDOWN_RATIO * num_iterations)
     return (num_iterations - step) / warmdown if step > num_iterations - warmdown else None
 
 
 def lr_multiplier(step: int, num_iterations: int) -> float:
-    """Linear warmup, constant, then linear to FINAL_LR."""
+    """Return the multiplier of pretraining: linear warmup, constant, then linear to FINAL_LR."""
     if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS
     left = warmdown_left(step, num_iterations)
@@ -165,10 +169,10 @@ def muon_weight_decay(step: int, num_iterations: int, weight_decay: float) -> fl
 
 
 def finetune_lr_multiplier(step: int, num_iterations: int) -> float:
-    """Constant, then linear to 0 over the second half."""
+    """Return the multiplier of finetuning: constant, then linear to 0 over the second half."""
     return min(1.0, 2 * (1 - step / num_iterations))
 
 
 def rl_lr_multiplier(step: int, num_iterations: int) -> float:
-    """Linear to 0."""
+    """Return the multiplier of reinforcement learning: linear to 0."""
     return 1 - step / num_iterations

@@ -1,7 +1,7 @@
-"""Which rank updates what, and how gradients and weights travel between the ranks.
+"""Decides which rank updates which parameters, and sends gradients and weights between the ranks.
 
-Each rank owns a piece of every shard. All pieces of a shard have one length, so that it travels in one reduce-scatter
-and one all-gather: rows of a table, or whole matrices of a bucket of neighboring layers.
+Each rank owns a piece of every shard: rows of a table, or whole matrices of a bucket of neighboring layers. All pieces
+of a shard have the same length, so that one reduce-scatter and one all-gather move it.
 """
 
 import heapq
@@ -14,20 +14,20 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
-SMALL = 1024  # tensors with fewer elements are all-reduced: splitting them would cost more than it saves
-BUCKET_BYTES = 2**25  # of gradients at least: many small messages would wait for each other
-UNHIDDEN = 0.05  # a bucket of everything costs so much more than small ones, as the backward is over when it is sent
+MIN_SHARDED = 1024  # elements; smaller tensors are all-reduced, because splitting them would cost more than it saves
+MIN_BUCKET_BYTES = 2**25  # bytes of gradients; many small messages would wait for each other
+UNHIDDEN_COST = 0.05  # relative extra cost of one bucket with everything: it is sent after the backward, not during it
 
 
 def make_shards(groups: list[dict], rank: int, world_size: int, read_dtype: torch.dtype) -> list["Shard"]:
-    """The shards of an optimizer's groups, in the order in which a backward has their gradients.
+    """Return the shards of an optimizer's groups, in the order in which a backward computes their gradients.
 
-    read_dtype: what the forward multiplies fp32 weights in; the copies that go to other ranks need not be finer.
+    read_dtype: in which the forward multiplies fp32 weights. The copies for other ranks are sent in it.
     """
     shards, matrices, muon = [], {}, {}
     for group in groups:
         named = dict(zip(group["param_names"], group["params"], strict=True))
-        if group["kind"] == "muon":  # one for each shape
+        if group["kind"] == "muon":  # there is one group per shape
             matrices |= named
             muon[group["params"][0].shape] = group
         else:
@@ -37,49 +37,52 @@ def make_shards(groups: list[dict], rank: int, world_size: int, read_dtype: torc
 
 
 def layer_of(name: str) -> float:
-    """The layer of the forward that reads a parameter first; inf for the head, 0 for what comes before the layers."""
+    """Return the layer of the forward that reads a parameter first. It is inf for the head and 0 for all others."""
     if match := re.search(r"(?:^|\.)(?:h|value_embeds)\.(\d+)\.", name):
         return int(match[1])
     return math.inf if name.startswith("lm_head.") else 0
 
 
 def split_matrices(named: dict[str, torch.Tensor], world_size: int) -> list[list[dict[str, torch.Tensor]]]:
-    """Buckets of neighboring layers, each with the matrices of every rank. One rank has a bucket for each shape, as it
-    updates matrices of one shape together.
+    """Split matrices into buckets of neighboring layers. Returns for each bucket the matrices of each rank.
 
-    Small buckets hide more of what they send, but matrices are owned whole: in many a bucket some ranks would have
-    less than others, and all send as much as the one that has most. The cost weighs both, and the best split is found
-    by going through all ends of the last bucket, of the one before, and so on.
+    A single rank has one bucket per shape, because it updates matrices of one shape together.
+
+    More of a small bucket's sending is hidden behind the backward. But matrices are owned whole: in a small bucket some
+    ranks may own less than others, and all ranks send as much as the one that owns most. The cost weighs both. Dynamic
+    programming over the ends of the buckets finds the split with the lowest cost.
     """
     if world_size == 1:
         shapes = sorted({p.shape for p in named.values()})
         return [[{name: p for name, p in named.items() if p.shape == shape}] for shape in shapes]
     names = sorted(named, key=layer_of)
     sizes = [named[name].numel() for name in names]
-    total, least = sum(sizes), BUCKET_BYTES // next(iter(named.values())).itemsize
+    total, least = sum(sizes), MIN_BUCKET_BYTES // next(iter(named.values())).itemsize
 
     def cost(start: int, stop: int) -> float:
         size = sum(sizes[start:stop])
         if size < least and (start, stop) != (0, len(names)):
             return math.inf
-        unhidden = UNHIDDEN * size / total * (1 if start else 2)  # the first layers' gradients come last of all
-        return world_size * _share_out(tuple(sizes[start:stop]), world_size)[1] * (1 + unhidden)
+        unhidden = UNHIDDEN_COST * size / total * (1 if start else 2)  # the first layers' gradients come last
+        return world_size * _assign(tuple(sizes[start:stop]), world_size)[1] * (1 + unhidden)
 
-    best: list[tuple[float, list[int]]] = [(0.0, [0])]  # for the first n matrices: the cost, and where buckets end
+    best: list[tuple[float, list[int]]] = [(0.0, [0])]  # for the first n matrices: lowest cost, ends of buckets
     for stop in range(1, len(names) + 1):
         choices = [(best[start][0] + cost(start, stop), [*best[start][1], stop]) for start in range(stop)]
         best.append(min(choices))
     buckets = []
     for start, stop in pairwise(best[-1][1]):
-        pieces, _ = _share_out(tuple(sizes[start:stop]), world_size)
+        pieces, _ = _assign(tuple(sizes[start:stop]), world_size)
         buckets.append([{names[start + i]: named[names[start + i]] for i in piece} for piece in pieces])
     return buckets
 
 
 @lru_cache(maxsize=4096)
-def _share_out(sizes: tuple[int, ...], world_size: int) -> tuple[list[list[int]], int]:
-    """Which of the matrices each rank owns, and the most elements that one has. The largest that is left goes to the
-    rank that has least, again and again."""
+def _assign(sizes: tuple[int, ...], world_size: int) -> tuple[list[list[int]], int]:
+    """Assign matrices to ranks: from the largest on, each goes to the rank with the fewest elements so far.
+
+    Returns the indices of each rank's matrices, and the elements of the rank that owns most.
+    """
     pieces, ranks = [[] for _ in range(world_size)], [(0, rank) for rank in range(world_size)]
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
         size, rank = ranks[0]
@@ -89,9 +92,9 @@ def _share_out(sizes: tuple[int, ...], world_size: int) -> tuple[list[list[int]]
 
 
 class Shard:
-    """Parameters that travel together. Owners update their pieces in place."""
+    """Parameters that are sent together. Each rank updates the piece that it owns, in place."""
 
-    replicated = False  # True: every rank owns all of it, and updates it alike
+    replicated = False  # True: every rank owns all of it and makes the same update
 
     def __init__(self, params: dict[str, torch.Tensor], rank: int, world_size: int, read_dtype: torch.dtype):
         self.params, self.rank, self.world_size = params, rank, world_size
@@ -100,27 +103,27 @@ class Shard:
         self.read_dtype = read_dtype if self.dtype == torch.float32 else self.dtype
         self.shapes = [[view.shape for view in self.views(list(params.values()), r)] for r in range(world_size)]
         self.length = max(sum(map(math.prod, shapes)) for shapes in self.shapes)  # elements of a piece
-        self.waiting_for: set[torch.Tensor] = set()  # parameters that the running backward has no gradient of yet
+        self.waiting_for: set[torch.Tensor] = set()  # parameters whose gradients the backward has not computed yet
         self.work = self.sent = self.received = None
 
     def views(self, tensors: list[torch.Tensor], rank: int) -> list[torch.Tensor]:
-        """A rank's piece of tensors shaped as the parameters."""
+        """Return a rank's piece of tensors that are shaped like the parameters."""
         raise NotImplementedError
 
     def owned(self) -> list[torch.Tensor]:
         return self.views([p.detach() for p in self.params.values()], self.rank)
 
     def bytes_sent(self) -> tuple[int, int]:
-        """By each rank to the next of a ring: gradients, and weights."""
+        """Return the bytes that each rank sends to the next one in a ring: of gradients, and of weights."""
         others = self.length * (self.world_size - 1)
         if self.replicated:
             return 2 * others // self.world_size * self.dtype.itemsize, 0
         return others * self.dtype.itemsize, others * self.read_dtype.itemsize
 
     def start_reduce(self) -> None:
-        """Send each owner its part of the gradients, which are None afterwards.
+        """Start to send each owner its part of the gradients, and set them to None.
 
-        Raises RuntimeError when one is missing.
+        Raises RuntimeError if a gradient is missing.
         """
         if missing := [name for name, p in self.params.items() if p.grad is None]:
             raise RuntimeError(f"no gradient for {missing[0]}: call backward before step")
@@ -139,12 +142,12 @@ class Shard:
         if nccl:
             self.received = self.sent.new_empty(self.length)
             self.work = dist.reduce_scatter_tensor(self.received, self.sent, dist.ReduceOp.AVG, async_op=True)
-        else:  # gloo's reduce-scatter sends twice as much: it reduces everything everywhere
+        else:  # gloo's reduce-scatter sends twice as much: it reduces everything on every rank
             self.received = torch.empty_like(self.sent)
             self.work = dist.all_to_all_single(self.received, self.sent, async_op=True)
 
     def finish_reduce(self) -> list[torch.Tensor]:
-        """The mean gradient of each view that this rank owns."""
+        """Wait for the gradients. Returns the mean gradient of each view that this rank owns."""
         sent, mean, self.sent, self.received = self.sent, self.received, None, None
         if self.work is None:
             return self.views(sent, self.rank)
@@ -156,7 +159,7 @@ class Shard:
         return self.views([mean], self.rank) if self.replicated else self._parts(mean, self.rank)
 
     def start_gather(self, dtype: torch.dtype | None = None) -> None:
-        """Send what this rank owns to all others, by default in the dtype that the forward reads it in."""
+        """Start to send what this rank owns to all others, by default in the dtype in which the forward reads it."""
         if self.world_size == 1 or self.replicated:
             return
         piece = torch.cat(self._piece([p.detach() for p in self.params.values()], self.rank))
@@ -165,7 +168,7 @@ class Shard:
         self.work = dist.all_gather_into_tensor(self.received, self.sent, async_op=True)
 
     def finish_gather(self) -> None:
-        """Take what others own. What this rank owns stays, and may be finer than what it has sent."""
+        """Wait for what others own and store it. What this rank owns is kept, unrounded."""
         if self.work is None:
             return
         self.work.wait()
@@ -176,22 +179,22 @@ class Shard:
         self.work = self.sent = self.received = None
 
     def _piece(self, tensors: list[torch.Tensor], rank: int) -> list[torch.Tensor]:
-        """A rank's piece, flat, with the zeros that make all pieces equally long."""
+        """Return a rank's piece as flat tensors, the last of which is zeros that pad it to the common length."""
         views = [view.reshape(-1) for view in self.views(tensors, rank)]
         return [*views, tensors[0].new_zeros(self.length - sum(map(len, views)))]
 
     def _parts(self, piece: torch.Tensor, rank: int) -> list[torch.Tensor]:
-        """Its views again, without the zeros."""
+        """Return the views in a flat piece, without the padding."""
         sizes = [math.prod(shape) for shape in self.shapes[rank]]
         parts = piece[: sum(sizes)].split(sizes)
         return [part.view(shape) for part, shape in zip(parts, self.shapes[rank], strict=True)]
 
 
 class Table(Shard):
-    """One tensor of AdamW, shared out by rows; a small one is whole on every rank."""
+    """A tensor that AdamW updates, split by rows. A small tensor is whole on every rank."""
 
     def __init__(self, group: dict, name: str, p: torch.Tensor, rank: int, world_size: int, read_dtype):
-        self.group, self.name, self.replicated = group, name, p.numel() < SMALL
+        self.group, self.name, self.replicated = group, name, p.numel() < MIN_SHARDED
         self.rows = p.size(0) if self.replicated else math.ceil(p.size(0) / world_size)
         super().__init__({name: p}, rank, world_size, read_dtype)
         self.start = 0 if self.replicated else min(rank * self.rows, p.size(0))
@@ -206,7 +209,7 @@ class Table(Shard):
         return [tensors[0][start : start + self.rows]]
 
     def export(self) -> dict[str, tuple[int, torch.Tensor]]:
-        """For MuonAdamW.shard_state. What all ranks hold alike is rank 0's."""
+        """Return this rank's part for MuonAdamW.shard_state(). Only rank 0 returns what is the same on all ranks."""
         alike = self.state if self.replicated else ("step",)
         return {
             f"{self.name}|{key}": (0 if key in alike else self.start, value)
@@ -222,7 +225,7 @@ class Table(Shard):
 
 
 class Matrices(Shard):
-    """A bucket of Muon's matrices, each whole with its owner, who updates those of one shape together."""
+    """A bucket of Muon's matrices. Each has one owner, which updates its matrices of one shape together."""
 
     def __init__(self, groups: dict[torch.Size, dict], pieces: list[dict[str, torch.Tensor]], rank: int, read_dtype):
         params = {name: p for piece in pieces for name, p in piece.items()}
@@ -230,7 +233,7 @@ class Matrices(Shard):
         self.positions = [[positions[name] for name in piece] for piece in pieces]
         super().__init__(params, rank, len(pieces), read_dtype)
         self.names, shapes = list(pieces[rank]), self.shapes[rank]
-        # By shape, which of this rank's matrices have it, and the group with their rates.
+        # For each shape: the indices of this rank's matrices, the group with their learning rate, and their state.
         self.stacks = [[i for i, other in enumerate(shapes) if other == shape] for shape in sorted(set(shapes))]
         self.groups = [groups[shapes[stack[0]]] for stack in self.stacks]
         self.state = [self._state(len(stack), *shapes[stack[0]]) for stack in self.stacks]
@@ -243,7 +246,7 @@ class Matrices(Shard):
         return [tensors[i] for i in self.positions[rank]]
 
     def export(self) -> dict[str, tuple[int, torch.Tensor]]:
-        """For MuonAdamW.shard_state."""
+        """Return this rank's part for MuonAdamW.shard_state()."""
         return {
             f"{self.names[i]}|{key}": (0, part)
             for stack, state in zip(self.stacks, self.state, strict=True)

@@ -79,7 +79,7 @@ def held_out_loss(model):
 def run_rank(rank, world_size, folder, dtype):
     """Train, and keep what the other end of the test compares."""
     torch.set_num_threads(1)
-    shards.BUCKET_BYTES = 2**16  # several, for a model so small
+    shards.MIN_BUCKET_BYTES = 2**16  # several, for a model so small
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world_size)
     model, optimizer = build(dtype)
     assert sum(isinstance(shard, Matrices) for shard in optimizer.shards) >= 2

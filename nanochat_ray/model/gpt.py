@@ -223,7 +223,7 @@ class GPT(nn.Module):
         x = smear(self, embedded, previous)
         # Pad each layer's row to 16 bytes: compiled code copies an argument whose address is not a multiple of 16.
         lambdas = F.pad(torch.stack([self.resid_lambdas, self.x0_lambdas], dim=1), (0, 2)).unbind()
-        x0, x_mid = x.view_as(x), x  # were x0 the same object as x, the first block would need its own graph
+        x0, x_mid = x.view_as(x), x  # if x0 were x itself, the first block would need its own graph
         for i, block in enumerate(self.transformer.h):
             wait(i)
             table = self.value_embeds[str(i)].weight if str(i) in self.value_embeds else None

@@ -1,10 +1,10 @@
-// The chat page: conversations live in this browser, answers come from /v1/chat/completions on the same origin.
-// Text becomes DOM nodes by textContent, or by marked and DOMPurify; the page's policy forbids every other way.
+// The chat page. Conversations are stored in this browser; answers come from /v1/chat/completions on the same origin.
+// Text becomes DOM nodes by textContent, or by marked and DOMPurify. The page's policy forbids every other way.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 
-/** An element: properties and children as given, null children left out. */
+/** Make an element with these properties and children. Null children are left out. */
 function h(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children.filter((child) => child !== null));
@@ -15,16 +15,16 @@ function button(label, onclick, properties = {}) {
   return h("button", { type: "button", className: "quiet", onclick, ...properties }, label);
 }
 
-// ---- What the browser keeps -----------------------------------------------------------------------------------------
-// A conversation: {id, title, updated, messages}, under a key of its own, so that two tabs do not overwrite each other.
-// A message: {role: "user", text} or {role: "assistant", parts: [{type: text|python|python_output, text}], model,
+// ---- Storage --------------------------------------------------------------------------------------------------------
+// A conversation is {id, title, updated, messages}. Each has its own key, so that two tabs do not overwrite each other.
+// A message is {role: "user", text} or {role: "assistant", parts: [{type: text|python|python_output, text}], model,
 // first_token_s, tokens, tokens_per_s, finish, stopped, error: {text, detail}}.
 
 const PREFIX = "nanochat-ray/conversation/";
 const SETTINGS = "nanochat-ray/settings";
 const API_KEY = "nanochat-ray/api-key";
 const conversations = new Map();
-const running = new Map(); // id of a conversation -> AbortController of its answer
+const running = new Map(); // conversation id -> AbortController of its answer
 const settings = { model: null, system: "", temperature: 0.6, top_k: 50, max_tokens: null };
 let current = null; // the conversation on screen
 
@@ -42,7 +42,7 @@ function read(json) {
     const conversation = JSON.parse(json);
     if (Array.isArray(conversation.messages)) conversations.set(conversation.id, conversation);
   } catch {
-    // Something else wrote under this key: not a conversation.
+    // Ignore the value: other code wrote it.
   }
 }
 
@@ -72,15 +72,15 @@ function forget(conversation) {
 // ---- Text to nodes --------------------------------------------------------------------------------------------------
 
 marked.use({
-  breaks: true, // a line ends where its writer ended it
+  breaks: true, // keep single line breaks
   tokenizer: {
-    // No raw HTML: what looks like a tag is text, and is shown as such.
+    // Show HTML tags as text.
     html() {},
     tag() {},
     del: (source) => (source.startsWith("~~") ? false : undefined), // a single tilde means "about"
   },
   renderer: {
-    // No images: the address of one can carry a conversation away.
+    // Show images as links: the address of an image could send the conversation to another site.
     image: ({ href, text }) => `<a href="${escapeHtml(href)}">${escapeHtml(text || href)}</a>`,
     checkbox: ({ checked }) => `<span class="task">${checked ? "☑" : "☐"}</span> `,
   },
@@ -99,8 +99,8 @@ function escapeHtml(text) {
   return text.replace(/[&<>"']/g, (character) => `&#${character.charCodeAt(0)};`);
 }
 
-/** Markdown of an answer that goes on. Marks at its end, to which more text may give another meaning, are text so far:
- * a line of "-" is no heading yet of the line above. */
+/** Return the Markdown of an unfinished answer. Marks at its end are escaped if more text may change their meaning. For
+ * example, a last line "-" does not yet make the line above a heading. */
 function unfinished(text) {
   const lines = text.split("\n");
   let fence = null;
@@ -116,7 +116,7 @@ function unfinished(text) {
   return [...lines, last.replace(undecided, escape)].join("\n");
 }
 
-/** Put an answer's parts into an element. Blocks that did not change since the last call keep their nodes. */
+/** Show an answer's parts in an element. Blocks that did not change since the last call keep their nodes. */
 function renderParts(element, parts, goesOn = false) {
   const [text, calls] = joinParts(parts);
   const blocks = marked.lexer(goesOn ? unfinished(text) : text);
@@ -134,8 +134,8 @@ function renderParts(element, parts, goesOn = false) {
   }
 }
 
-// A tool call stands in the middle of a sentence, so it passes through Markdown as a mark: its number between two
-// characters of the private use area, which text itself is not allowed.
+// A tool call can be in the middle of a sentence. So it passes through Markdown as a mark: its number between two
+// characters of the private use area. joinParts replaces these characters in text.
 const MARK = /\uE000(\d+)\uE001/g;
 
 function joinParts(parts) {
@@ -187,7 +187,7 @@ function decorateCode(pre) {
   pre.tabIndex = 0; // a long line is scrolled with the arrow keys
 }
 
-/** An answer as plain text; with its tool calls in words when it is read aloud. */
+/** Return an answer as plain text. If `spoken`, tool calls are described in words, for screen readers. */
 function plainText(parts, spoken = false) {
   const [text, calls] = joinParts(parts);
   const said = (i) => (spoken && calls[i] ? `calculator: ${calls[i].code} gives ${calls[i].result ?? "nothing"}. ` : "");
@@ -203,7 +203,7 @@ class ServiceError extends Error {
   }
 }
 
-/** A response of the service. Raises ServiceError for an error status, TypeError when there is no answer at all. */
+/** Return a response of the service. Throws ServiceError for an error status, TypeError if there is no response. */
 async function call(path, options = {}) {
   const key = sessionStorage.getItem(API_KEY);
   const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
@@ -213,7 +213,7 @@ async function call(path, options = {}) {
   throw new ServiceError(response.status, body?.error, secondsOf(response.headers.get("Retry-After")));
 }
 
-/** Retry-After in seconds, from either of its two forms; null without one. */
+/** Return the seconds of a Retry-After header, in either of its two forms. Returns null without one. */
 function secondsOf(header) {
   if (header === null) return null;
   const seconds = /^\d+$/.test(header.trim()) ? Number(header) : (Date.parse(header) - Date.now()) / 1000;
@@ -232,11 +232,11 @@ async function* serverSentEvents(response) {
       for (const line of lines) if (line.startsWith("data:")) yield line.slice(5).trim();
     }
   } finally {
-    reader.cancel().catch(() => {}); // of a stream that is given up the rest is not sent
+    reader.cancel().catch(() => {}); // stop the service from sending the rest
   }
 }
 
-/** The conversation as the API takes it. Turns must alternate, so questions left without an answer become one. */
+/** Return the conversation for the API. Turns must alternate, so questions without an answer are joined. */
 function requestMessages(conversation) {
   const messages = settings.system.trim() ? [{ role: "system", content: settings.system }] : [];
   for (const message of conversation.messages) {
@@ -252,9 +252,9 @@ function requestMessages(conversation) {
   return messages;
 }
 
-const PATIENCE = { attempts: 3, seconds: 60 }; // how long a busy service is asked again by itself
+const PATIENCE = { attempts: 3, seconds: 60 }; // limits of retries and of the wait before each
 
-/** The response to a request that a busy service may turn away at first. `waiting` is told the seconds left. */
+/** Return the response and the time of the request. Retries if the service is busy: `waiting` gets the seconds left. */
 async function requestAnswer(body, signal, waiting) {
   for (let attempt = 1; ; attempt++) {
     const sent = performance.now();
@@ -322,7 +322,7 @@ function addText(parts, type, text) {
   else parts.push({ type, text });
 }
 
-/** An error in plain words, with what the service said about it. */
+/** Return an error in plain words, and the service's message. `begun`: a part of the answer has arrived. */
 function explain(error, begun) {
   const detail = error instanceof ServiceError ? error.message : "";
   const say = (text) => ({ text, detail });
@@ -344,7 +344,7 @@ function explain(error, begun) {
   return say(`The service failed on this request (error ${status}).`);
 }
 
-// ---- What is done ---------------------------------------------------------------------------------------------------
+// ---- Actions --------------------------------------------------------------------------------------------------------
 
 function ask(conversation, text) {
   if (running.has(conversation.id) || !text.trim()) return;
@@ -355,14 +355,14 @@ function ask(conversation, text) {
   answer(conversation);
 }
 
-/** Drop the message at `index` and all after it, and ask again: the same, or another question. */
+/** Remove the message at `index` and all after it. Then ask `text`, or answer the remaining question again. */
 function askAgain(conversation, index, text = null) {
   if (running.has(conversation.id)) return;
   conversation.messages.splice(index);
   if (index === 0) conversation.title = "";
   if (text === null) answer(conversation);
   else ask(conversation, text);
-  if (!matchMedia("(pointer: coarse)").matches) $("question").focus(); // the button that was pressed is gone
+  if (!matchMedia("(pointer: coarse)").matches) $("question").focus(); // the pressed button was removed
 }
 
 async function answer(conversation) {
@@ -404,7 +404,7 @@ async function confirmed(question) {
 
 async function copy(text) {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
-  const field = h("textarea", { value: text, className: "unseen" }); // plain http on a network has no clipboard object
+  const field = h("textarea", { value: text, className: "unseen" }); // plain HTTP on a network has no clipboard object
   document.body.append(field);
   field.select();
   document.execCommand("copy");
@@ -421,9 +421,9 @@ function copyButton(label, text) {
   return element;
 }
 
-// ---- What is shown --------------------------------------------------------------------------------------------------
+// ---- Display --------------------------------------------------------------------------------------------------------
 
-const drawn = new WeakMap(); // message -> its article, while its conversation is on screen
+const drawn = new WeakMap(); // message -> its view, while its conversation is on screen
 
 function showThread() {
   $("thread").replaceChildren(...current.messages.map(messageElement));
@@ -433,7 +433,7 @@ function showThread() {
   $("scroller").scrollTop = $("scroller").scrollHeight;
 }
 
-/** The buttons that depend on whether this conversation is being answered. */
+/** Update the buttons that depend on whether this conversation is being answered. */
 function showRunning() {
   const busy = running.has(current.id);
   const focused = document.activeElement;
@@ -462,7 +462,7 @@ function messageElement(message, index) {
   return article;
 }
 
-/** Draw at the next frame: many tokens may come in one. */
+/** Draw at the next frame, because many tokens may arrive within one. */
 function redraw(message, waiting) {
   const view = drawn.get(message);
   if (!view) return;
@@ -488,24 +488,24 @@ function drawMessage(message) {
   if (busy && view.shown < view.length) redraw(message, view.waiting);
 }
 
-const LONGEST_LAG = 400; // milliseconds in which text that came at once is shown at most
+const LONGEST_LAG = 400; // milliseconds: the longest time to show text that arrived together
 
-/** The beginning of an answer to show at this frame: a busy service sends many words at once, a few times a second, and
- * they appear at an even pace, as long as the ones before them took to come. */
+/** Return the beginning of an answer to show at this frame. A busy service sends many words at once, a few times a
+ * second. They appear at an even pace, over the time that passed since the words before them arrived. */
 function revealed(view, parts) {
   const now = performance.now();
   const length = parts.reduce((sum, part) => sum + part.text.length, 0);
   if (!length) return parts;
   if (length !== view.length) {
     const lag = matchMedia("(prefers-reduced-motion: reduce)").matches ? 0 : Math.min(now - view.came, LONGEST_LAG);
-    view.pace = lag > 0 ? (length - view.shown) / lag : Infinity; // the first words (of which lag is NaN) at once
+    view.pace = lag > 0 ? (length - view.shown) / lag : Infinity; // show the first words, whose lag is NaN, at once
     Object.assign(view, { length, came: now, framed: now });
   }
   view.shown = view.pace === Infinity ? length : Math.min(length, view.shown + view.pace * (now - view.framed));
   view.framed = now;
   let rest = Math.floor(view.shown);
   return parts.flatMap((part) => {
-    const text = part.text.slice(0, Math.max(0, rest)).replace(/[\uD800-\uDBFF]$/, ""); // no half of a character
+    const text = part.text.slice(0, Math.max(0, rest)).replace(/[\uD800-\uDBFF]$/, ""); // drop half a character
     rest -= part.text.length;
     return text ? [{ ...part, text }] : [];
   });
@@ -553,12 +553,12 @@ function editMessage(article, message, index) {
   field.focus();
 }
 
-/** Whether a key belongs to an input method. Safari ends the composition before it tells of the key that ended it. */
+/** Return whether a key belongs to an input method. Safari ends the composition before it reports its last key. */
 function composing(event) {
   return event.isComposing || event.keyCode === 229;
 }
 
-/** A text field that grows with its text; Enter submits its form, Shift+Enter does not, nor does an input method's. */
+/** Make a text field grow with its text. Enter submits its form, except with Shift or from an input method. */
 function typing(field) {
   const grow = () => {
     field.style.height = "auto";
@@ -599,7 +599,7 @@ function notice(text, label = null, action = null) {
   $("notice").hidden = !text;
 }
 
-/** The address names the conversation, so that reload, back and a second tab find it. */
+/** Show the conversation that the address names. So reload, back and a second tab find it. */
 function route() {
   const id = location.hash.match(/^#c=(\w+)$/)?.[1];
   current = conversations.get(id) ?? fresh();
@@ -649,7 +649,7 @@ function startSettings() {
     shown();
     write(SETTINGS, settings);
   });
-  $("settings").addEventListener("close", loadModels); // the key may be another
+  $("settings").addEventListener("close", loadModels); // the key may have changed
   $("open-settings").onclick = openSettings;
   $("model").onchange = () => {
     settings.model = $("model").value;
@@ -691,7 +691,7 @@ function startSidebar() {
 }
 
 document.querySelector(".skip").onclick = (event) => {
-  event.preventDefault(); // the address stays that of the conversation
+  event.preventDefault(); // keep the conversation's address
   $("question").focus();
 };
 addEventListener("keydown", (event) => {
@@ -703,11 +703,11 @@ addEventListener("hashchange", route);
 addEventListener("pagehide", () => {
   for (const id of running.keys()) {
     conversations.get(id).messages.at(-1).stopped = true;
-    save(conversations.get(id)); // what came so far is not lost
+    save(conversations.get(id)); // keep the text so far
   }
 });
 addEventListener("storage", (event) => {
-  // Another tab wrote or deleted a conversation; the one that is answered here is not touched.
+  // Another tab wrote or deleted a conversation. Ignore this if the conversation is being answered here.
   const id = event.key?.startsWith(PREFIX) ? event.key.slice(PREFIX.length) : null;
   if (id === null || running.has(id)) return;
   conversations.delete(id);

@@ -17,7 +17,7 @@ from nanochat_ray.train.metrics import read_metrics
 
 HOME = "s3://bucket/home"
 RUN = f"{HOME}/runs/tiny"
-ROWS_PER_STEP = 4  # of the cpu preset
+ROWS_PER_STEP = 8  # of the cpu preset
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
 
 

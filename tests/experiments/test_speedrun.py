@@ -43,8 +43,8 @@ def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(
     model, tokenizer, meta = load_model(str(runs / "quick-sft"))
     base = load_model(str(runs / "quick"))[2]
     assert meta["stage"] == "sft"
-    assert meta["total_batch_size"] == base["total_batch_size"] == 2048
-    assert meta["lrs"] == {name: pytest.approx(0.8 * lr) for name, lr in base["lrs"].items()}
+    assert (base["total_batch_size"], meta["total_batch_size"]) == (4096, 2048)
+    assert meta["lrs"] == {name: pytest.approx(0.8 * lr / 2**0.5) for name, lr in base["lrs"].items()}
     prompt = tokenizer.render_for_completion({"messages": [{"role": "user", "content": "Spell cat."}]})
     (completion,) = Engine(model, tokenizer).generate([prompt], SamplingParams(max_tokens=4, temperature=0.0))
     assert completion.tokens or completion.finish_reason == "stop"

@@ -71,9 +71,9 @@ class Preset:
 # RL with small groups, so that two minutes have many steps.
 CPU_RL = {"prompts_per_step": 16, "num_samples": 8, "max_new_tokens": 48, "eval_questions": 60, "eval_samples": 4}
 PRESETS = {
-    # Batches are small, because a slow CPU makes few steps in these minutes, and the first 40 only warm up. 4,096 tokens
-    # took 4 % off the val/bpb of 2,048 tokens in the same time (docs/performance has the measurement). Finetuning has
-    # fewer tokens and gets smaller batches. lr_factor is explained at sweep.PRESETS.
+    # Batches are small, because a slow CPU makes few steps in these minutes, and the first 40 only warm up. With 4,096
+    # tokens instead of 2,048, val/bpb was 5 % lower after the same time (docs/performance). Finetuning has less data,
+    # and gets smaller batches. lr_factor is explained at sweep.PRESETS.
     "cpu": Preset(
         4, "pydocs", 8192, 512, 64, "L", None, 5, 4096, 2048, 16, 16_384, "offline", CPU_RL, ("core", "chatcore")
     ),
@@ -81,8 +81,8 @@ PRESETS = {
 }
 REHEARSAL = {"minutes": None, "steps": 20, "examples": 16, "eval_tokens": 65_536}
 REHEARSED_RL = {"steps": 3, "prompts_per_step": 4, "num_samples": 4, "max_new_tokens": 32, "eval_questions": 4}
-# Steps of SFT and RL per step of pretraining, if `minutes` is set. A step of pretraining takes as long as two of SFT, and
-# a step of RL as long as five of pretraining.
+# Steps of SFT and RL per step of pretraining, if `minutes` is set. A step of pretraining takes as long as two of SFT,
+# and a step of RL as long as five of pretraining.
 SFT_SHARE, RL_SHARE = 0.8, 0.1
 
 

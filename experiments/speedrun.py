@@ -72,8 +72,8 @@ class Preset:
 CPU_RL = {"prompts_per_step": 16, "num_samples": 8, "max_new_tokens": 48, "eval_questions": 60, "eval_samples": 4}
 PRESETS = {
     # Batches are small, because a slow CPU makes few steps in these minutes, and the first 40 only warm up. With 4,096
-    # tokens instead of 2,048, val/bpb was 5 % lower after the same time (docs/performance). Finetuning has less data,
-    # and gets smaller batches. lr_factor is explained at sweep.PRESETS.
+    # tokens instead of 2,048, val/bpb was 5 % lower after two minutes, and equal after five (docs/performance).
+    # Finetuning has less data, and gets smaller batches. lr_factor is explained at sweep.PRESETS.
     "cpu": Preset(
         4, "pydocs", 8192, 512, 64, "L", None, 5, 4096, 2048, 16, 16_384, "offline", CPU_RL, ("core", "chatcore")
     ),
@@ -410,7 +410,7 @@ def find_plan(run_dir: str, depth: int, preset: Preset) -> RunPlan:
 
 
 def steps_in(minutes: float, plan: RunPlan) -> int:
-    """The training steps that this machine's CPUs make in so many minutes, from the fastest of four steps.
+    """Return how many training steps this machine's CPUs make in so many minutes, from the fastest of eight steps.
 
     The time to compile is subtracted. Workers don't compile again, because they use Inductor's cache.
     """
@@ -426,7 +426,7 @@ def steps_in(minutes: float, plan: RunPlan) -> int:
         model.compile_for_training()
         model(idx, idx).backward()
     seconds = []
-    for _ in range(4):
+    for _ in range(8):  # the first ones are slower, because memory is allocated
         started = time.monotonic()
         model(idx, idx).backward()
         optimizer.step()

@@ -410,7 +410,7 @@ def find_plan(run_dir: str, depth: int, preset: Preset) -> RunPlan:
 
 
 def steps_in(minutes: float, plan: RunPlan) -> int:
-    """Return how many training steps this machine's CPUs make in so many minutes, from the fastest of eight steps.
+    """The training steps that this machine's CPUs make in so many minutes, from the fastest of four steps.
 
     The time to compile is subtracted. Workers don't compile again, because they use Inductor's cache.
     """
@@ -426,7 +426,7 @@ def steps_in(minutes: float, plan: RunPlan) -> int:
         model.compile_for_training()
         model(idx, idx).backward()
     seconds = []
-    for _ in range(8):  # the first ones are slower, because memory is allocated
+    for _ in range(4):
         started = time.monotonic()
         model(idx, idx).backward()
         optimizer.step()

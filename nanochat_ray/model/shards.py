@@ -16,7 +16,9 @@ import torch.distributed as dist
 
 MIN_SHARDED = 1024  # elements; smaller tensors are all-reduced, because splitting them would cost more than it saves
 MIN_BUCKET_BYTES = 2**25  # bytes of gradients; many small messages would wait for each other
-UNHIDDEN_COST = 0.05  # relative extra cost of one bucket with everything: it is sent after the backward, not during it
+# Relative cost of sending that the backward does not hide: for a bucket's share of all gradients. The bucket of the first
+# layers is sent last and costs twice as much.
+UNHIDDEN_COST = 0.05
 
 
 def make_shards(groups: list[dict], rank: int, world_size: int, read_dtype: torch.dtype) -> list["Shard"]:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 MIN_SHARDED = 1024  # elements; smaller tensors are all-reduced, because splitting them would cost more than it saves
 MIN_BUCKET_BYTES = 2**25  # bytes of gradients; many small messages would wait for each other
-# Relative cost of sending that the backward does not hide: for a bucket's share of all gradients. The bucket of the first
+# Relative cost of sending that the backward does not hide, for a bucket with all gradients. The bucket of the first
 # layers is sent last and costs twice as much.
 UNHIDDEN_COST = 0.05
 

@@ -94,6 +94,7 @@ def stage() -> None:
         target = STAGED / (name.removeprefix("docs/") if name.startswith("docs/") else f"files/{name}")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(REPOSITORY / name, target)
+    shutil.copytree(DOCS / "theme", STAGED / "theme")
     (STAGED / GENERATED).write_text(options_page())
 
 

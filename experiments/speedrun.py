@@ -476,7 +476,7 @@ def sft_options(job: Job, base: str, rows: int) -> sft.SftOptions:
 
 
 def rl_task(job: Job, stages: Stages) -> Task | None:
-    """RL's task: GSM8K, or counting letters, which needs no download. None if RL is finished already."""
+    """Return RL's task: GSM8K, or without downloads `letters` (spelling and counting). None if RL is finished."""
     name = "gsm8k" if job.mixture.mixture == "hub" else "letters"
     return None if stages.result("rl") else load_task(TaskOptions(task=name, datasets_dir=job.options.datasets_dir))
 

@@ -158,9 +158,11 @@ table {{ border-collapse: collapse }}
 td {{ border-top: 1px solid #8884; padding: 0.2rem 0.8rem 0.2rem 0; vertical-align: top }}
 td:first-child {{ font-family: ui-monospace, monospace }}
 </style>
+<main>
 <h1>What this service takes</h1>
 <p>The same for programs: <a href="openapi.json">openapi.json</a>. null is the same as no field at all. A field that is
 not listed is refused.</p>
 {sections}
+</main>
 </html>
 """

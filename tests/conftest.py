@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported: its kernels then run on CPU tensors
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+TIMEOUT = 30_000  # milliseconds of an action in the browser, for busy machines
+CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def pytest_collection_modifyitems(items):
@@ -103,3 +106,35 @@ def rows(tmp_path_factory, golden, ray_session):
         patch.setenv("NANOCHAT_RAY_HOME", str(tmp_path_factory.mktemp("home")))
         options = prepare.PrepareOptions(str(folder), sequence_len=64, tokenizer=str(golden / "nanochat_d2"))
         return prepare.run(options).rows
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, as long as its tests run: no other event loop can start in this thread meanwhile."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    path = next(filter(None, map(shutil.which, CHROMIUMS)), None)
+    if path is None:
+        pytest.skip(f"no browser on this machine: none of {', '.join(CHROMIUMS)}")
+    playwright.expect.set_options(timeout=TIMEOUT)
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def context(browser):
+    """A browser's profile. Any uncaught error in a page, or breach of its content security policy, fails the test."""
+    errors = []
+    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
+    context.set_default_timeout(TIMEOUT)
+    context.on("weberror", lambda error: errors.append(str(error.error)))
+    context.on("console", lambda message: "Security Policy" in message.text and errors.append(message.text))
+    yield context
+    context.close()
+    assert errors == []
+
+
+@pytest.fixture
+def page(context):
+    return context.new_page()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from accessible import assert_accessible
 
 from nanochat_ray.cli import STAGES
 
@@ -71,7 +72,7 @@ def test_pictures_are_those_that_the_script_draws():
 
 
 @pytest.mark.cluster
-def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere():
+def test_the_site_builds_strictly_is_accessible_and_loads_nothing_from_elsewhere(request):
     if shutil.which("zensical", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}") is None:
         pytest.skip("the extra `docs` is not installed: `make docs` does it")
     built = subprocess.run([sys.executable, "docs/build_site.py"], cwd=REPOSITORY, capture_output=True, text=True)
@@ -86,3 +87,7 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere():
         if path.suffix in (".html", ".css"):
             found = re.findall(loads, path.read_text())
             assert not found, f"{path.name} loads {found[0]}"
+    page = request.getfixturevalue("page")  # skips without a browser
+    for name in ("index.html", "how/index.html", "clusters.html", "reference/options.html"):
+        page.goto((site / name).as_uri())
+        assert_accessible(page)

@@ -9,6 +9,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from accessible import assert_accessible
 
 from experiments.report import duration, main, read_run, show, write_report
 
@@ -124,6 +125,12 @@ def test_several_runs(tmp_path):
         (f"d{d}", str(d)) for d in range(1, 11)
     ]
     assert len(source) < 1_000_000
+
+
+def test_it_is_accessible(tmp_path, page):
+    report(tmp_path, write_run(tmp_path / "a"), write_run(tmp_path / "b", depth=6), title="Two runs")
+    page.goto((tmp_path / "out" / "report.html").as_uri())
+    assert_accessible(page)
 
 
 def test_what_is_missing_or_broken(tmp_path):

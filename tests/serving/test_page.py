@@ -5,6 +5,9 @@ import threading
 import time
 
 import pytest
+from accessible import assert_accessible
+
+from serving import schema
 
 expect = pytest.importorskip("playwright.sync_api").expect
 
@@ -565,3 +568,15 @@ def test_tabs_share_conversations(scripted, page, context):
     page.get_by_role("button", name="Delete", exact=True).click()
     expect(another.locator("#conversations li")).to_have_count(0)
     expect(another.locator("#welcome")).to_be_visible()
+
+
+def test_the_pages_are_accessible(scripted, page):
+    """Empty, with an answer of all parts, and the API's description."""
+    scripted.script.answer = [*TOOL_ANSWER, "\n\n```python\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"]
+    page.goto(scripted.url)
+    assert_accessible(page)
+    send(page, "How many eggs?")
+    assert_accessible(page)
+    page.goto("about:blank")
+    page.set_content(schema.page())
+    assert_accessible(page)

@@ -35,8 +35,10 @@ def new_file(path: str, text: str) -> str:
 
 
 def test_a_candidate_changes_how_training_goes(code):
-    changed = patches.apply(code, patch("nanochat_ray/model/scaling.py", "WARMUP_STEPS = 40", "WARMUP_STEPS = 80"))
-    assert b"WARMUP_STEPS = 80" in patches.unzip(changed)["nanochat_ray/model/scaling.py"]
+    changed = patches.apply(
+        code, patch("nanochat_ray/model/scaling.py", "REFERENCE_DEPTH = 12", "REFERENCE_DEPTH = 24")
+    )
+    assert b"REFERENCE_DEPTH = 24" in patches.unzip(changed)["nanochat_ray/model/scaling.py"]
     patches.apply(code, new_file("nanochat_ray/train/idea.py", "RATE = 2"))
     steps = patch("nanochat_ray/train/loop.py", 'loss_reduction="sum")', 'loss_reduction="sum") * 2')
     patches.apply(code, steps)  # how a step learns is in the file that measures, and may change

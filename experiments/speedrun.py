@@ -464,7 +464,7 @@ def sft_options(job: Job, base: str, rows: int) -> sft.SftOptions:
     steps = sft_steps(job)
     if job.preset.minutes:  # at most one epoch; in a second one the model memorizes these conversations
         steps = min(steps, max(1, rows * job.plan.config.sequence_len // job.preset.sft_batch_size))
-    return sft.SftOptions(
+    options = sft.SftOptions(
         base,
         run=f"{storage.name(job.run_dir)}-sft",
         steps=steps,
@@ -473,6 +473,10 @@ def sft_options(job: Job, base: str, rows: int) -> sft.SftOptions:
         eval_tokens=job.preset.eval_tokens if job.preset.steps else sft.SftOptions.eval_tokens,
         **job.request,
     )
+    most = (job.preset.sft_batch_size or job.plan.total_batch_size) // job.plan.config.sequence_len
+    if job.scaling.max_workers > most:  # each worker needs a row
+        options.workers = most
+    return options
 
 
 def rl_task(job: Job, stages: Stages) -> Task | None:

@@ -2,6 +2,7 @@
 
 import json
 import sysconfig
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,15 @@ def test_a_speedrun_talks_and_a_second_one_has_nothing_to_do(
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("step_*/*")}
     assert speedrun.run(options) == report
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("step_*/*")} == before
+
+
+def test_finetuning_has_a_row_for_each_worker(ray_session):
+    """Its batches are smaller than those of pretraining, which may have had more workers."""
+    job = speedrun.find_job(speedrun.SpeedrunOptions(preset="cpu", depth=1, rehearse=True))
+    assert speedrun.sft_options(job, "base", rows=100).workers is None
+    crowded = replace(job, scaling=replace(job.scaling, num_workers=8))
+    assert crowded.scaling.max_workers == 8
+    assert speedrun.sft_options(crowded, "base", rows=100).workers == 4
 
 
 def test_the_gpu_preset_is_refused_without_gpus_and_an_object_store_is_not_measured(ray_session, monkeypatch):

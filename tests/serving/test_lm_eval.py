@@ -1,4 +1,4 @@
-"""lm-eval on a served checkpoint agrees with `eval core` on each example. It is installed by `make test-cluster`."""
+"""lm-eval, which these tests install, agrees with `eval core` on each example of a served checkpoint."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def split_texts(texts: list[str], tokenizer: Tokenizer, opening: str | None) -> 
 
 
 def write_task(folder: Path, task: bundle.Task, tokenizer: Tokenizer) -> list[list[int]]:
-    """Of the examples with the prompts that CORE makes; how many tokens are compared of each choice."""
+    """Write a task of lm-eval with CORE's prompts. Returns how many tokens CORE compares of each choice."""
     lines, lengths = [], []
     for i, example in enumerate(task.examples):
         shots = [task.examples[j] for j in core.draw_shots(i, len(task.examples), task.shots)]
@@ -66,8 +66,6 @@ def write_task(folder: Path, task: bundle.Task, tokenizer: Tokenizer) -> list[li
         lengths.append(compared)
     data = folder / f"{task.name}.jsonl"
     data.write_text("\n".join(lines))
-    several = task.kind == "multiple_choice"
-    kind = {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
     config = {
         "task": f"own_{task.name}",
         "dataset_path": "json",
@@ -77,7 +75,10 @@ def write_task(folder: Path, task: bundle.Task, tokenizer: Tokenizer) -> list[li
         "target_delimiter": "",
         "metric_list": [{"metric": "acc"}],
     }
-    config |= kind if several else {"output_type": "loglikelihood", "doc_to_target": "{{choice}}"}
+    if task.kind == "multiple_choice":
+        config |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "gold"}
+    else:
+        config |= {"output_type": "loglikelihood", "doc_to_target": "{{choice}}"}
     (folder / f"{task.name}.yaml").write_text(yaml.safe_dump(config))
     return lengths
 

@@ -281,6 +281,9 @@ def commit_of(folder: str) -> str | None:
 
 
 def git(folder: Path, *command: str) -> str | None:
+    """What git prints, or None if it fails or is not installed."""
+    if not shutil.which("git"):
+        return None
     done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None
 

@@ -4,7 +4,6 @@ import atexit
 import gc
 import inspect
 import os
-import secrets
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -279,11 +278,6 @@ def main() -> None:
     if stage in ("-h", "--help"):
         print(usage())
     elif stage in STAGES:
-        own = "RAY_ADDRESS" not in os.environ and not any(arg.startswith("--address") for arg in args)
-        if own:
-            # A local Ray listens on all addresses of the machine, so it must require a token. Set it before Ray is
-            # imported.
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         STAGES[stage](args)
     else:
         raise ValueError(f"no stage {stage!r}; there are {', '.join(STAGES)}")

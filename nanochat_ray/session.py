@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -60,6 +61,8 @@ def connect() -> None:
         except OSError as error:
             raise ConnectionError(f"nothing answers at {address} ({error}): check the head's address") from error
     own = local_ray() if address == "local" else {}
+    if own:  # it listens on all addresses, so it asks for a token; Ray itself would write one into a readable file
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Supervisors send SIGTERM to all processes of a job at once. Ray's processes inherit this mask and ignore the
     # signal, so that only the driver reacts: it lets the workers save, and then kills them.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -80,14 +80,20 @@ def test_a_long_tmpdir_is_not_where_rays_sockets_are(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_ray_of_its_own_takes_the_cpus_that_it_may_and_leaves_sigterm_to_its_driver(tmp_path):
-    """In a session of its own, with a long TMPDIR and one CPU, as under a supervisor."""
+def test_a_ray_of_its_own_takes_the_cpus_that_it_may_asks_for_a_token_and_leaves_sigterm_to_its_driver(tmp_path):
+    """In a session of its own, with a long TMPDIR, an empty HOME and one CPU, as under a supervisor."""
     script = """
 import os, signal, subprocess, sys, time
 os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])
 from nanochat_ray import session
-session.connect()
 import ray
+session.connect()
+import grpc
+gcs = grpc.insecure_channel(ray.get_runtime_context().gcs_address)
+try:
+    gcs.unary_unary("/ray.rpc.NodeInfoGcsService/GetAllNodeInfo")(b"", timeout=20)
+except grpc.RpcError as error:
+    print(error.code().name)
 try:
     os.killpg(0, signal.SIGTERM)
     time.sleep(5)
@@ -96,9 +102,10 @@ except KeyboardInterrupt:
 """
     temporary = tmp_path / ("x" * 80)
     temporary.mkdir()
-    env = os.environ | {"TMPDIR": str(temporary)}
-    env.pop("RAY_ADDRESS", None)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    env |= {"TMPDIR": str(temporary), "HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", script], env=env, capture_output=True, text=True, start_new_session=True, timeout=100
     )
-    assert done.stdout == "asked to stop 1.0 alive\n", done.stderr
+    assert done.stdout == "UNAUTHENTICATED\nasked to stop 1.0 alive\n", done.stderr
+    assert not (tmp_path / ".ray").exists()

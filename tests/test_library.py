@@ -29,6 +29,7 @@ def test_three_lines_answer_a_question(golden, tmp_path):
 def test_importing_it_imports_nothing_else():
     script = "import sys; before = set(sys.modules); import nanochat_ray; print(*(set(sys.modules) - before))"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
-    assert set(loaded) <= {"nanochat_ray", "importlib", "warnings", "importlib._bootstrap"}
+    others = {name for name in loaded if not name.startswith("importlib.")}  # Python's versions differ in these
+    assert others <= {"nanochat_ray", "importlib", "warnings"}
     with pytest.raises(AttributeError, match="no attribute 'engine_of_nothing'"):
         _ = nanochat_ray.engine_of_nothing

@@ -3,12 +3,13 @@
 A rule of RULES returns for each text the reason to drop it, or None. The rules and their thresholds come from Gopher
 (arXiv:2112.11446, table A1), C4 (arXiv:1910.10683, section 2.2) and FineWeb (arXiv:2406.17557, section 3.6). Near
 duplicates are found as in FineWeb, by MinHash (Broder 1997) over 5-grams of words: 112 hashes in 14 bands of 8.
+Languages are recognized by py3langid, naive Bayes over byte n-grams (langid.py, Lui and Baldwin 2012).
 """
 
 import hashlib
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -30,6 +31,7 @@ SHINGLE_WORDS = 5  # words
 # Two texts with a Jaccard similarity of 0.8 share at least one band with probability 0.92.
 BANDS, BAND_HASHES = 14, 8
 TEST_NGRAM = 13  # words; a text that shares so long an n-gram with a test is dropped (arXiv:2005.14165, appendix C)
+LANGUAGE_CHARS = 2000  # of a text, which its language is recognized by
 BLOCK_CHARS, MAX_TEXT_CHARS = 2**16, 2**22  # see blocks
 MAX_CODE_POINT = 0x20000  # characters above are rare: they are not converted to lower case
 
@@ -148,6 +150,24 @@ RULES: dict[str, Callable[[Sequence[str]], list[str | None]]] = {
     "c4": per_text(c4_quality),
     "fineweb": per_text(fineweb_quality),
 }
+
+# Languages
+
+
+def known_languages() -> list[str]:
+    """The codes (ISO 639) of the languages that are recognized."""
+    from py3langid import langid  # it loads its model of 5 MB when it is first used
+
+    return langid.LanguageIdentifier.from_model_file(langid.MODEL_FILE).labels
+
+
+def other_language(texts: Sequence[str], languages: Collection[str]) -> list[str | None]:
+    """For each text None if it is in one of the languages (codes), else its own. The first 2,000 characters decide."""
+    from py3langid import classify
+
+    found = [classify(text[:LANGUAGE_CHARS])[0] for text in texts]
+    return [None if language in languages else f"is {language}" for language in found]
+
 
 # Words and n-grams of a batch of texts
 

@@ -10,7 +10,7 @@ A run that was interrupted does not repeat finished shards.
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -23,8 +23,8 @@ from nanochat_ray import storage
 from nanochat_ray.data import clean, sources
 from nanochat_ray.data.shard_tasks import map_shards
 
-EXACT, NEAR, DECONTAMINATE = "exact", "near", "decontaminate"
-STEPS = (*clean.RULES, DECONTAMINATE, EXACT, NEAR)  # in the order in which they run
+LANGUAGE, EXACT, NEAR, DECONTAMINATE = "language", "exact", "near", "decontaminate"
+STEPS = (*clean.RULES, LANGUAGE, DECONTAMINATE, EXACT, NEAR)  # in the order in which they run
 BATCH = 256  # documents
 SAMPLES, SAMPLE_CHARS = 10, 300  # dropped documents that the manifest quotes per step, and characters of each
 VERSION = "1"  # increase it when a step starts to drop other documents than before
@@ -57,10 +57,13 @@ class Counts:
             mine += samples[: SAMPLES - len(mine)]
 
 
-def cleaned(source: sources.Source, steps: list[str], tests: str | None = None) -> sources.Source:
+def cleaned(
+    source: sources.Source, steps: list[str], tests: str | None = None, languages: list[str] | None = None
+) -> sources.Source:
     """The source with the documents that the steps keep. Files of an earlier run with the same inputs are reused.
 
     tests: folder of jsonl files, such as a CORE bundle; decontaminate drops documents that quote them.
+    languages: codes (ISO 639); language drops documents in others.
     Of a duplicate in both splits the validation document is kept. manifest.json in the folder counts what each step
     dropped, with samples. Raises ValueError for an unknown step, or when no document is left.
     """
@@ -69,14 +72,20 @@ def cleaned(source: sources.Source, steps: list[str], tests: str | None = None) 
     steps = [step for step in STEPS if step in steps]
     if (DECONTAMINATE in steps) != (tests is not None):
         raise ValueError("--clean decontaminate needs --tests FOLDER, and --tests needs it: name both or neither")
+    if (LANGUAGE in steps) != bool(languages):
+        raise ValueError("--clean language needs --languages CODES, and --languages needs it: name both or neither")
+    languages = sorted(set(languages or []))
+    if languages and (unknown := set(languages).difference(known := clean.known_languages())):
+        raise ValueError(f"--languages: {min(unknown)!r} is not known; there are {', '.join(sorted(known))}")
     of_tests = clean.ngrams_of_tests(read_tests(tests)) if tests else np.zeros(0, np.uint64)
-    inputs = storage.fingerprint(source.fingerprint, steps, storage.fingerprint(of_tests.tobytes().hex()), VERSION)
+    tested = storage.fingerprint(of_tests.tobytes().hex())
+    inputs = storage.fingerprint(source.fingerprint, steps, tested, *languages, VERSION)
     folder = storage.join(storage.home(), "clean", f"{source.name}-{inputs[:8]}")
     uri = storage.join(folder, "manifest.json")
     shards = [("val", shard) for shard in source.val] + [("train", shard) for shard in source.train]
     parts = [f"{split}_{i:05d}.parquet" for i, (split, _) in enumerate(shards)]
     if not storage.exists(uri):
-        _run(folder, source, [shard for _, shard in shards], parts, steps, of_tests)
+        _run(folder, source, [shard for _, shard in shards], parts, steps, of_tests, languages)
     manifest = storage.read_json(uri)
     _print_summary(source.name, manifest, folder)
     left: dict[str, list[sources.Shard]] = {"train": [], "val": []}
@@ -127,12 +136,15 @@ def _run(
     parts: list[str],
     steps: list[str],
     of_tests: np.ndarray,
+    languages: list[str],
 ) -> None:
     signed = [step for step in steps if step in (EXACT, NEAR)]
     first = storage.join(folder, "first") if signed else folder
     of_tests = ray.put(of_tests)
     jobs = [(shard, storage.join(first, part)) for shard, part in zip(shards, parts, strict=True)]
-    of_first = _run_tasks(lambda shard, uri: write_kept(shard, uri, steps, ray.get(of_tests)), jobs, "documents read")
+    of_first = _run_tasks(
+        lambda shard, uri: write_kept(shard, uri, steps, ray.get(of_tests), languages), jobs, "documents read"
+    )
     counts, kept = Counts(), [counts["kept"] for counts in of_first]
     for of_shard in of_first:
         counts.add(of_shard)
@@ -162,7 +174,9 @@ def _run_tasks(function: Callable[..., dict], jobs: list[tuple], doing: str) -> 
     return [results[index] for index in range(len(jobs))]
 
 
-def write_kept(shard: sources.Shard, uri: str, steps: list[str], of_tests: np.ndarray) -> dict:
+def write_kept(
+    shard: sources.Shard, uri: str, steps: list[str], of_tests: np.ndarray, languages: Collection[str] = ()
+) -> dict:
     """Write the documents of a shard that pass the rules, and their signatures. Returns the counts.
 
     The counts are also written to <uri>.json. If that file exists, the shard is finished and only its counts are read.
@@ -176,7 +190,7 @@ def write_kept(shard: sources.Shard, uri: str, steps: list[str], of_tests: np.nd
         documents = sources.read_documents(shard, reading)
         while texts := list(islice(documents, BATCH)):
             counts.documents += len(texts)
-            kept = apply_rules(texts, steps, of_tests, counts)
+            kept = apply_rules(texts, steps, of_tests, languages, counts)
             signatures.append(signatures_of(kept, steps))
             yield kept
 
@@ -190,14 +204,18 @@ def write_kept(shard: sources.Shard, uri: str, steps: list[str], of_tests: np.nd
     return vars(counts)
 
 
-def apply_rules(texts: list[str], steps: list[str], of_tests: np.ndarray, counts: Counts) -> list[str]:
-    """The texts that pass the rules and decontamination. Adds the others to `counts`."""
+def apply_rules(
+    texts: list[str], steps: list[str], of_tests: np.ndarray, languages: Collection[str], counts: Counts
+) -> list[str]:
+    """The texts that pass the rules, are in the languages, and quote no test. Adds the others to `counts`."""
     for step in steps:
         if step in (EXACT, NEAR) or not texts:
             continue
         if step == DECONTAMINATE:
             hits = clean.contaminated(texts, of_tests)
             why = ["shares 13 words in a row with a test" if hit else None for hit in hits]
+        elif step == LANGUAGE:
+            why = clean.other_language(texts, languages)
         else:
             why = clean.RULES[step](texts)
         for text, reason in zip(texts, why, strict=True):

@@ -52,9 +52,12 @@ class PrepareOptions:
     tokenizer: str | None = None
     """Folder of a tokenizer to use. Default: train one on the sources."""
     clean: list[str] = field(default_factory=list)
-    """Steps that drop documents. gopher, repetition, c4 and fineweb apply the quality rules of that name, decontaminate
-    drops documents that share 13 words in a row with --tests, exact and near drop duplicates. The kept documents are
-    written to files; manifest.json beside them counts what each step dropped, with samples."""
+    """Steps that drop documents. gopher, repetition, c4 and fineweb apply the quality rules of that name, language
+    drops documents in other languages than --languages, decontaminate drops documents that share 13 words in a row
+    with --tests, exact and near drop duplicates. The kept documents are written to files; manifest.json beside them
+    counts what each step dropped, with samples."""
+    languages: list[str] | None = None
+    """For --clean language: the languages to keep, by their codes of ISO 639, such as en de."""
     tests: str | None = None
     """Folder of jsonl files for --clean decontaminate, such as a CORE bundle."""
     max_chars: int = 2_000_000_000
@@ -155,7 +158,7 @@ def run(options: PrepareOptions, found: list[sources.Source] | None = None) -> P
 
 
 def _clean(source: sources.Source, options: PrepareOptions) -> sources.Source:
-    return cleaned(source, options.clean, options.tests) if options.clean else source
+    return cleaned(source, options.clean, options.tests, options.languages) if options.clean else source
 
 
 def _mix(prepared: list[Prepared], weights: list[float] | None) -> Prepared:

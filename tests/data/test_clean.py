@@ -110,6 +110,28 @@ def test_a_text_that_quotes_a_test_is_found():
     assert clean.contaminated(texts, of_tests).tolist() == [False, True, False, False]
 
 
+SENTENCES = {
+    "en": "The council met on Tuesday evening to discuss the new bridge over the river, which the town has needed.",
+    "de": "Der Stadtrat traf sich am Dienstagabend, um über die neue Brücke zu sprechen, die die Stadt lange braucht.",
+    "fr": "Le conseil municipal s'est réuni mardi soir pour parler du nouveau pont dont la ville a besoin.",
+    "ru": "Во вторник вечером городской совет обсудил новый мост через реку, который давно нужен городу.",
+    "zh": "市议会星期二晚上开会讨论了横跨河流的新桥，这座城市早就需要它。",
+}
+
+
+def test_a_text_in_another_language_is_dropped_with_its_code():
+    others = clean.other_language([*SENTENCES.values(), ""], {"en", "zh"})
+    assert others[:5] == [None, "is de", "is fr", "is ru", None]
+    assert set(SENTENCES) < set(clean.known_languages())
+
+
+def test_the_job_keeps_the_languages_that_it_is_given(tmp_path):
+    (tmp_path / "mixed.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in SENTENCES.values()))
+    shard = sources.resolve(str(tmp_path)).train[0]  # the first document is for validation
+    counts = cleaning.write_kept(shard, str(tmp_path / "out"), ["language"], np.zeros(0, np.uint64), ["de", "ru"])
+    assert counts["kept"] == 2 and counts["dropped"] == {"language": {"is fr": 1, "is zh": 1}}
+
+
 @pytest.fixture
 def source(tmp_path) -> sources.Source:
     folder = tmp_path / "text"
@@ -197,6 +219,10 @@ def test_what_can_not_be_is_one_line(source, tmp_path):
         cleaning.cleaned(source, ["gofer"])
     with pytest.raises(ValueError, match="name both or neither"):
         cleaning.cleaned(source, ["decontaminate"])
+    with pytest.raises(ValueError, match="--clean language needs --languages"):
+        cleaning.cleaned(source, ["language"])
+    with pytest.raises(ValueError, match=r"--languages: 'english' is not known; there are .*, en, "):
+        cleaning.cleaned(source, ["language"], languages=["de", "english"])
     (tmp_path / "bundle").mkdir()
     with pytest.raises(FileNotFoundError, match="has no jsonl files"):
         cleaning.cleaned(source, ["decontaminate"], str(tmp_path / "bundle"))

@@ -82,6 +82,9 @@ class RlOptions:
     """Sample among this many likeliest tokens; 0 for all."""
     lr_factor: float = 1.0
     """Times the learning rates, 0.05 of the base rates of pretraining."""
+    adamw_factor: float = 1.0
+    """Times those of AdamW's parameters (embeddings, head, scalars). A step of AdamW does not shrink with the gradient.
+    So with few answers per step it is mostly noise, and the answers become random. 0 keeps these parameters."""
     advantage_by_std: bool = False
     """Divide a question's advantages by the standard deviation of its rewards, as in GRPO (arXiv:2402.03300)."""
     rollout_workers: int = 0
@@ -131,7 +134,7 @@ def run(options: RlOptions, task: Task) -> TrainResult:
         "questions": storage.fingerprint(*map(_as_json, task.train)),
         "model": meta["model_config"],
         "num_iterations": steps,
-        "lrs": learning_rates(o.lr_factor),
+        "lrs": learning_rates(o.lr_factor, o.adamw_factor),
         "seed": o.seed,
     }
     config = TrainConfig(
@@ -178,9 +181,10 @@ def num_steps(o: RlOptions, task: Task) -> int:
     return o.steps or math.ceil(len(task.train) / o.prompts_per_step)
 
 
-def learning_rates(factor: float) -> dict[str, float]:
-    """The arguments of build_optimizer: all base rates, and that of the gates, times LR_SCALE and the factor."""
-    return {name: factor * LR_SCALE * lr for name, lr in {**BASE_LRS, "gate_lr": GATE_LR}.items()}
+def learning_rates(factor: float, of_adamw: float) -> dict[str, float]:
+    """The arguments of build_optimizer: all base rates, and that of the gates, times LR_SCALE and the factors."""
+    rates = {**BASE_LRS, "gate_lr": GATE_LR}
+    return {name: factor * (1 if name == "matrix_lr" else of_adamw) * LR_SCALE * lr for name, lr in rates.items()}
 
 
 def _as_json(conversation: dict) -> str:

@@ -165,9 +165,11 @@ def test_what_can_not_be_is_one_line():
 
 
 def test_all_rates_are_a_twentieth_of_the_base_rates(model):
-    base, ours = (build_optimizer(model, **lrs, weight_decay=0.0) for lrs in (BASE_LRS, rl.learning_rates(1.0)))
+    base, ours = (build_optimizer(model, **lrs, weight_decay=0.0) for lrs in (BASE_LRS, rl.learning_rates(1.0, 1.0)))
     for of_base, group in zip(base.param_groups, ours.param_groups, strict=True):
         assert group["lr"] == pytest.approx(of_base["lr"] / 20), group["param_names"]
+    kept = build_optimizer(model, **rl.learning_rates(3.0, 0), weight_decay=0.0).param_groups
+    assert {group["kind"]: group["lr"] for group in kept} == {"adamw": 0, "muon": pytest.approx(3 / 20 * 0.02)}
 
 
 @pytest.fixture(scope="module")

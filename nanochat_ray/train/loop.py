@@ -419,7 +419,7 @@ def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, str | None]:
         torch.cuda.reset_peak_memory_stats(worker.device)  # don't count evaluations and samples in a step's peak
     began = time.perf_counter()
     answer = monitor.request.remote() if worker.rank == 0 else None
-    set_rates(worker.optimizer, c, progress.step)
+    multiplier = set_rates(worker.optimizer, c, progress.step)
     learned = worker.learn(worker)
     worker.writer.wait_for_copies()  # the optimizer overwrites weights that a checkpoint may still be copying
     worker.optimizer.step()
@@ -438,7 +438,7 @@ def train_step(worker: Worker, peak: float, monitor) -> tuple[dict, str | None]:
         progress.total_training_time += seconds
     measured = {
         "train/loss": progress.loss(),
-        "train/lrm": worker.optimizer.param_groups[0]["lr"] / worker.optimizer.param_groups[0]["initial_lr"],
+        "train/lrm": multiplier,
         "train/dt": seconds,
         "train/tok_per_sec": learned.tokens / seconds,
         "train/mfu": c.flops_per_token * learned.tokens / seconds / peak,
@@ -572,7 +572,8 @@ def learn_rows(worker: Worker) -> Learned:
     return Learned(loss_sum, count, c.total_batch_size, {"train/epoch": epoch})
 
 
-def set_rates(optimizer: MuonAdamW, c: TrainConfig, step: int) -> None:
+def set_rates(optimizer: MuonAdamW, c: TrainConfig, step: int) -> float:
+    """Set the step's learning rates, momentum and weight decay. Returns the factor of the rates."""
     n = c.num_iterations
     multiplier = {"pretrain": lr_multiplier, "sft": finetune_lr_multiplier, "rl": rl_lr_multiplier}[c.stage](step, n)
     for group in optimizer.param_groups:
@@ -582,6 +583,7 @@ def set_rates(optimizer: MuonAdamW, c: TrainConfig, step: int) -> None:
             group["weight_decay"] = muon_weight_decay(step, n, c.weight_decay)
         if c.stage == "rl":
             group["weight_decay"] = 0.0
+    return multiplier
 
 
 def metrics_of(worker: Worker) -> dict:

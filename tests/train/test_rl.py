@@ -21,6 +21,7 @@ from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import BASE_LRS
 from nanochat_ray.train import rl
+from nanochat_ray.train.checkpoint import load_model, resolve_checkpoint
 from nanochat_ray.train.metrics import read_metrics
 from nanochat_ray.train.rl import Answer, Asker, Policy, Question, RlOptions
 
@@ -243,11 +244,16 @@ def test_killed_actors_and_a_killed_trainer_leave_the_end_as_it_was(options, who
 
 @pytest.mark.slow
 def test_answers_a_step_old_are_corrected(options, nanochat_ray_home):
-    result = rl.run(replace(options, rollout_workers=1, staleness=1, run="stale"), task())
+    result = rl.run(replace(options, rollout_workers=1, staleness=1, adamw_factor=0, run="stale"), task())
     lines = steps(result.run_dir)
     assert [line["rl/staleness"] for line in lines] == [0, *[1] * 11]
     assert_every_row_once(result.run_dir, 12, 4)
     assert max(line["rl/mismatch_max"] for line in lines[1:]) > 1e-3 > lines[0]["rl/mismatch_max"]
+    before, after = (
+        load_model(resolve_checkpoint(folder))[0].state_dict() for folder in (options.checkpoint, result.checkpoint)
+    )
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed and all(name.startswith("transformer.h.") for name in changed)  # the matrices alone
 
 
 @pytest.mark.slow

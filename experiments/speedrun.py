@@ -70,7 +70,7 @@ class Preset:
 
 # RL with small groups, so that two minutes have many steps. Only the matrices learn: with so few answers per step, the
 # steps of the tables would be noise (docs/rl.md).
-CPU_RL = {"prompts_per_step": 16, "num_samples": 8, "max_new_tokens": 48, "eval_questions": 60, "eval_samples": 4}
+CPU_RL = {"prompts_per_step": 16, "num_samples": 8, "max_new_tokens": 48, "eval_questions": 200, "eval_samples": 4}
 CPU_RL |= {"lr_factor": 3, "adamw_factor": 0}
 PRESETS = {
     # Batches are small, because a slow CPU makes few steps in these minutes, and the first 40 only warm up. With 4,096
@@ -84,7 +84,7 @@ PRESETS = {
 REHEARSAL = {"minutes": None, "steps": 20, "examples": 16, "eval_tokens": 65_536}
 REHEARSED_RL = {"steps": 3, "prompts_per_step": 4, "num_samples": 4, "max_new_tokens": 32, "eval_questions": 4}
 # Steps of SFT and RL per step of pretraining, if `minutes` is set. A step of pretraining takes as long as two of SFT,
-# and a step of RL as long as five of pretraining.
+# and a step of RL as long as four of pretraining.
 SFT_SHARE, RL_SHARE = 0.8, 0.1
 
 
@@ -482,8 +482,8 @@ def sft_options(job: Job, base: str, rows: int) -> sft.SftOptions:
 
 
 def rl_task(job: Job, stages: Stages) -> Task | None:
-    """Return RL's task: GSM8K, or without downloads `letters` (spelling and counting). None if RL is finished."""
-    name = "gsm8k" if job.mixture.mixture == "hub" else "letters"
+    """Return RL's task: GSM8K, or without downloads spelling. None if RL is finished."""
+    name = "gsm8k" if job.mixture.mixture == "hub" else "spelling"
     return None if stages.result("rl") else load_task(TaskOptions(task=name, datasets_dir=job.options.datasets_dir))
 
 

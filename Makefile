@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes share the cores: threads that wait for others must not spin meanwhile.
 TEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: speedrun test test-cluster check docs clean
+.PHONY: speedrun test test-cluster check docs tutorials clean
 
 speedrun: .venv/ready  ## raw text to a talking model; e.g. make speedrun ARGS="--depth 6"
 	$(BIN)/python -m experiments.speedrun $(ARGS)
@@ -28,6 +28,9 @@ check: .venv/ready  ## lint, format and the fast tests
 
 docs: .venv/docs  ## the site, into site/; a broken link is an error
 	$(BIN)/python docs/build_site.py
+
+tutorials: .venv/ready  ## the tutorials' commands, each page in a clone of its own
+	$(BIN)/python docs/run_tutorials.py $(ARGS)
 
 .venv/docs: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -62,8 +62,8 @@ def connect() -> None:
             raise ConnectionError(f"nothing answers at {address} ({error}): check the head's address") from error
     own = local_ray() if address == "local" else {}
     if own:
-        # This Ray listens on all addresses of the machine, and asks for a token. Ray would keep its own token in a file
-        # that others can read.
+        # This Ray listens on all addresses of the machine, and asks for a token. Without one in the environment, Ray
+        # writes a token into a file, which other users of the machine can read.
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # Supervisors send SIGTERM to all processes of a job at once. Ray's processes inherit this mask and ignore the
     # signal, so that only the driver reacts: it lets the workers save, and then kills them.

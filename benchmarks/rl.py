@@ -31,6 +31,7 @@ from nanochat_ray.model.scaling import BASE_LRS
 from nanochat_ray.session import one_line_errors, start_ray
 from nanochat_ray.train import rl
 from nanochat_ray.train.checkpoint import compute_dtype
+from nanochat_ray.train.policy_gradient import advantages_of, learn
 
 PEER = Path(__file__).with_name("rl_peer.py")
 
@@ -121,7 +122,7 @@ class Learner:
         asked = self.now()
         answers = [answer for group in groups for answer in group]
         drawn = sum(sum(answer.drawn) for answer in answers)
-        rl.learn(self.worker, answers, rl.advantages_of(groups, False), self.o, drawn, False)
+        learn(self.worker, answers, advantages_of(groups, False), rl.sampling(self.o), drawn, False)
         self.worker.optimizer.step()
         ended = self.now()
         return ended - began, ended - asked, drawn

@@ -8,9 +8,10 @@ import torch
 import torch.nn as nn
 
 from nanochat_ray.inference.kv_cache import NULL_PAGE, PAGE, BlockManager, BlockTable, pages_of
-from nanochat_ray.inference.paged_attention import build_paged_attention, paged_attention
+from nanochat_ray.inference.paged_attention import build_paged_attention, paged_attention, paged_attention_built
 from nanochat_ray.inference.sampling import GREEDY, draw, uniforms
 from nanochat_ray.inference.sequence import Sequence
+from nanochat_ray.model.attention import attend_visible, sliding_window_mask
 from nanochat_ray.model.gpt import GPT, SMEAR_CHANNELS, Attention, Linear
 
 # Smallest width of a page table, and fewest sequences in a step of several tokens. torch.compile would make a graph of
@@ -106,7 +107,7 @@ class Step:
         page, slot = table[self.sequence, at // PAGE], at % PAGE
         self.keys[page, :, slot] = k[0]
         self.values[page, :, slot] = v[0]
-        attend = paged_attention if torch.compiler.is_compiling() else _attend
+        attend = paged_attention if torch.compiler.is_compiling() or paged_attention_built() else _attend
         return attend(q[0], self.keys, self.values, table, self.last, at, window).unsqueeze(0)
 
 
@@ -123,19 +124,10 @@ def _attend(q, keys, values, table, last, at, window: int) -> torch.Tensor:
 
 
 def _attend_alike(q, keys, values, table, at, window: int) -> torch.Tensor:
-    """q (B, T, H, D) at positions `at` (B, T) of the tokens in each row's table (B, W).
-
-    No maximum is subtracted before exp, as in training: the norms of q and k bound scores by 1.44·√D.
-    """
-    B, T, H, D = q.shape
+    """q (B, T, H, D) at positions `at` (B, T) of the tokens in each row's table (B, W)."""
     keys, values = (x[table].transpose(1, 2).flatten(2, 3) for x in (keys, values))
-    K, seen, queries = keys.size(1), torch.arange(keys.size(2), device=q.device), at.unsqueeze(-1)
-    visible = (seen <= queries) & (seen >= queries - window)
-    q = (q * D**-0.5).transpose(1, 2).reshape(B, K, -1, D)  # the query heads of a key head as more queries
-    scores = (q @ keys.mT).float().view(B, K, -1, T, keys.size(2))
-    weights = torch.where(visible.view(B, 1, 1, T, -1), scores.exp(), 0)
-    y = (weights.to(values.dtype).view(B, K, -1, keys.size(2)) @ values).view(B, H, T, D)
-    return (y / weights.sum(-1).view(B, H, T, 1)).to(values.dtype).transpose(1, 2)
+    visible = sliding_window_mask(at, torch.arange(keys.size(2), device=q.device), window)
+    return attend_visible(q.transpose(1, 2), keys, values, visible).transpose(1, 2)
 
 
 class ModelRunner:

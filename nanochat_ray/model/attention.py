@@ -139,6 +139,23 @@ def _attention_by_blocks(q, k, v, window: int) -> torch.Tensor:
     return torch.cat(blocks, dim=1).view(B, H, T, D)
 
 
+def attend_visible(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Attend where `visible` (B, T, S) says so: each query to one key at least. Returns (B, H, T, D).
+
+    q is (B, H, T, D); k and v are (B, K, S, D), where K divides H. Norms and the scale are as in attention().
+    On CPUs these are plain matmuls, because SDPA's backward is slow there.
+    """
+    if q.is_cuda:
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) if x.size(1) < q.size(1) else x for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible.unsqueeze(1))
+    (B, H, T, D), K = q.shape, k.size(1)
+    queries = (q * D**-0.5).reshape(B, K, -1, D)  # the query heads of a key head as more queries
+    scores = (queries @ k.mT).float().view(B, K, H // K, T, -1)
+    weights = torch.where(visible[:, None, None], scores.exp(), 0)  # no maximum subtracted, as below
+    y = (weights.to(v.dtype).flatten(2, 3) @ v).view(B, H, T, D)
+    return (y / weights.sum(-1).view(B, H, T, 1)).to(v.dtype)
+
+
 def sliding_window_mask(queries: torch.Tensor, keys: torch.Tensor, window: int) -> torch.Tensor:
     """Return (…, Tq, Tk) booleans: whether each query sees each key. Takes their positions, (…, Tq) and (…, Tk)."""
     distance = queries.unsqueeze(-1) - keys.unsqueeze(-2)

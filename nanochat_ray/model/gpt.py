@@ -219,7 +219,11 @@ class GPT(nn.Module):
         sin = self.sin[positions].unsqueeze(-2).to(embedded.dtype)
         compiled = self.compiled and cache is None
         smear, finish = _compiled_ends() if compiled and idx.is_cuda else (GPT.smear, GPT.finish)
-        previous = None if cache is None else norm(self.transformer.wte(cache.previous)) * (cache.at > 0).unsqueeze(-1)
+        previous = None
+        if cache is not None:
+            table = self.transformer.wte.weight
+            previous = norm(embed(cache.previous, table, order_for_gradients(cache.previous)))
+            previous = previous * (cache.at > 0).unsqueeze(-1)
         x = smear(self, embedded, previous)
         # Pad each layer's row to 16 bytes: compiled code copies an argument whose address is not a multiple of 16.
         lambdas = F.pad(torch.stack([self.resid_lambdas, self.x0_lambdas], dim=1), (0, 2)).unbind()

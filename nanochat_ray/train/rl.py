@@ -10,7 +10,7 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple, Protocol
@@ -25,11 +25,12 @@ from nanochat_ray.data.loader import Loader
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference.engine import GPU_MAX_PREFILL_TOKENS, MAX_PREFILL_TOKENS, Engine
 from nanochat_ray.inference.kv_cache import cache_bytes
-from nanochat_ray.inference.sampling import GREEDY, SamplingParams
+from nanochat_ray.inference.paged_attention import build_paged_attention
+from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.inference.sequence import Completion
 from nanochat_ray.measuring import measuring, one_line
+from nanochat_ray.model.compiling import why_not_compiled
 from nanochat_ray.model.gpt import GPT, GPTConfig
-from nanochat_ray.model.loss import LOGIT_SOFTCAP, add_product_, chunk_size, softcap
 from nanochat_ray.model.optim import GATE_LR
 from nanochat_ray.model.scaling import BASE_LRS, flops_per_token
 from nanochat_ray.train import checkpoint
@@ -37,14 +38,13 @@ from nanochat_ray.train.hosts import Request, alive
 from nanochat_ray.train.launch import TrainResult, train
 from nanochat_ray.train.loop import Learned, Measurement, TrainConfig, Worker, all_reduce, append_samples, due
 from nanochat_ray.train.plan import GPU_ROWS
+from nanochat_ray.train.policy_gradient import Answer, advantages_of, learn
 
 LR_SCALE = 0.05  # of pretraining's base rates
 # A run goes on only with the same values of these options.
 OF_A_STEP = (
     "prompts_per_step", "num_samples", "max_new_tokens", "temperature", "top_k", "advantage_by_std", "staleness"
 )  # fmt: skip
-MOST_RATIO = 2.0  # largest ratio of probabilities, where answers are older than the weights
-CPU_CHUNK_LOGITS = 2**20  # held at once in the loss, so that they stay in a CPU's caches
 CPU_ROWS = 64  # most sequences that an engine decodes at once, as GPU_ROWS is
 SHOWN_CHARS = 300  # of a question or an answer in samples.md
 
@@ -187,6 +187,10 @@ def learning_rates(factor: float, of_adamw: float) -> dict[str, float]:
     return {name: factor * (1 if name == "matrix_lr" else of_adamw) * LR_SCALE * lr for name, lr in rates.items()}
 
 
+def sampling(o: RlOptions) -> SamplingParams:
+    return SamplingParams(o.max_new_tokens, o.temperature, o.top_k, for_training=True)
+
+
 def _as_json(conversation: dict) -> str:
     return json.dumps(conversation, sort_keys=True, default=str)
 
@@ -194,19 +198,6 @@ def _as_json(conversation: dict) -> str:
 class Question(NamedTuple):
     conversation: dict
     seed: int  # of its answers
-
-
-@dataclass(frozen=True)
-class Answer:
-    """ids: the question's tokens and the answer's, the one that ended it included. By token: drawn is 1 where it was
-    sampled, logprobs has the log probability in nats that it was sampled with, else 0."""
-
-    ids: list[int]
-    drawn: list[int]
-    logprobs: list[float]
-    text: str
-    reward: float
-    cut: bool  # at max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -240,6 +231,8 @@ class Asker:
         self.engine = Engine(model, self.tokenizer, rows, room, chunk)
         if on_gpu:
             self.engine.compile()
+        elif why_not_compiled("cpu") is None:
+            build_paged_attention()  # the engine's other code stays uncompiled, because the weights change every step
 
     def prompt(self, conversation: dict) -> list[int]:
         return self.tokenizer.render_for_completion({"messages": conversation["messages"][:-1]})
@@ -250,18 +243,14 @@ class Asker:
         Raises ValueError for a reward that fails, and when the model's output is not a number.
         """
         o, prompts = self.o, [self.prompt(conversation) for conversation, _ in questions]
-        params = [
-            SamplingParams(o.max_new_tokens, o.temperature, o.top_k, seed=seed, n=num_samples, for_training=True)
-            for _, seed in questions
-        ]
+        params = [replace(sampling(o), seed=seed, n=num_samples) for _, seed in questions]
         completions = self.engine.generate(prompts, params)
         of = [i for i in range(len(questions)) for _ in range(num_samples)]  # the question of each completion
 
         def answer(i: int, completion: Completion) -> Answer:
             text, reward = self._judge(questions[i][0], completion)
-            prompt, cut = prompts[i], completion.finish_reason == "length"
-            drawn, logprobs = [0] * len(prompt) + completion.mask, [0.0] * len(prompt) + completion.drawn_logprobs
-            return Answer([*prompt, *completion.tokens], drawn, logprobs, text, reward, cut)
+            tokens, drawn, logprobs = completion.tokens, completion.mask, completion.drawn_logprobs
+            return Answer(prompts[i], tokens, drawn, logprobs, text, reward, completion.finish_reason == "length")
 
         with ThreadPoolExecutor(machine.available_cpus()) as pool:  # programs are judged side by side
             answers = list(pool.map(answer, of, completions))
@@ -362,7 +351,7 @@ class Policy:
         sums = [len(answers), sum(a.reward for a in answers), sum(a.cut for a in answers), silent]
         n, rewards, cut, silent, drawn = all_reduce(worker, [*sums, sum(sum(a.drawn) for a in answers)])
         stale = worker.progress.step - asked.version
-        learned = learn(worker, answers, advantages, self.o, max(drawn, 1), bool(stale))
+        learned = learn(worker, answers, advantages, sampling(self.o), max(drawn, 1), bool(stale))
         trained, read, entropy, mismatch, ratio_cut = all_reduce(worker, learned.sums)
         seconds = time.perf_counter() - began
         metrics = {
@@ -467,133 +456,6 @@ def start_actors(task: ray.ObjectRef, o: RlOptions, worker: Worker) -> list:
 
 def seed_of(*inputs) -> int:
     return int(storage.fingerprint(*inputs), 16) % 2**63
-
-
-def advantages_of(groups: list[list[Answer]], by_std: bool) -> list[float]:
-    """Of each answer: its reward minus the mean of its question's."""
-    advantages = []
-    for group in groups:
-        rewards = np.array([answer.reward for answer in group])
-        centered = rewards - rewards.mean()
-        advantages += (centered / (rewards.std() + 1e-6) if by_std else centered).tolist()
-    return advantages
-
-
-@dataclass
-class Trained:
-    """What this rank learned from. sums: answers' tokens that were sampled, all tokens, and over the sampled ones
-    entropy, log μ − log π in nats, and how many ratios were cut."""
-
-    loss: torch.Tensor
-    sums: list[float]
-    mismatch_max: float = 0.0
-
-
-def learn(
-    worker: Worker, answers: list[Answer], advantages: list[float], o: RlOptions, count: float, stale: bool
-) -> Trained:
-    """Gradients of −Σ advantage · log π(token) / count, by micro-batches. Answers without advantage have none."""
-    c, model = worker.config, worker.model
-    kept = [i for i, advantage in enumerate(advantages) if advantage] or [0]
-    budget = c.device_batch_size * model.config.sequence_len
-    batches = list(micro_batches([(answers[i], advantages[i]) for i in kept], budget))
-    trained = Trained(torch.zeros((), device=worker.device), [0.0] * 5)
-    for i, (chosen, of_each) in enumerate(batches):
-        loss, sums, mismatch_max = policy_loss(model, chosen, of_each, o, stale)
-        if i == len(batches) - 1:
-            worker.optimizer.reduce_in_backward()
-        (loss * (worker.world_size / count)).backward()  # the optimizer takes the mean over ranks
-        trained.loss += loss.detach()
-        trained.sums = [a + b for a, b in zip(trained.sums, sums, strict=True)]
-        trained.mismatch_max = max(trained.mismatch_max, mismatch_max)
-    return trained
-
-
-def micro_batches(pairs: list[tuple[Answer, float]], budget: int) -> Iterator[tuple[list[Answer], list[float]]]:
-    """Answers with their advantages, those of like length together, so many that padded they have `budget` tokens."""
-    pairs = sorted(pairs, key=lambda pair: len(pair[0].ids), reverse=True)
-    while pairs:
-        rows = max(1, budget // len(pairs[0][0].ids))
-        answers, advantages = zip(*pairs[:rows], strict=True)
-        yield list(answers), list(advantages)
-        pairs = pairs[rows:]
-
-
-def policy_loss(
-    model: GPT, answers: list[Answer], advantages: list[float], o: RlOptions, stale: bool
-) -> tuple[torch.Tensor, list[float], float]:
-    """−Σ advantage · log π(token), in nats, over the tokens that were sampled; its sums, and the largest mismatch.
-
-    Where answers are stale, each term is multiplied by min(π/μ, 2), not differentiated: μ is the probability that the
-    engine sampled the token with, and π that of now, after temperature and top_k too.
-    """
-    device, longest = model.cos.device, max(len(answer.ids) for answer in answers)
-
-    def padded(rows: list[list], dtype: torch.dtype) -> torch.Tensor:
-        return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=dtype, device=device)
-
-    ids = padded([answer.ids for answer in answers], torch.long)
-    drawn = padded([answer.drawn for answer in answers], torch.bool)[:, 1:]
-    mu = padded([answer.logprobs for answer in answers], torch.float32)[:, 1:][drawn]
-    advantage = torch.tensor(advantages, dtype=torch.float32, device=device).unsqueeze(1).expand(drawn.shape)[drawn]
-    tokens, hidden = ids[:, 1:][drawn], model.hidden(ids[:, :-1])[drawn]
-    head = model.lm_head.weight[: model.config.vocab_size]
-    loss, now, entropy = _PolicyLoss.apply(hidden, head, tokens, mu if stale else None, advantage, o)
-    mismatch = torch.where(now.isfinite(), mu - now, 0)  # where top_k does not leave the token out now
-    cut = ((now - mu).exp() > MOST_RATIO).sum().item() if stale else 0.0
-    read = sum(len(answer.ids) for answer in answers)
-    sums = [float(len(tokens)), float(read), entropy.sum().item(), mismatch.sum().item(), cut]
-    return loss, sums, mismatch.abs().max().item()
-
-
-class _PolicyLoss(torch.autograd.Function):
-    """The loss (), with gradients for hidden states (N, C) and the head (V, C), and two figures of each token (N,): the
-    log probability that it would be sampled with now, and the entropy of the model's own distribution, in nats.
-
-    A chunk's gradients are taken while its logits are there. The logits of a whole batch are never held.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, head, tokens, mu, advantages, o):
-        ctx.gradients = grad_hidden, grad_head = torch.empty_like(hidden), torch.zeros_like(head)
-        loss, now, entropy = torch.empty((3, len(tokens)), dtype=torch.float32, device=hidden.device)
-        weight = head.to(hidden.dtype)
-        size = chunk_size(len(head), True) if hidden.is_cuda else max(1, CPU_CHUNK_LOGITS // len(head))
-        for start in range(0, len(tokens), size):
-            part = slice(start, start + size)
-            x, own = hidden[part], tokens[part].unsqueeze(-1)
-            logits = softcap(x @ weight.T)
-            logs = logits.log_softmax(-1)
-            of_own = logs.gather(-1, own)
-            now[part] = sampled_with(logs, of_own, o)
-            factor = advantages[part]
-            if mu is not None:
-                factor = factor * (now[part] - mu[part]).exp().clamp(max=MOST_RATIO)
-            loss[part] = -factor * of_own.squeeze(-1)
-            gradient = logs.exp()
-            entropy[part] = -logs.mul_(gradient).sum(-1)
-            slope = logits.square_().mul_(-1 / LOGIT_SOFTCAP**2).add_(1)  # of the softcap
-            gradient.scatter_add_(-1, own, torch.full_like(of_own, -1))
-            gradient = gradient.mul_(slope).mul_(factor.unsqueeze(-1)).to(x.dtype)
-            torch.mm(gradient, weight, out=grad_hidden[part])
-            add_product_(grad_head, gradient.T, x)
-        ctx.mark_non_differentiable(now, entropy)
-        return loss.sum(), now, entropy
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        grad_hidden, grad_head = ctx.gradients
-        ctx.gradients = None  # scaled in place, so they serve once
-        return grad_hidden.mul_(grad), grad_head.mul_(grad), None, None, None, None
-
-
-def sampled_with(logs: torch.Tensor, of_own: torch.Tensor, o: RlOptions) -> torch.Tensor:
-    """The log probability (N,) that a token is sampled with, of the model's own: all (N, V), and the token's (N, 1).
-    -inf where top_k leaves it out; a tie leaves none out."""
-    temperature = max(o.temperature, GREEDY)
-    likeliest = logs.topk(min(o.top_k, logs.size(-1))).values if o.top_k else logs
-    now = of_own / temperature - (likeliest / temperature).logsumexp(-1, keepdim=True)
-    return (now.masked_fill(of_own < likeliest[:, -1:], -math.inf) if o.top_k else now).squeeze(-1)
 
 
 def shown(groups: list[list[Answer]]) -> list[str]:

@@ -20,10 +20,11 @@ from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.model.optim import build_optimizer
 from nanochat_ray.model.scaling import BASE_LRS
-from nanochat_ray.train import rl
+from nanochat_ray.train import policy_gradient, rl
 from nanochat_ray.train.checkpoint import load_model, resolve_checkpoint
 from nanochat_ray.train.metrics import read_metrics
-from nanochat_ray.train.rl import Answer, Asker, Policy, Question, RlOptions
+from nanochat_ray.train.policy_gradient import Answer
+from nanochat_ray.train.rl import Asker, Policy, Question, RlOptions
 
 
 def processes(name: str) -> list[psutil.Process]:
@@ -43,26 +44,29 @@ def task(name: str = "Vowels"):
 @pytest.fixture
 def model():
     torch.manual_seed(1)
-    model = GPT(GPTConfig(64, 96, n_layer=3, n_head=2, n_kv_head=2, n_embd=32, window_pattern="L"))
+    model = GPT(GPTConfig(64, 96, n_layer=3, n_head=2, n_kv_head=1, n_embd=32, window_pattern="L"))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)
     return model
 
 
-# The second answer has three tokens of a tool's output, the third is one token long.
+# The first two share their prompt. The second has three tokens of a tool's output, the last is one token long.
 ANSWERS = [
-    Answer([1, 2, 3, 4, 5], [0, 0, 1, 1, 1], [0, 0, -2.0, -3.0, -4.0], "", 1.0, False),
-    Answer([1, 2, 7, 8, 9, 10, 11, 12], [0, 0, 1, 0, 0, 0, 1, 1], [0, 0, -1.0, 0, 0, 0, -4.0, -5.0], "", 0.0, False),
-    Answer([5, 6], [0, 1], [0, -9.0], "", 0.5, False),
+    Answer([1, 2, 20, 21], [3, 4, 5], [1, 1, 1], [-2.0, -3.0, -4.0], "", 1.0, False),
+    Answer([1, 2, 20, 21], [7, 8, 9, 10, 11, 12], [1, 0, 0, 0, 1, 1], [-1.0, 0, 0, 0, -4.0, -5.0], "", 0.0, False),
+    Answer([5], [6], [1], [-9.0], "", 0.5, False),
 ]
 ADVANTAGES = [0.5, -0.75, 0.25]
 
 
 @pytest.mark.parametrize("stale", [False, True])
-def test_gradients_are_those_of_a_loop_over_tokens_in_fp64(model, stale):
-    options = RlOptions("", temperature=1.0, top_k=10)
-    loss, sums, _ = rl.policy_loss(model, ANSWERS, ADVANTAGES, options, stale)
+@pytest.mark.parametrize("window", [2, 64])
+def test_gradients_are_those_of_a_loop_over_tokens_in_fp64(model, window, stale):
+    for block in model.transformer.h:
+        block.attn.window = window
+    params = SamplingParams(temperature=1.0, top_k=10)
+    loss, sums, _ = policy_gradient.policy_loss(model, ANSWERS, ADVANTAGES, params, stale)
     loss.backward()
     ours = {name: p.grad.double() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -70,10 +74,10 @@ def test_gradients_are_those_of_a_loop_over_tokens_in_fp64(model, stale):
     model.double()
     expected, cut, count = 0.0, 0, 0
     for answer, advantage in zip(ANSWERS, ADVANTAGES, strict=True):
-        for at in range(1, len(answer.ids)):
+        for at in range(len(answer.ids)):
             if not answer.drawn[at]:
                 continue
-            hidden = model.hidden(torch.tensor([answer.ids[:at]]))[0, -1]
+            hidden = model.hidden(torch.tensor([answer.prompt + answer.ids[:at]]))[0, -1]
             logits = 15 * torch.tanh(model.lm_head(hidden)[:96] / 15)
             token = answer.ids[at]
             weight = 1.0
@@ -92,20 +96,20 @@ def test_gradients_are_those_of_a_loop_over_tokens_in_fp64(model, stale):
     largest = max(p.grad.abs().max().item() for p in model.parameters())
     for name, p in model.named_parameters():
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-4, atol=1e-6 * largest, msg=name)
-    assert sums[0] == count == 7 and sums[1] == 15 and sums[4] == cut
+    assert sums[0] == count == 7 and sums[1] == 5 + 10 and sums[4] == cut  # two prompts and three answers were read
 
 
 def test_advantages_are_over_the_mean_of_the_question():
     groups = [[replace(ANSWERS[0], reward=r) for r in rewards] for rewards in ([1, 0, 0, 1], [1, 1, 1, 1])]
-    assert rl.advantages_of(groups, by_std=False) == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
-    assert rl.advantages_of(groups, by_std=True) == pytest.approx([1, -1, -1, 1, 0, 0, 0, 0], abs=1e-5)
+    assert policy_gradient.advantages_of(groups, by_std=False) == [0.5, -0.5, -0.5, 0.5, 0, 0, 0, 0]
+    assert policy_gradient.advantages_of(groups, by_std=True) == pytest.approx([1, -1, -1, 1, 0, 0, 0, 0], abs=1e-5)
 
 
 def test_micro_batches_have_each_answer_once_within_their_tokens():
-    answers = [replace(ANSWERS[0], ids=[0] * length) for length in (3, 60, 7, 8, 31, 30, 5)]
-    batches = list(rl.micro_batches([(answer, float(i)) for i, answer in enumerate(answers)], 62))
+    answers = [replace(ANSWERS[2], ids=[0] * length) for length in (2, 59, 6, 7, 30, 29, 4)]
+    batches = list(policy_gradient.micro_batches([(answer, float(i)) for i, answer in enumerate(answers)], 62))
     assert sorted(i for _, advantages in batches for i in advantages) == [0, 1, 2, 3, 4, 5, 6]
-    assert [len(of) * max(len(answer.ids) for answer in of) <= 62 for of, _ in batches] == [True] * len(batches)
+    assert [len(of) * max(map(len, of)) <= 62 for of, _ in batches] == [True] * len(batches)
     assert len(batches) == 3
 
 

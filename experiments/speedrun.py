@@ -68,10 +68,9 @@ class Preset:
     examples: int | None = None  # per dataset of the mixture and per task of CORE and ChatCORE; None for all
 
 
-# RL with small groups, so that two minutes have many steps. Only the matrices learn: with so few answers per step, the
-# steps of the tables would be noise (docs/rl.md).
-CPU_RL = {"prompts_per_step": 16, "num_samples": 8, "max_new_tokens": 48, "eval_questions": 200, "eval_samples": 4}
-CPU_RL |= {"lr_factor": 3, "adamw_factor": 0}
+# RL of the matrices alone. With so few answers per step, AdamW's steps of the other parameters would be noise
+# (docs/rl.md).
+CPU_RL = {"max_new_tokens": 48, "eval_questions": 200, "eval_samples": 4, "lr_factor": 3, "adamw_factor": 0}
 PRESETS = {
     # Batches are small, because a slow CPU makes few steps in these minutes, and the first 40 only warm up. With 4,096
     # tokens instead of 2,048, val/bpb was 5 % lower after two minutes, and equal after five (docs/performance).

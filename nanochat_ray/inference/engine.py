@@ -105,6 +105,10 @@ class Engine:
         self.runner.compile()
         self.decode_seconds = {}  # reset: timings of uncompiled steps no longer apply
 
+    def compile_attention(self) -> None:
+        """Compile the attention alone, on CPUs. It takes 10 s at most, and outlives refresh_weights."""
+        self.runner.compile_attention()
+
     def refresh_weights(self, model) -> None:
         """Copy the weights of `model` into the engine, and clear the prefix cache of the old weights.
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 
 from nanochat_ray.inference.kv_cache import NULL_PAGE, PAGE, BlockManager, BlockTable, pages_of
-from nanochat_ray.inference.paged_attention import build_paged_attention, paged_attention, paged_attention_built
+from nanochat_ray.inference.paged_attention import build_paged_attention, paged_attention
 from nanochat_ray.inference.sampling import GREEDY, draw, uniforms
 from nanochat_ray.inference.sequence import Sequence
 from nanochat_ray.model.attention import attend_visible, sliding_window_mask
@@ -99,6 +99,7 @@ class Step:
     pages: list[torch.Tensor]
     first: list[torch.Tensor]
     groups: list[tuple[int, int]]
+    compiled_attention: bool
 
     def attention(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
         """Store k and v (1, N, K, D); then q (1, N, H, D) attends within the window of its sequence. (1, N, H, D)."""
@@ -107,7 +108,7 @@ class Step:
         page, slot = table[self.sequence, at // PAGE], at % PAGE
         self.keys[page, :, slot] = k[0]
         self.values[page, :, slot] = v[0]
-        attend = paged_attention if torch.compiler.is_compiling() or paged_attention_built() else _attend
+        attend = paged_attention if self.compiled_attention else _attend
         return attend(q[0], self.keys, self.values, table, self.last, at, window).unsqueeze(0)
 
 
@@ -150,17 +151,22 @@ class ModelRunner:
         self.padding = BlockTable([[] for _ in self.layers], [0 for _ in self.layers])  # on the null page
         places = {layer: (g, place) for g, group in enumerate(self.layers) for place, layer in enumerate(group)}
         self.groups = [places[layer] for layer in range(config.n_layer)]
+        self.compiled_attention = False
         self.forward = self._forward
 
     def refresh_weights(self, model: GPT) -> None:
         self.model, self.forward = for_inference(model), self._forward
+
+    def compile_attention(self) -> None:
+        build_paged_attention()
+        self.compiled_attention = True
 
     @torch.inference_mode()
     def compile(self) -> None:
         """Compile one graph for a single token and one for several tokens; both are for all sizes."""
         for pool in (self.keys, self.values):
             torch._dynamo.mark_static(pool)
-        build_paged_attention()
+        self.compile_attention()
         # Python between the kernels and asserts took 1 of 4 ms, for one row of d6.
         options = {"cpp_wrapper": True, "size_asserts": False, "alignment_asserts": False}
         compiled = torch.compile(self._forward, dynamic=True, options=options | {"guard_filter_fn": _guards_of_inputs})
@@ -242,7 +248,7 @@ class ModelRunner:
         sequence, last = np.repeat(np.arange(len(counts)), counts), np.cumsum(counts) - 1
         idx, previous, at, sequence, last = to_device(*tokens, sequence, last)
         tables = to_device(*pages), to_device(*first)
-        step = Step(self.keys, self.values, at, previous, sequence, last, *tables, self.groups)
+        step = Step(self.keys, self.values, at, previous, sequence, last, *tables, self.groups, self.compiled_attention)
         return idx, step, *to_device(*draws)
 
     def _forward(self, idx: torch.Tensor, step: Step, temperature: torch.Tensor, uniforms: torch.Tensor):

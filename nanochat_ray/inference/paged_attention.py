@@ -17,10 +17,6 @@ def build_paged_attention() -> None:
     CppCodeCache.load(SOURCE.read_text(), **vectors)
 
 
-def paged_attention_built() -> bool:
-    return hasattr(torch.ops.nanochat_ray, "paged_attention")
-
-
 def paged_attention(q, keys, values, table, last, at, window: int) -> torch.Tensor:
     """Attention of the next tokens of S sequences over their pages, (N, H, D). Call build_paged_attention first.
 

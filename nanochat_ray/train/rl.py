@@ -25,7 +25,6 @@ from nanochat_ray.data.loader import Loader
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference.engine import GPU_MAX_PREFILL_TOKENS, MAX_PREFILL_TOKENS, Engine
 from nanochat_ray.inference.kv_cache import cache_bytes
-from nanochat_ray.inference.paged_attention import build_paged_attention
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.inference.sequence import Completion
 from nanochat_ray.measuring import measuring, one_line
@@ -232,7 +231,7 @@ class Asker:
         if on_gpu:
             self.engine.compile()
         elif why_not_compiled("cpu") is None:
-            build_paged_attention()  # the engine's other code stays uncompiled, because the weights change every step
+            self.engine.compile_attention()  # the rest would be compiled again for the weights of each step
 
     def prompt(self, conversation: dict) -> list[int]:
         return self.tokenizer.render_for_completion({"messages": conversation["messages"][:-1]})

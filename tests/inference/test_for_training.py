@@ -1,5 +1,6 @@
 """What RL needs of the engine: the probabilities that tokens were drawn with, and other weights between answers."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import Controls, SamplingParams, drawn_logprobs
+
+needs_compiler = pytest.mark.skipif(not shutil.which("c++"), reason="the attention needs a C++ compiler")
 
 
 @pytest.mark.parametrize(
@@ -33,10 +36,13 @@ def test_probabilities_are_those_of_the_tokens_that_sample_draws():
     assert given == pytest.approx([first, 1 - first, 0, 0])
 
 
-def test_refreshed_weights_are_those_of_a_new_engine(lively, random_prompts):
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
+def test_refreshed_weights_are_those_of_a_new_engine(lively, random_prompts, compiled):
     model, prompts, params = lively, random_prompts(70, 70), SamplingParams(10, temperature=0.0)
     prompts[1] = prompts[0]  # the second finds the first's blocks
     before, engine = {name: p.clone() for name, p in model.named_parameters()}, Engine(model, max_batch_size=1)
+    if compiled:
+        engine.compile_attention()
     old = engine.generate(prompts, params)
     assert engine.counts["cached_tokens"] > 0
     try:

@@ -83,8 +83,8 @@ def learn(
 
 
 def micro_batches(pairs: list[tuple[Answer, float]], budget: int) -> Iterator[tuple[list[Answer], list[float]]]:
-    """Answers with their advantages, those of like length together. Padded, they have at most `budget` tokens, even if
-    none shared its question with another."""
+    """Yield answers with their advantages, those of like length together. A batch has at most `budget` padded tokens,
+    counting each answer's question."""
     pairs = sorted(pairs, key=lambda pair: len(pair[0].ids), reverse=True)
     longest_prompt = max(len(answer.prompt) for answer, _ in pairs)
     while pairs:
@@ -126,15 +126,17 @@ class SharedPrompts:
         return prompts.unflatten(0, (self.G, self.P)), answers.unflatten(0, (self.A, self.R))
 
     def of_answers(self, x: torch.Tensor) -> torch.Tensor:
-        """(G, …) -> (A, …): each answer's row of its prompt. A product, because its gradient is one, too."""
+        """Return the row of each answer's prompt: (G, …) -> (A, …). It is a product, so its gradient is one, too."""
         return (F.one_hot(self.of_each, self.G).to(x.dtype) @ x.flatten(1)).unflatten(1, x.shape[1:])
 
     def visible(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Whether each token sees each of its keys: (G, P, P), and (A, R, P + R) of answers, which see their prompt."""
+        """Return whether each token sees each key: (G, P, P) for prompts, and (A, R, P + R) for answers, whose keys are
+        their prompt's and their own."""
         if window not in self.masks:
             keys, own = self.places, self.answer_places
             real, itself = (keys >= 0).unsqueeze(1), torch.eye(self.P, dtype=torch.bool, device=keys.device)
-            prompts = sliding_window_mask(keys, keys, window) & real | itself  # padding sees itself, so it has a mean
+            # Padding sees itself, so that its weights don't sum to 0.
+            prompts = sliding_window_mask(keys, keys, window) & real | itself
             answers = sliding_window_mask(own, torch.cat([keys[self.of_each], own], dim=1), window)
             answers[:, :, : self.P] &= real[self.of_each]
             self.masks[window] = prompts, answers

@@ -248,7 +248,7 @@ def predict_rl(
     steps = math.ceil(questions / prompts_per_step)
     answers = prompts_per_step * num_samples
     rollout = max_new_tokens * decode_seconds(config, math.ceil(answers / workers), max_new_tokens, bandwidth)
-    tokens = answers * (GSM8K_TOKENS + max_new_tokens)
+    tokens = prompts_per_step * GSM8K_TOKENS + answers * max_new_tokens  # learning reads each question once
     shards = plan_shards(config, workers, torch.bfloat16)
     update = muon_flops(shards) / flops
     compute = flops_per_token(config) * tokens / (workers * flops) + update

@@ -18,11 +18,11 @@ import subprocess
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 import tyro
@@ -207,7 +207,8 @@ def candidate_rows(options: CompareOptions, preset: sweep.Preset, baseline: str,
     Raises ValueError if the training text contains validation documents, on which both sides are scored."""
     if options.rows:
         raise ValueError("--data can't be used with --rows, because rows don't name their text: use --source")
-    same = {"tokens": int(tokens), "vocab_size": preset.vocab_size, "sequence_len": preset.sequence_len}
+    assert options.data
+    same: dict = {"tokens": int(tokens), "vocab_size": preset.vocab_size, "sequence_len": preset.sequence_len}
     theirs = prepare.PrepareOptions(preset.source, **same)
     ours = prepare.PrepareOptions(options.data, tokenizer=read_manifest(baseline)["tokenizer"], **same)
     found = prepare.find_sources(ours)
@@ -296,7 +297,7 @@ def train_version(config: dict, task: rl.Task | None) -> None:
     given = config["trial"]
     os.environ["NANOCHAT_RAY_HOME"] = given["home"]
     kind = rl.RlOptions if task else PretrainOptions
-    options = kind(**given["options"])
+    options: Any = kind(**given["options"])
     run_dir = storage.join(storage.home(), "runs", options.run)
     measuring.failed.clear()
     try:
@@ -387,7 +388,7 @@ def watch(result: ray.ObjectRef, run_dir: str, limits: dict) -> str:
 
 
 @contextlib.contextmanager
-def ray_started_elsewhere() -> Iterator[None]:
+def ray_started_elsewhere() -> Generator[None]:
     """Start Ray from an empty directory, which must exist while Ray runs.
 
     Without a job's working directory, Ray puts the current directory first on its workers' path, before a version's

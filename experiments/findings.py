@@ -237,7 +237,7 @@ def _sentences(fit: fits.IsoFlop) -> list[str]:
             lines[-1] += f"; {left_out} points (hollow) are left out, more than a factor {fits.FIT_RANGE} away"
         if best.near_edge:
             lines[-1] += "; it is near the smallest or largest size, so the estimate is biased: train more depths"
-    if fit.size:
+    if fit.size and fit.tokens and fit.ratio:
         lines.append(
             f"optimal N = {_law(fit.size, 'FLOPs')}, D = {_law(fit.tokens, 'FLOPs')}, D/N = {_law(fit.ratio, 'FLOPs')}"
         )

@@ -5,6 +5,7 @@ Pure functions of numbers. All fits are in logarithms, where the noise of a loss
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -175,7 +176,7 @@ class Optimum:
     tokens: Estimate
     ratio: Estimate
     loss: float
-    curve: tuple[float, float, float] | None  # coefficients in log size, for np.polyval
+    curve: tuple[float, ...] | None  # coefficients in log size, for np.polyval
     fitted: list[bool]  # whether the parabola was fitted to each of the budget's points
     note: str = ""
     near_edge: bool = False  # whether it lies outside all sizes but the smallest or the largest
@@ -238,7 +239,7 @@ class _Budget:
     log_n: np.ndarray
     log_d: np.ndarray
     losses: np.ndarray
-    curve: np.ndarray | None
+    curve: Any  # coefficients in log size; None only if there is a note
     near: np.ndarray
     note: str
 
@@ -302,9 +303,7 @@ def _estimate(log_value: float, draws: np.ndarray | None) -> Estimate:
     return Estimate(*np.exp([log_value, min(low, log_value), max(high, log_value)]).tolist())
 
 
-def _laws(
-    used: list[_Budget], scattered: np.ndarray | None
-) -> tuple[PowerLaw | None, PowerLaw | None, PowerLaw | None]:
+def _laws(used: list[_Budget], scattered: np.ndarray | None) -> tuple[PowerLaw | None, ...]:
     if len(used) < 2:
         return None, None, None
     log_c, optima = np.log([b.flops for b in used]), np.array([b.optimum for b in used])

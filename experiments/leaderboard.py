@@ -14,7 +14,7 @@ from nanochat_ray.train.metrics import read_metrics
 
 GPT2_CORE = 0.256525  # GPT-2 XL's score
 # From nanochat's leaderboard: d24 at 12 tokens per scaling parameter.
-NANOCHAT = {"run": "nanochat, d24, ratio 12", "CORE": 0.25851, "seconds": 10_949, "cluster": "8 × H100"}
+NANOCHAT: dict = {"run": "nanochat, d24, ratio 12", "CORE": 0.25851, "seconds": 10_949, "cluster": "8 × H100"}
 
 
 @dataclass
@@ -137,6 +137,6 @@ def beside_nanochat(name: str, config: dict, lines: list[dict]) -> list[dict]:
     if not scored:
         return []
     first = next((line for line in scored if line["core_metric"] >= GPT2_CORE), scored[-1])
-    mine = {"run": name, "CORE": first["core_metric"], "seconds": first["total_training_time"]}
+    mine: dict = {"run": name, "CORE": first["core_metric"], "seconds": first["total_training_time"]}
     mine["cluster"] = config.get("cluster") or "–"
     return [line | {"reached": line["CORE"] >= GPT2_CORE} for line in (mine, NANOCHAT)]

@@ -41,7 +41,8 @@ def design(count: int, sizes, seed: int) -> np.ndarray:
 
 def measured(rows: list[dict], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """(shares, bits per byte) of each source, from lines of results.csv; each (n, K)."""
-    return tuple(np.array([[row[f"{key}/{name}"] for name in names] for row in rows]) for key in ("share", "val_bpb"))
+    shares, losses = ([[row[f"{key}/{name}"] for name in names] for row in rows] for key in ("share", "val_bpb"))
+    return np.array(shares), np.array(losses)
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Fit:
 
     def loss(self, shares: np.ndarray) -> Estimate:
         """The target's bits per byte."""
-        return _estimate(self.laws(shares) @ self.target, self.draws(shares) @ self.target)
+        return _estimate(float(self.laws(shares) @ self.target), self.draws(shares) @ self.target)
 
     def gain(self, shares: np.ndarray, over: np.ndarray) -> Estimate:
         """How much lower the target's loss is with `shares` than with `over`, as a share of the latter."""

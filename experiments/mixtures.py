@@ -28,7 +28,7 @@ DEPTHS = {"cpu": [1, 2], "gpu": [8, 12]}
 
 @dataclass
 class MixturesOptions(sweep.SweepOptions):
-    source: Annotated[list[str], tyro.conf.arg(name="sources")] = field(default_factory=list)
+    source: Annotated[list[str], tyro.conf.arg(name="sources")] = field(default_factory=list)  # ty: ignore[incompatible-mutable-override]
     """Two or more sources to mix, named as for prepare, but without weights."""
     depths: list[int] | None = None
     """Depths to train. Default: 1 and 2 in the cpu preset, 8 and 12 in the gpu preset."""
@@ -68,8 +68,9 @@ def run(options: MixturesOptions) -> str:
             for depth in depths
             for label in labelled
         ]
-        per_depth = len(options.workers or ()) > 1
-        given = replace(options, workers=[n for n in options.workers for _ in labelled]) if per_depth else options
+        given = options
+        if options.workers and len(options.workers) > 1:  # a number per depth
+            given = replace(options, workers=[n for n in options.workers for _ in labelled])
         workers = sweep.share_workers(given, [sweep.plan_of(run) for _, run in runs])
         for (label, run), count in zip(runs, workers, strict=True):
             shares = {f"share/{name}": share for name, share in zip(names, labelled[label].tolist(), strict=True)}

@@ -95,13 +95,13 @@ def pins(code: bytes) -> dict[str, str]:
     for path, content in unzip(code).items():
         if not path.startswith(ALLOWED) or (path in MEASURING and MEASURING[path] is None):
             found[path] = storage.fingerprint(content.hex())
-        elif path in MEASURING:
+        elif measuring := MEASURING.get(path):
             try:
                 parsed = ast.parse(content)
             except SyntaxError as error:
                 raise ValueError(f"{path} is no Python: {error}") from None
             for node in ast.walk(parsed):
-                if isinstance(node, ast.FunctionDef) and node.name in MEASURING[path]:
+                if isinstance(node, ast.FunctionDef) and node.name in measuring:
                     key = f"{path}:{node.name}"
                     found[key] = storage.fingerprint(found.get(key), ast.dump(node))
     return found

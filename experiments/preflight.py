@@ -107,7 +107,7 @@ def dataset(builder: Callable, datasets_dir: str | None, name: str, config: str 
     for uri in uris:
         if uri.startswith("hf://"):
             found = HfFileSystem().resolve_path(uri)
-            url = hf_hub_url(found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision)
+            url = hf_hub_url(found.repo_id, found.path_in_repo, repo_type=found.repo_type, revision=found.revision)  # ty: ignore[missing-union-attribute]
             size += first_bytes(url, get_token())
     return f"{len(uris)} file{'s' * (len(uris) > 1)}" + f", {gb(size)}" * (size > 0)
 
@@ -152,9 +152,8 @@ def disk(parts: dict[str, float]) -> str:
     """Compare the bytes needed, by purpose, with the free space in the home. Object stores don't report theirs."""
     wanted = " + ".join(f"{name} {gb(size)}" for name, size in parts.items() if size) or "nothing"
     wanted, home = f"{wanted} = {gb(sum(parts.values()))}", storage.home()
-    if storage.is_remote(home):
+    if (free := storage.free_bytes(home)) is None:
         return f"{wanted} in {home}, and copies of the rows on each node that trains"
-    free = storage.free_bytes(home)
     if sum(parts.values()) > free:
         raise OSError(f"{wanted}, but {gb(free)} free in {home}: make room, or set NANOCHAT_RAY_HOME to a larger disk")
     return f"{wanted}, {gb(free)} free in {home}"

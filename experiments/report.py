@@ -137,7 +137,7 @@ def _by_step(lines: list[dict]) -> list[dict]:
 
 def series(run: Run, *keys: str) -> list[tuple[float, ...]]:
     """The finite values of the metrics, at the steps that logged all of them."""
-    rows = (tuple(line.get(key) for key in keys) for line in run.metrics)
+    rows = (tuple(line.get(key, math.nan) for key in keys) for line in run.metrics)
     return [row for row in rows if all(isinstance(v, int | float) and math.isfinite(v) for v in row)]
 
 
@@ -330,7 +330,8 @@ def conclude(folder: str, title: str) -> str:
     out = storage.join(folder, "report.html")
     with measuring("the report"):
         write_report([folder], out, title)
-    for sentence in find(folder).sentences:
+    found = find(folder)
+    for sentence in found.sentences if found else ():
         print(sentence)
     print(f"results   {storage.join(folder, 'results.csv')}\nreport    {out}")
     return out

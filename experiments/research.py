@@ -99,7 +99,7 @@ class Campaign:
         self.rows = sweep.shared_rows(options, preset, most_tokens)
         self.options = options
         files = sorted(Path(options.candidates).glob("*.patch")) if options.candidates else []
-        inputs = {"code": storage.fingerprint(self.baseline.hex()), "rows": self.rows}
+        inputs: dict = {"code": storage.fingerprint(self.baseline.hex()), "rows": self.rows}
         inputs |= {"validation": validation_hash(self.rows)}
         inputs |= {"depths": self.depths, "looks": self.looks, "both": options.both, "ratio": options.ratio}
         inputs |= {"targets": options.targets, "most": options.most if options.proposer else len(files)}
@@ -194,6 +194,7 @@ class Campaign:
         return begun
 
     def propose(self) -> str:
+        assert self.options.proposer
         known = self.ledger.as_json(patches.changeable(self.code()))
         return patches.propose(self.options.proposer, known, self.options.network)
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import ray
 import ray.train
@@ -31,7 +31,7 @@ from nanochat_ray.data.conversations import prepare_conversations
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.evals import bundle, chat, core
 from nanochat_ray.evals.tasks import MixtureOptions, own, sft_conversations
-from nanochat_ray.evals.tasks.rewarded import Task, TaskOptions, load_task
+from nanochat_ray.evals.tasks.rewarded import TaskOptions, load_task
 from nanochat_ray.measuring import measuring, patiently
 from nanochat_ray.model.compiling import why_not_compiled
 from nanochat_ray.model.gpt import GPT
@@ -132,9 +132,9 @@ class Stages:
         """The result of a finished stage; empty if it has not finished."""
         return next((record["result"] for record in self.records if record["stage"] == name), {})
 
-    def run(self, name: str, stage: Callable, describe: Callable[[object], dict]):
+    def run(self, name: str, stage: Callable, describe: Callable[[Any], dict]):
         print(f"\n=== {name}", flush=True)
-        record = next((r for r in self.records if r["stage"] == name), None)
+        record: dict | None = next((r for r in self.records if r["stage"] == name), None)
         if record is None:
             record = {"stage": name, "seconds": 0.0, "result": {}}
             self.records.append(record)
@@ -148,7 +148,7 @@ class Stages:
             with measuring("writing stages.json"):
                 storage.write_json(self.uri, self.records)
 
-    def measure(self, name: str, stage: Callable, describe: Callable[[object], dict]):
+    def measure(self, name: str, stage: Callable, describe: Callable[[Any], dict]):
         """Run a stage that no other stage needs. If it fails, the failure is noted and the result is None."""
         with measuring(name), patiently(name):
             return self.run(name, stage, describe)
@@ -392,7 +392,7 @@ def answer(device: str, folder: str, problems: dict[str, list[dict]]) -> chat.Ch
 
 def find_plan(run_dir: str, depth: int, preset: Preset) -> RunPlan:
     """The plan of the depth. A restarted run keeps the number of steps of its first start."""
-    dial = {
+    dial: dict = {
         "target_param_data_ratio": preset.ratio or 12,
         "sequence_len": preset.sequence_len,
         "vocab_size": preset.vocab_size,
@@ -464,6 +464,7 @@ def sft_steps(job: Job) -> int | None:
 def sft_options(job: Job, base: str, rows: int) -> sft.SftOptions:
     steps = sft_steps(job)
     if job.preset.minutes:  # at most one epoch; in a second one the model memorizes these conversations
+        assert steps and job.preset.sft_batch_size
         steps = min(steps, max(1, rows * job.plan.config.sequence_len // job.preset.sft_batch_size))
     options = sft.SftOptions(
         base,
@@ -480,7 +481,7 @@ def sft_options(job: Job, base: str, rows: int) -> sft.SftOptions:
     return options
 
 
-def rl_task(job: Job, stages: Stages) -> Task | None:
+def rl_task(job: Job, stages: Stages) -> rl.Task | None:
     """Return RL's task: GSM8K, or without downloads spelling. None if RL is finished."""
     name = "gsm8k" if job.mixture.mixture == "hub" else "spelling"
     return None if stages.result("rl") else load_task(TaskOptions(task=name, datasets_dir=job.options.datasets_dir))
@@ -495,7 +496,7 @@ def rl_options(job: Job, chat_model: str) -> rl.RlOptions:
     return options
 
 
-def reinforce(job: Job, chat_model: str, task: Task | None, stages: Stages) -> dict:
+def reinforce(job: Job, chat_model: str, task: rl.Task | None, stages: Stages) -> dict:
     """{checkpoint, steps, pass@1 and pass@k before and after}. The earlier result if RL is finished already."""
     if task is None:
         return stages.result("rl")

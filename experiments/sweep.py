@@ -16,7 +16,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import ray
 import ray.train
@@ -58,7 +58,7 @@ class Preset:
     """Settings for a kind of machine. The depth decides everything else."""
 
     name: str
-    source: str | list[str]
+    source: Any  # str or list[str]
     vocab_size: int
     sequence_len: int
     head_dim: int
@@ -142,6 +142,7 @@ def pretrain_options(options: SweepOptions, preset: Preset, rows: str, depth: in
 
 
 def plan_of(options: PretrainOptions) -> RunPlan:
+    assert options.rows
     return pretrain.plan_of(options, pretrain.read_manifest(options.rows))
 
 
@@ -263,7 +264,7 @@ def train_trial(config: dict, failing: ActorHandle) -> None:
         result, options, notes = train_within_memory(options, given["base_lrs"], failing)
         finish_trial(given, options, result.checkpoint, result.run_dir, notes)
     except Exception as error:
-        report_failure(given, storage.join(storage.home(), "runs", options.run), error)
+        report_failure(given, storage.join(storage.home(), "runs", given["options"]["run"]), error)
 
 
 def report_failure(given: dict, run_dir: str, error: Exception) -> None:
@@ -292,11 +293,11 @@ def finish_trial(given: dict, options: PretrainOptions, checkpoint: str, run_dir
         with measuring.measuring("CORE"):
             score = core.run(
                 core.CoreOptions(
-                    checkpoint, given["bundle"], given["max_per_task"], actors=options.workers, out=run_dir
+                    checkpoint, given["bundle"], given["max_per_task"], actors=options.workers or 1, out=run_dir
                 )
             ).core_metric
-    notes = "; ".join([*notes, *measuring.failed])
-    write_result(run_dir, setup_of(options) | {"core_metric": score, "notes": notes} | given["columns"])
+    outcome = {"core_metric": score, "notes": "; ".join([*notes, *measuring.failed])}
+    write_result(run_dir, setup_of(options) | outcome | given["columns"])
     if measuring.failed:
         tune.report({"unmeasured": measuring.failed})
 
@@ -313,7 +314,7 @@ def train_within_memory(options: PretrainOptions, base_lrs: dict[str, float], fa
             result = pretrain.run(options, report=report_to_tune(options), base_lrs=base_lrs, failing=failing)
             return result, options, notes
         except ray.train.TrainingFailedError as error:
-            rows = options.device_batch_size
+            rows = options.device_batch_size or 1
             if OUT_OF_MEMORY.search(str(error)) and rows > 1:
                 options = replace(options, device_batch_size=rows // 2)
                 notes.append(f"out of memory with {rows} rows per forward pass, continued with {rows // 2}")

@@ -4,14 +4,15 @@ import math
 import time
 import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.inference.text import AnswerStream
 from serving.messages import listed, merged
 from serving.protocol import ApiError, event
-from serving.requests import Request
+from serving.requests import CompletionRequest, Request
 
 MIN_LOGPROB = -9999.0  # written for minus infinity, which JSON can't express
 
@@ -140,7 +141,7 @@ def finite(logprob: float | None) -> float | None:
 
 
 def chat_logprobs(tokenizer: Tokenizer, tokens: list[TextToken]) -> list[dict]:
-    def entry(raw: bytes, logprob: float) -> dict:
+    def entry(raw: bytes, logprob: float | None) -> dict:
         return {"token": raw.decode(errors="replace"), "logprob": finite(logprob), "bytes": list(raw)}
 
     def likeliest(token: TextToken) -> list[dict]:
@@ -150,7 +151,7 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: list[TextToken]) -> list[dict]:
 
 
 def completion_logprobs(tokenizer: Tokenizer, tokens: list[TextToken]) -> dict:
-    def likeliest(token: TextToken) -> dict[str, float] | None:
+    def likeliest(token: TextToken) -> dict[str, float | None] | None:
         own, others = token.logprobs
         if own is None:  # the first token has no log probability
             return None
@@ -168,6 +169,7 @@ def completion_logprobs(tokenizer: Tokenizer, tokens: list[TextToken]) -> dict:
 class Writer:
     """Turns an engine's messages into the answer of an endpoint."""
 
+    asked: Any  # the Request, of the class that the endpoint takes
     object_name = stem = ""
     lists_ending = False  # whether the log probabilities include the token that ends an answer
 
@@ -209,7 +211,7 @@ class Writer:
                 pass
         return self.answer()
 
-    async def events(self, messages: AsyncIterator[tuple[int, dict]]) -> AsyncIterator[str]:
+    async def events(self, messages: AsyncGenerator[tuple[int, dict]]) -> AsyncIterator[str]:
         """Yield server-sent events. Events that are ready together are one text, as each yield passes through Serve.
 
         If the client goes away, this generator is closed, and closes the engine's.
@@ -296,7 +298,7 @@ class CompletionWriter(Writer):
     object_name, stem = "text_completion", "cmpl-"
     lists_ending = True  # lm-eval requests one token beside a prompt's scores and expects it to be listed
 
-    def __init__(self, model: str, tokenizer: Tokenizer, asked: Request, prompts: list[list[int]]):
+    def __init__(self, model: str, tokenizer: Tokenizer, asked: CompletionRequest, prompts: list[list[int]]):
         super().__init__(model, tokenizer, asked, prompts)
         self.unechoed = set(range(len(prompts))) if asked.echo else set()  # prompts that were not echoed yet
 

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,6 @@ from serving.http import Gate, hosts_of, read_body
 from serving.metrics import Metrics
 from serving.protocol import ApiError, dumps, parse
 from serving.requests import ChatRequest, CompletionRequest, Conversing
-from serving.requests import Request as Asked
 from serving.responses import ResponsesRequest, ResponsesWriter
 from serving.streams import all_of, chain
 from serving.tokens import DetokenizeRequest, TokenizeRequest
@@ -73,6 +72,7 @@ PAGE_HEADERS = {  # the rest of the policy is in the page itself
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
+Asked = Conversing | CompletionRequest  # what an engine answers
 CPU_SHARE = 0.5  # CPUs that Ray reserves for an engine: in an update the next engine starts beside the old one
 MAX_ONGOING = 10_000  # requests of a replica in Serve's count; replicas limit themselves
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
@@ -168,7 +168,7 @@ class Model:
         """Raise ApiError if no engine answers and none can start, because a checkpoint file is missing."""
         if await asyncio.to_thread(self.missing):
             trouble = await self.check()
-            if self.gone:
+            if self.gone and trouble:
                 raise ApiError(503, trouble, code="checkpoint_gone")
 
     def card(self, name: str) -> dict:
@@ -202,6 +202,7 @@ def read_request(model: Model, asked: Asked, cache_salt: str) -> tuple[list[list
     Requests of one conversation have the same affinity, a hash. Raises ApiError for invalid messages, ids or grammars,
     and for a prompt that does not fit.
     """
+    assert model.capacity is not None  # respond() has asked for it
     if longest_text(asked) > model.capacity * model.longest:  # refuse it without encoding it
         message = f"it has more bytes than the {model.capacity - 1} tokens that there is room for can have"
         raise too_long(asked.prompt_path, message)
@@ -322,7 +323,7 @@ class ChatService:
         origins, host = options["cors_origins"], _get_global_client().http_config.host
         api.add_middleware(Gate, hosts=hosts_of(host, options["allowed_hosts"]), origins=origins)
         if origins:  # outside of the gate, so that browsers can read its refusals
-            headers = {"allow_headers": ["*"], "expose_headers": ["Retry-After", "X-Request-ID"]}
+            headers: dict = {"allow_headers": ["*"], "expose_headers": ["Retry-After", "X-Request-ID"]}
             api.add_middleware(CORSMiddleware, allow_origins=origins, allow_methods=["*"], **headers)
 
     @api.get("/")
@@ -446,7 +447,7 @@ class ChatService:
 
     async def messages(
         self, model: Model, affinity: str, prompt: list[int], params: dict, stream: bool
-    ) -> AsyncIterator[dict]:
+    ) -> AsyncGenerator[dict]:
         """Yield the engine's messages. If the engine is lost before it sent one, ask another.
 
         A silent engine counts as lost, because Ray may notice only a minute later that a host was cut off. A stream

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import ray
 import torch
@@ -129,7 +130,8 @@ class EngineServer:
         gc.collect()
         gc.freeze()  # exclude the model from collections, each of which would stop the engine for a tenth of a second
         self.most_ongoing = options["max_batch_size"] + options["queue_limit"]
-        self.ongoing, self.thread = 0, None
+        self.ongoing = 0
+        self.thread: Any = None  # an EngineThread, once there was a request
         self.compiled = on_gpu and options["compile"]
         if options["compile"] and not on_gpu:
             threading.Thread(target=self._compile, daemon=True).start()  # the engine answers uncompiled meanwhile

@@ -39,7 +39,7 @@ class Gate:
             if scope["method"] == "OPTIONS":
                 send = with_what_is_allowed(send)
             elif scope["method"] == "HEAD":
-                scope = scope | {"method": "GET"}  # uvicorn leaves out the body
+                scope = {**scope, "method": "GET"}  # uvicorn leaves out the body
         await self.app(scope, receive, send)
 
     def check(self, method: str, headers: Headers) -> None:
@@ -84,7 +84,7 @@ def site(url: str, scheme: str = "") -> tuple[str, int | None]:
 def as_without_slash(scope: Scope) -> Scope:
     root = scope.get("root_path", "")
     path = scope["path"].removeprefix(root).rstrip("/") or "/"
-    return scope | {"path": root + path}
+    return {**scope, "path": root + path}
 
 
 def with_what_is_allowed(send: Send) -> Send:
@@ -97,9 +97,9 @@ def with_what_is_allowed(send: Send) -> Send:
             changing = True
             methods = {*Headers(raw=message["headers"]).get("allow", "").split(", "), "OPTIONS"}
             methods |= {"HEAD"} if "GET" in methods else set()
-            message = message | {"status": 204, "headers": [(b"allow", ", ".join(sorted(methods)).encode())]}
+            message = {**message, "status": 204, "headers": [(b"allow", ", ".join(sorted(methods)).encode())]}
         elif changing:
-            message = message | {"body": b""}
+            message = {**message, "body": b""}
         await send(message)
 
     return changed

@@ -156,8 +156,8 @@ async def request_bodies(session: aiohttp.ClientSession, options: Options) -> Ca
         async with session.post("/v1/chat/completions", json=request) as response:
             return (await checked(response))["usage"]["prompt_tokens"]
 
-    if options.prompt is not None:
-        return lambda rng: body(options.prompt, rng.choice(options.max_tokens), options.stream)
+    if (prompt := options.prompt) is not None:
+        return lambda rng: body(prompt, rng.choice(options.max_tokens), options.stream)
     few, many = await count(8), await count(40)
     tokens_per_word = max(many - few, 1) / 32
     around = few - 8 * tokens_per_word  # tokens of the template
@@ -199,6 +199,7 @@ async def closed_loop(request: Callable, options: Options) -> list[Answer]:
 
 async def open_loop(request: Callable, options: Options) -> list[Answer]:
     """Start requests at exponentially distributed intervals, without waiting for their answers."""
+    assert options.rate
     rng, tasks = random.Random(options.seed), []
     limit, deadline = limits(options)
     arrival = time.perf_counter()

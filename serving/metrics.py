@@ -2,6 +2,7 @@
 
 from itertools import chain
 from types import SimpleNamespace
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import Metric
@@ -17,7 +18,7 @@ class Metrics:
         self.requests = Counter(
             "nanochat_requests", "Requests answered", ["front", "route", "status"], registry=registry
         )
-        latencies = {"labelnames": ["front"], "registry": registry, "buckets": LATENCIES}
+        latencies: dict = {"labelnames": ["front"], "registry": registry, "buckets": LATENCIES}
         self.ttft = Histogram("nanochat_ttft_seconds", "Time to first token", **latencies).labels(front)
         self.itl = Histogram("nanochat_inter_token_seconds", "Between tokens", **latencies).labels(front)
 
@@ -37,4 +38,5 @@ class Metrics:
             families.setdefault(family.name, Metric(family.name, family.documentation, family.type)).samples.extend(
                 family.samples
             )
-        return generate_latest(SimpleNamespace(collect=families.values)) + generate_latest(registry)
+        collector: Any = SimpleNamespace(collect=families.values)
+        return generate_latest(collector) + generate_latest(registry)

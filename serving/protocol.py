@@ -1,6 +1,7 @@
 """Shared by all endpoints: errors in OpenAI's shape, validation of bodies, strict JSON, server-sent events."""
 
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -67,7 +68,7 @@ def parse(kind: type[Kind], body: bytes) -> Kind:
         raise ApiError(400, f"{path}: {message}" if path else message, path or None, "invalid_value") from None
 
 
-def path_of(error: dict, given) -> tuple:
+def path_of(error: Mapping, given) -> tuple:
     """Return the path of an error in the body. pydantic's own path also has the names of a union's types."""
     path = []
     for i, part in enumerate(error["loc"]):
@@ -80,7 +81,7 @@ def path_of(error: dict, given) -> tuple:
     return tuple(path)
 
 
-def message_of(error: dict) -> str:
+def message_of(error: Mapping) -> str:
     if error["type"] in MESSAGES:
         return MESSAGES[error["type"]]
     return error["msg"].removeprefix("Value error, ")

@@ -260,7 +260,7 @@ class CompletionRequest(Completing):
     def prompts(self, tokenizer: Tokenizer) -> list[list[int]]:
         """Return each prompt's token ids; a text gets bos first. Raises ApiError for ids outside the vocabulary."""
         listed = isinstance(self.prompt, list) and not isinstance(self.prompt[0], int)
-        given = self.prompt if listed else [self.prompt]
+        given: list = self.prompt if listed else [self.prompt]
         for i, prompt in enumerate(given):
             if isinstance(prompt, list) and (min(prompt) < 0 or max(prompt) >= tokenizer.vocab_size):
                 path = f"prompt[{i}]" if listed else "prompt"

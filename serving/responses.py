@@ -57,7 +57,7 @@ class ResponsesRequest(Conversing):
         return (self.top_logprobs or 0) if self.top_logprobs or LOGPROBS in (self.include or []) else None
 
     def format_grammar(self) -> str | None:
-        form = (self.text and self.text.format) or TextFormat(type="text")
+        form = (self.text.format if self.text else None) or TextFormat(type="text")
         return format_grammar(form.type, form.schema_, "text.format.schema")
 
     @cached_property

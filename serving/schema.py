@@ -51,7 +51,7 @@ class Error(BaseModel):
 @cache
 def document() -> dict:
     """OpenAPI 3.1."""
-    models = [(model, "validation") for model, _ in POSTS.values()] + [(Error, "serialization")]
+    models: list = [(model, "validation") for model, _ in POSTS.values()] + [(Error, "serialization")]
     refs, definitions = models_json_schema(models, ref_template="#/components/schemas/{model}")
 
     def answers(**kinds) -> dict:
@@ -59,7 +59,7 @@ def document() -> dict:
         refused = {status: {"description": said, "content": error} for status, said in REFUSALS.items()}
         return {"200": {"description": "The answer", "content": kinds}} | refused
 
-    paths = {}
+    paths: dict[str, dict] = {}
     for path, (model, said) in POSTS.items():
         body = {"required": True, "content": {"application/json": {"schema": refs[model, "validation"]}}}
         kinds = {

@@ -1,7 +1,7 @@
 """Combines streams of an engine's messages."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 from ray import serve
@@ -9,7 +9,9 @@ from ray import serve
 from serving.protocol import ApiError
 
 
-async def all_of(streams: list[Callable[[], AsyncIterator[dict]]], at_once: int) -> AsyncIterator[tuple[int, dict]]:
+async def all_of(
+    streams: Sequence[Callable[[], AsyncGenerator[dict]]], at_once: int
+) -> AsyncGenerator[tuple[int, dict]]:
     """Yield (index of the stream, message) of all streams. `at_once` of them run at a time, in their order.
 
     A stream after the first `at_once` that is refused with 429 is started again a second later.
@@ -57,7 +59,7 @@ async def all_of(streams: list[Callable[[], AsyncIterator[dict]]], at_once: int)
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def chain(first, rest: AsyncIterator) -> AsyncIterator:
+async def chain(first, rest: AsyncGenerator) -> AsyncGenerator:
     async with aclosing(rest):
         yield first
         async for message in rest:

@@ -51,9 +51,11 @@ def test_a_task_of_ones_own_travels_without_its_file(tmp_path):
 def test_mistakes_are_one_line(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("class Half:\n    train = val = [1]\n")
+    (tmp_path / "mine.txt").write_text("")
     for name, error, why in (
         ("chess", ValueError, "no task 'chess'; there are letters, arithmetic, .*FILE.py:CLASS"),
         (f"{tmp_path}/none.py:Task", FileNotFoundError, "no file .*none.py"),
+        (f"{tmp_path}/mine.txt:Task", ValueError, "mine.txt does not end in .py"),
         (f"{path}:Half", ValueError, "is no task: ValueError: it has no reward"),
         (f"{path}:None", ValueError, "is no task: AttributeError"),
     ):

@@ -88,12 +88,14 @@ def docstrings() -> Task:
 def own_task(name: str):
     """Return an instance of the class in FILE.py:CLASS. Ray pickles it by value, so workers need not have the file.
 
-    Raises FileNotFoundError if there is no such file, and ValueError if the class is not a task.
+    Raises FileNotFoundError if there is no such file, and ValueError for another ending or a class that is no task.
     """
     path, _, attribute = name.rpartition(":")
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file {path}: --task takes FILE.py:CLASS")
     spec = importlib.util.spec_from_file_location("own_task", path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"the name of {path} does not end in .py: --task takes FILE.py:CLASS")
     module = sys.modules["own_task"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

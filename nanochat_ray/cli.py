@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import Positional, subcommand
@@ -259,12 +259,12 @@ STAGES = {
 }
 
 
-def parse(stage: str, options: type, args: list[str]):
+def parse(stage: str, options: Any, args: list[str]):
     return tyro.cli(options, args=args, prog=f"nanochat-ray {stage}", description=inspect.getdoc(STAGES[stage]))
 
 
 def usage() -> str:
-    lines = [f"  {name:<11} {stage.__doc__.splitlines()[0]}" for name, stage in STAGES.items()]
+    lines = [f"  {name:<11} {str(stage.__doc__).splitlines()[0]}" for name, stage in STAGES.items()]
     return "\n".join(["usage: nanochat-ray STAGE [options]   (STAGE --help lists them)", "", *lines])
 
 

@@ -6,7 +6,7 @@ exit code 1 (session.one_line_errors).
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 PROGRESS_SECONDS = 30.0  # between two lines of progress
@@ -20,7 +20,7 @@ def note(line: str) -> None:
 
 
 @contextmanager
-def measuring(what: str, note: Callable[[str], None] = note) -> Iterator[None]:
+def measuring(what: str, note: Callable[[str], None] = note) -> Generator[None]:
     """Run a block. If it fails, report that with `note` and continue after the block."""
     try:
         yield
@@ -29,7 +29,7 @@ def measuring(what: str, note: Callable[[str], None] = note) -> Iterator[None]:
 
 
 @contextmanager
-def patiently(what: str) -> Iterator[None]:
+def patiently(what: str) -> Generator[None]:
     """Print every PROGRESS_SECONDS that the block is still running."""
     ended, began = threading.Event(), time.monotonic()
 

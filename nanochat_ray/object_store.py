@@ -17,7 +17,6 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache
-from typing import BinaryIO
 from urllib.parse import parse_qsl, urlsplit
 
 import pyarrow as pa
@@ -95,6 +94,8 @@ def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
 
 class _Store:
     """A store without folder markers. Unpickling builds a new one, because pyarrow's pickles lose the retries."""
+
+    made_from: tuple  # the arguments of _store()
 
     def create_dir(self, path, *, recursive=True) -> None:
         """Do nothing, because folders exist implicitly. Ray calls this before it writes."""
@@ -252,7 +253,7 @@ def _clear_errors(uri: str):
         raise kind(f"{uri}: {remedy or 'failed'} ({said[:200]})") from None
 
 
-def open_file(uri: str) -> BinaryIO:
+def open_file(uri: str) -> "pa.NativeFile | RemoteFile":
     """Open a remote file for reading, with seek. Raises FileNotFoundError, and OSError if it can't be read."""
     fs, path = filesystem(uri)
     if isinstance(fs, S3):

@@ -104,7 +104,8 @@ def local_ray() -> dict:
     """
     from ray._common.utils import get_system_memory
 
-    options, memory = {"num_cpus": machine.available_cpus()}, machine.available_memory()
+    options: dict = {"num_cpus": machine.available_cpus()}
+    memory = machine.available_memory()
     if memory < get_system_memory():  # Ray sees the limits of a container, but not those of systemd or Slurm
         options |= {"object_store_memory": int(0.3 * memory), "_memory": int(0.7 * memory)}
     folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"

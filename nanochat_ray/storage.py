@@ -15,11 +15,11 @@ import os
 import posixpath
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from pyarrow import fs as pafs
 
@@ -175,8 +175,10 @@ def real(uri: str) -> str:
 
 
 @contextmanager
-def reading(uri: str) -> Iterator[BinaryIO]:
-    """Open a file for reading, with seek. Raises FileNotFoundError, and OSError if it can't be read."""
+def reading(uri: str) -> Generator[Any]:
+    """Open a file for reading, with seek: a BufferedReader, or for a remote file what open_file returns.
+
+    Raises FileNotFoundError, and OSError if it can't be read."""
     if not is_remote(uri):
         with open(uri, "rb") as f:
             yield f
@@ -232,7 +234,7 @@ def write_bytes(uri: str, data: bytes) -> None:
 
 
 @contextmanager
-def writing(uri: str) -> Iterator[BinaryIO]:
+def writing(uri: str) -> Generator[BinaryIO]:
     """Open a file for writing. It appears at `uri` when the block ends, and not at all after an error.
 
     A remote file is uploaded from a temporary file after the block, because pyarrow can't abort an upload

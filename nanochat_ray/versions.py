@@ -32,7 +32,7 @@ def installed() -> dict[str, str]:
     digest, missing = hashlib.sha256(), True
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
-        for folder in (spec and spec.submodule_search_locations) or []:
+        for folder in (spec.submodule_search_locations if spec else None) or []:
             for file in sorted(Path(folder).rglob("*.*")):
                 if file.suffix in (".py", ".cpp"):
                     digest.update(f"{package}/{file.relative_to(folder)}\0".encode() + file.read_bytes())

@@ -270,7 +270,7 @@ def minhash(shingles: Hashes) -> np.ndarray:
 
     Two texts with Jaccard similarity J agree in each column with probability J. A text without words has 2³² − 1."""
     random = np.random.default_rng(1)
-    orders = random.integers(0, 2**32, (BANDS * BAND_HASHES, 2), dtype=np.uint32) | np.uint32([[0, 1]])
+    orders = random.integers(0, 2**32, (BANDS * BAND_HASHES, 2), dtype=np.uint32) | np.array([[0, 1]], np.uint32)
     values = (shingles.values >> np.uint64(32)).astype(np.uint32)
     counts = np.diff(shingles.ends, prepend=0)
     signature = np.full((len(counts), len(orders)), 2**32 - 1, np.uint32)

@@ -67,7 +67,7 @@ class Conversations(Sequence):
 
     def __getitem__(self, index: int | slice) -> dict | list[dict]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return [json.loads(self.line(i)) for i in self.order[index]]
         return json.loads(self.line(self.order[index]))
 
 

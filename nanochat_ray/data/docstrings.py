@@ -10,6 +10,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -88,7 +89,7 @@ def _python_sources(roots: Sequence[str]) -> Iterator[pa.Table]:
 
 def _docstrings(sources: pa.Table) -> pa.Table:
     """Parse modules. Returns one row per docstring (text), and one per name imported within its package (origin)."""
-    rows = []
+    rows: list[tuple] = []
     gc.disable()  # syntax trees have no cycles, and looking for them costs a seventh of the time
     for module, is_package, source in zip(*(sources[key].to_pylist() for key in sources.column_names), strict=True):
         long_string = any(len(m[0]) >= MIN_CHARS for m in LONG_STRING.finditer(source))
@@ -119,7 +120,7 @@ def _origin(node: ast.ImportFrom, module: str, is_package: bool) -> str | None:
     return origin if origin.split(".")[0] == parts[0] else None
 
 
-def _walk(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
+def _walk(tree: ast.Module) -> Iterator[tuple[Any, str]]:
     """The module, classes, functions and `from … import …` nodes, each with its dotted name inside the module."""
     stack = [(tree, "")]
     while stack:

@@ -11,7 +11,7 @@ import re
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,7 +134,7 @@ def fetch(url: str, uri: str, token: str | None = None, pause: Pause | None = No
 
 
 @contextmanager
-def _locked(partial: Path) -> Iterator[BinaryIO]:
+def _locked(partial: Path) -> Generator[BinaryIO]:
     """Open the incomplete file for one process at a time. It is removed afterwards if it is empty."""
     while True:
         with open(partial, "ab") as file:

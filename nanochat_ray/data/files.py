@@ -9,7 +9,7 @@ import codecs
 import io
 import lzma
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -77,7 +77,7 @@ def shown(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def some(names: list[str], most: int = 5) -> str:
+def some(names: Sequence[str], most: int = 5) -> str:
     """The first names, and the number of the others."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(map(shown, names[:most])) + more
@@ -118,7 +118,7 @@ def _lone(uri: str) -> Found:
 
 def _matching(pattern: str) -> Found:
     """The files that match a pattern: * and ? match within a name, ** matches any folders."""
-    folder = re.match(r"[^*?\[]*/", pattern)[0].rstrip("/") or "/"
+    folder = re.match(r"[^*?\[]*/", pattern)[0].rstrip("/") or "/"  # ty: ignore[not-subscriptable]
     rest = re.split(r"(\*\*/|\*|\?|\[[^]]*\])", pattern[len(folder) :].lstrip("/"))
     meaning = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
     regex = "".join(meaning.get(part, part if part.startswith("[") else re.escape(part)) for part in rest)
@@ -248,7 +248,7 @@ def splits(found: Found, place: str) -> tuple[dict[str, list[DataFile]], dict[st
 
 
 @contextmanager
-def naming(uri: str) -> Iterator[None]:
+def naming(uri: str) -> Generator[None]:
     """Turn the errors of a damaged file into Unreadable, one line that names it. Network errors stay as they are."""
     try:
         yield
@@ -259,7 +259,7 @@ def naming(uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def opened(uri: str) -> Iterator[io.BufferedReader]:
+def opened(uri: str) -> Generator[io.BufferedReader]:
     """The file's bytes as a decompressed stream. It reads all members, and raises Unreadable if one is cut off."""
     with naming(uri), storage.reading(uri) as f:
         # Each read from an object store is a request, so make few large ones.

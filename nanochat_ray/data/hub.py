@@ -78,7 +78,9 @@ def _ask_for_splits(repository: str, config: str | None) -> dict[str, list[HubFi
 
     what = ":".join(filter(None, ("hub", repository, config)))
     builder = ask(what, "", datasets.load_dataset_builder, repository, config)
-    found = {str(split): [URI.fullmatch(str(uri)) for uri in uris] for split, uris in builder.config.data_files.items()}
+    found: dict[str, list] = {
+        str(split): [URI.fullmatch(str(uri)) for uri in uris] for split, uris in builder.config.data_files.items()
+    }
     if not any(found.values()):
         raise OSError(f"{what}: it has no data files")
     if None in (matches := [match for of_split in found.values() for match in of_split]):

@@ -8,7 +8,7 @@ import json
 ROLES = {"system": "user", "developer": "user", "user": "user", "human": "user", "assistant": "assistant"}
 ROLES |= dict.fromkeys(("gpt", "chatgpt", "bot", "model", "function_call"), "assistant")
 ROLES |= dict.fromkeys(("tool", "function", "observation"), "tool")
-KINDS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "text"}
+KINDS: dict = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "text"}
 KINDS |= {"python": "python", "python_output": "python_output"}
 CALCULATORS = ("python", "calculator")  # names of the tool that is built into the model
 COLUMNS = ("messages", "conversations", "instruction", "input", "output", "system")

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import ray
 import ray.data
@@ -11,7 +12,7 @@ from nanochat_ray.data.files import shown
 MAX_TASKS = 2_000  # or 8 per CPU if that is more; each task costs the driver some milliseconds
 
 
-def map_shards(function: Callable, shards: Sequence, *, memory: float | None = None) -> Iterator[tuple[int, object]]:
+def map_shards(function: Callable, shards: Sequence, *, memory: float | None = None) -> Iterator[tuple[int, Any]]:
     """Yield (index, function(shard)) for each shard, in the order in which the tasks end. Very many shards share tasks.
 
     memory: bytes per task. Raises ValueError with one line when the function raises ValueError or OSError: the task

@@ -156,6 +156,7 @@ def of_hub(source: str, text_column: str | None, shards: int) -> Source:
         copies[name] = []
         for file in listed:
             kind, _ = files.by_ending(file.path)
+            assert kind
             copies[name].append(DataFile(file.copy(repository), file.path, kind, file.size))
             versions[copies[name][-1]] = file.size, file.blob
     name = "-".join(filter(None, (repository.rpartition("/")[2], config, split if split != "train" else None)))
@@ -257,7 +258,7 @@ def _look(chosen: list[DataFile], wanted: str | None, place: str) -> Look:
         column,
         {file: look for file, look in looks.items() if isinstance(look, str)},
         [file for file, look in looks.items() if look is None],
-        [file for file, schema in schemas.items() if not tables.has_text(schema, column)],
+        [file for file, schema in schemas.items() if column and not tables.has_text(schema, column)],
     )
 
 
@@ -405,9 +406,9 @@ def climbmix(shards: int) -> Source:
     if missing:
         check_climbmix_room(shards)
         fetch_all([(climbmix_url(n), storage.join(place, n)) for n in missing], os.environ.get("HF_TOKEN"))
-    shards = [Shard(storage.join(place, name), "text", version=CLIMBMIX, size=CLIMBMIX_TEXT_BYTES) for name in names]
+    found = [Shard(storage.join(place, name), "text", version=CLIMBMIX, size=CLIMBMIX_TEXT_BYTES) for name in names]
     contents = storage.fingerprint(CLIMBMIX, names)
-    return Source("climbmix", tuple(shards[:-1]), tuple(shards[-1:]), contents, len(names), most=CLIMBMIX_LAST)
+    return Source("climbmix", tuple(found[:-1]), tuple(found[-1:]), contents, len(names), most=CLIMBMIX_LAST)
 
 
 def check_climbmix_room(shards: int) -> None:

@@ -244,7 +244,7 @@ def _arrow_values(uri: str, kind: str, column: str, first: str) -> Iterator[tupl
             yield f"row {row}", name, value
 
 
-def _arrow_batches_of(uri: str, kind: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def _arrow_batches_of(uri: str, kind: str | None, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Batches with the columns that exist. Raises Unreadable that lists the file's columns if none exists."""
     with naming(uri), storage.reading(uri) as f:
         # pre_buffer would read the whole file into memory.
@@ -340,7 +340,7 @@ def _json_sequence(uri: str, split_arrays: bool) -> Iterator[tuple[int, object]]
     decoder, chunks = json.JSONDecoder(), text_chunks(uri)
     buffer, at, line, wanted, ended, in_array = "", 0, 1, 1 << 20, False, False
     while True:
-        between = (COMMAS if in_array else SPACES).match(buffer, at).end()
+        between = (COMMAS if in_array else SPACES).match(buffer, at).end()  # ty: ignore[missing-union-attribute]
         line, at = line + buffer.count("\n", at, between), between
         bracket = split_arrays and buffer[at : at + 1] == ("]" if in_array else "[")
         if bracket:

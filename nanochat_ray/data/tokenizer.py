@@ -167,9 +167,7 @@ class Tokenizer:
         ids = np.concatenate(tokens, dtype=self.dtype, casting="unsafe")
         return ids, np.repeat(np.array(learned, np.uint8), [len(part) for part in tokens])
 
-    def _render(
-        self, conversation: dict, encode: Callable[[str], Sequence[int]]
-    ) -> Iterator[tuple[Sequence[int], int]]:
+    def _render(self, conversation: dict, encode: Callable) -> Iterator[tuple[Sequence[int], int]]:
         """(token ids, mask) of each piece of the conversation, in order."""
 
         def wrap(name: str, text: str, learned: int) -> Iterator[tuple[Sequence[int], int]]:
@@ -277,7 +275,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def compression(tokenizer: Tokenizer, texts: Sequence[str]) -> dict[str, float]:
     """Bytes per token of this tokenizer ("ours") and of each published encoding in tiktoken's cache."""
     num_bytes = sum(len(text.encode(errors="replace")) for text in texts)
-    encoders = {"ours": tokenizer.encode}
+    encoders: dict[str, Callable] = {"ours": tokenizer.encode}
     encoders |= {name: tiktoken.get_encoding(name).encode_ordinary for name in PUBLISHED if _is_cached(name)}
     return {name: num_bytes / max(1, sum(len(encode(text)) for text in texts)) for name, encode in encoders.items()}
 

@@ -117,7 +117,7 @@ def read_tasks(bundle_dir: str, max_per_task: int = -1, names: list[str] | None 
 
 def _read_baselines(uri: str, names: list[str]) -> dict[str, float]:
     rows = csv.DictReader(io.StringIO(_read(uri)))
-    percent = {row.get("Eval Task"): row.get("Random baseline") for row in rows}
+    percent: dict = {row.get("Eval Task"): row.get("Random baseline") for row in rows}
     baselines = {}
     for name in names:
         try:

@@ -254,7 +254,7 @@ def gather(mine: list) -> list:
     """Collect the parts that share() made from all ranks, and return them in the original order."""
     if not dist.is_initialized():
         return mine
-    shares = [None] * dist.get_world_size()
+    shares: list = [None] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
     return [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
 

@@ -141,7 +141,7 @@ def evaluate_core(
     result = CoreResult()
     for task in read:
         began = time.perf_counter()
-        items = build_items(task, tokenizer, model)
+        items: list = build_items(task, tokenizer, model)
         batches = make_batches([(i, item) for i, item in enumerate(items) if item], budget)
         scores = {}
         for batch, batch_scores in zip(batches, score_all([[items[i] for i in b] for b in batches]), strict=True):
@@ -392,7 +392,7 @@ def score_on_ranks(model: GPT, batches: list[list[Item]]) -> list[list]:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     scores = {i: score(model, batches[i]) for i in range(rank, len(batches), world_size)}
     if world_size > 1:
-        shares = [None] * world_size
+        shares: list = [None] * world_size
         dist.all_gather_object(shares, scores)
         scores = {i: batch for share in shares for i, batch in share.items()}
     return [scores[i] for i in range(len(batches))]

@@ -306,8 +306,8 @@ def deny_system_calls() -> None:
     load, equal, at_least, any_bit, result = 0x20, 0x15, 0x35, 0x45, 0x06  # opcodes of classic BPF on 32-bit words
     kill_process, fail_with_eperm, allow = 0x80000000, 0x00050001, 0x7FFF0000
     column = list(AUDIT_ARCH).index(machine)
-    program = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (result, 0, 0, kill_process), (load, 0, 0, 0)]
-    program += [(at_least, 0, 1, 0x40000000), (result, 0, 0, fail_with_eperm)]  # the x32 calls
+    program: list[tuple] = [(load, 0, 0, 4), (equal, 1, 0, AUDIT_ARCH[machine]), (result, 0, 0, kill_process)]
+    program += [(load, 0, 0, 0), (at_least, 0, 1, 0x40000000), (result, 0, 0, fail_with_eperm)]  # the x32 calls
     for numbers in DENIED.values():
         if numbers[column] is not None:
             program += [(equal, 0, 1, numbers[column]), (result, 0, 0, fail_with_eperm)]

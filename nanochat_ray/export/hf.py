@@ -31,7 +31,7 @@ def write(out: str, model: GPT, tokenizer: Tokenizer, dtype: torch.dtype = torch
         storage.write_bytes(storage.join(out, name), text.encode())
 
     _write_weights(out, model, dtype)
-    package = files(__package__)
+    package = files("nanochat_ray.export")
     for name in (f"{MODELING}.py", "chat_template.jinja"):
         put(name, package.joinpath(name).read_text("utf-8"))
     documents = {
@@ -114,7 +114,7 @@ def fast_tokenizer(tokenizer: Tokenizer) -> dict:
     def named(token: bytes) -> str:
         return "".join(names[byte] for byte in token)
 
-    by_rank = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
+    by_rank = sorted(tokenizer.ranks, key=lambda token: tokenizer.ranks[token])
     merges = [merge for token in by_rank if (merge := last_merge(token, tokenizer.ranks))]
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     bos = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}

@@ -14,6 +14,7 @@ Load it with AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True
 
 import math
 from dataclasses import fields
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -57,7 +58,8 @@ class NanochatRayConfig(PretrainedConfig):
         self.sequence_len, self.vocab_size, self.window_pattern = sequence_len, vocab_size, window_pattern
         self.n_layer, self.n_head, self.n_kv_head, self.n_embd = n_layer, n_head, n_kv_head, n_embd
         self.use_cache = use_cache
-        super().__init__(**{"tie_word_embeddings": False} | kwargs)
+        options: dict = {"tie_word_embeddings": False} | kwargs
+        super().__init__(**options)
 
     @property
     def head_dim(self) -> int:
@@ -155,14 +157,15 @@ class NanochatRayPreTrainedModel(PreTrainedModel):
     config_class = NanochatRayConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("NanochatRayBlock",)
-    _skip_keys_device_placement = ("cache", "past_key_values")
+    _no_split_modules = ("NanochatRayBlock",)  # ty: ignore[invalid-assignment]
+    _skip_keys_device_placement = ("cache", "past_key_values")  # ty: ignore[invalid-assignment]
     _supports_sdpa = True
 
     def resize_token_embeddings(self, *args, **kwargs) -> nn.Embedding:
         """Resize the embeddings as in any model. The value embeddings of new tokens are 0."""
         wte = super().resize_token_embeddings(*args, **kwargs)
-        for table in self.base_model.value_embeds.values():
+        model: Any = self.base_model
+        for table in model.value_embeds.values():
             rows = F.pad(table.weight.data, (0, 0, 0, wte.num_embeddings - table.num_embeddings))
             table.weight, table.num_embeddings = nn.Parameter(rows), wte.num_embeddings
         return wte
@@ -208,7 +211,7 @@ class NanochatRayModel(NanochatRayPreTrainedModel):
         self.smear_lambda = nn.Parameter(torch.zeros(1))
         self.backout_lambda = nn.Parameter(torch.full((1,), 0.2))
         kv_dim = config.n_kv_head * config.head_dim
-        self.value_embeds = nn.ModuleDict(
+        self.value_embeds: Any = nn.ModuleDict(
             {str(i): nn.Embedding(V, kv_dim) for i in range(L) if config.has_value_embedding(i)}
         )
         self.gradient_checkpointing = False
@@ -273,7 +276,8 @@ class NanochatRayModel(NanochatRayPreTrainedModel):
             if i == self.config.n_layer // 2:
                 x_mid = x
         x = norm(x - self.backout_lambda.to(x) * x_mid.to(x.device))
-        return BaseModelOutputWithPast(last_hidden_state=x, **{CACHE: cache})
+        cached: dict = {CACHE: cache}
+        return BaseModelOutputWithPast(last_hidden_state=x, **cached)
 
 
 def previous_ids(input_ids: torch.Tensor, cache: DynamicCache | None, n_layer: int) -> torch.Tensor:

@@ -3,7 +3,7 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, takewhile
@@ -47,8 +47,8 @@ def chat(model, tokenizer, options: ChatOptions) -> None:
     KeyboardInterrupt when Ctrl-C is pressed twice during an answer.
     """
     for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # print "?" for characters that the terminal cannot show
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")  # print "?" for characters that the terminal cannot show
     engine = Engine(model, tokenizer, max_batch_size=1)
     params = SamplingParams(options.max_tokens, options.temperature, options.top_k, seed=options.seed)
     if options.prompt is not None:
@@ -131,7 +131,7 @@ def _recorded(tokens: Iterable[int], record: list[int]) -> Iterator[int]:
 
 
 @contextmanager
-def stoppable() -> Iterator[threading.Event]:
+def stoppable() -> Generator[threading.Event]:
     """An event that Ctrl-C sets, so that the engine stops between steps. A second Ctrl-C raises KeyboardInterrupt."""
     stopped = threading.Event()
 

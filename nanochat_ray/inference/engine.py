@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,11 +48,11 @@ class Launched:
     sequences: list[Sequence]
     rows: int
     logits: torch.Tensor  # (sequences or more, V), valid until the next step is launched
-    tokens: object  # the sampled tokens; tolist() waits for the device
+    tokens: Any  # the sampled tokens; tolist() waits for the device
     began: float
     prompt_tokens: int
     needs_logits: bool  # whether the host needs the logits of a sequence
-    logprobs: object | None = None  # of the sampled tokens, if a sequence is for training; tolist() waits
+    logprobs: Any = None  # of the sampled tokens, if a sequence is for training; tolist() waits
 
 
 class Engine:
@@ -66,7 +67,7 @@ class Engine:
     def __init__(
         self,
         model,
-        tokenizer=None,
+        tokenizer: Any = None,
         max_batch_size: int = 32,
         kv_bytes: int | None = None,
         chunk: int | None = None,
@@ -86,7 +87,7 @@ class Engine:
         self.special = {name: tokenizer.special(f"<|{name}|>") for name in names} if tokenizer else {}
         self.stop = {self.special["assistant_end"], tokenizer.bos_id} if tokenizer else set()
         self.watched = {NO_TOKEN, *self.stop, *self.special.values()}  # tokens that _append has to look at
-        self.grammars = Grammars(tokenizer, config.vocab_size) if tokenizer else None
+        self.grammars: Any = Grammars(tokenizer, config.vocab_size) if tokenizer else None
         self.rows: list[Sequence] = []  # the sequence in each row of the runner
         self.controls = Controls([], config.vocab_size, self.runner.device)
         self.changed: set[Sequence] = set()  # their tables changed after the runner got them
@@ -144,7 +145,7 @@ class Engine:
         for i in range(params.n):
             answer = AnswerStream(self.tokenizer, params.stop) if params.stop else None
             matcher = self.grammars.matcher(params.grammar) if params.grammar else None
-            scores = [None] if scored and i == 0 else None
+            scores: list | None = [None] if scored and i == 0 else None
             arrival = self.arrivals + i
             sequences.append(Sequence(list(prompt), params, i, most, answer, matcher, scores, arrival=arrival))
         self.arrivals += params.n
@@ -337,7 +338,8 @@ class Engine:
         If a grammar allows the runner's token, it is kept; else one is sampled among the allowed tokens. Both ways
         together give the same distribution as sampling once among the allowed tokens, and cost less.
         """
-        filters, mask, chosen, keys = self.runner.filters, None, [], []
+        filters, chosen, keys = self.runner.filters, [], []
+        mask: Any = None
         if allowed is not None:
             mask, tokens = allowed.result(), drawn.tolist()
         for i, sequence in enumerate(sequences):
@@ -396,7 +398,7 @@ class Engine:
             if s.params.logprobs is not None and s.max_tokens and tokens[row] != NO_TOKEN
         ]
         if asked:
-            most = min(max(sequences[row].params.logprobs for row in asked), logits.size(-1))
+            most = min(max(sequences[row].params.logprobs for row in asked), logits.size(-1))  # ty: ignore[invalid-argument-type]
             for row, (own, likeliest) in zip(
                 asked, logprobs(logits[asked], [tokens[row] for row in asked], most), strict=True
             ):
@@ -409,7 +411,7 @@ class Engine:
 
     def _append(self, sequence: Sequence, token: int) -> None:
         if token == NO_TOKEN:
-            wrong = sequence.matcher and sequence.matcher.get_error()
+            wrong = sequence.matcher.get_error() if sequence.matcher else None
             return self._fail(sequence, wrong or "the model's output is not a number (NaN)")
         if sequence.max_tokens == 0:
             return self._end(sequence, "length")

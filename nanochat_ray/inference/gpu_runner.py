@@ -9,7 +9,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -74,9 +74,9 @@ class Shape(NamedTuple):
 class Graph(NamedTuple):
     """A step on inputs of one size: a CUDA graph, or in Triton's interpreter a call."""
 
-    replay: Callable[[], None]
+    replay: Callable[[], object]
     inputs: torch.Tensor
-    ends: torch.Tensor | None = None  # (3, tokens, C) of a step that reads prompts, see GPURunner._read
+    ends: Any = None  # None or (3, tokens, C) of a step that reads prompts, see GPURunner._read
 
 
 class Tokens:
@@ -124,7 +124,7 @@ class GPURunner:
         tables = self.cells.split([count * cells for count in layers])
         self.tables = [t.view(n, max_rows + 1, self.width) for t, n in zip(tables, layers, strict=True)]
         self.first_cells = np.split(np.arange(config.n_layer) * cells, np.cumsum(layers)[:-1])  # of each layer's table
-        self.placed: list[BlockTable | None] = [None] * max_rows
+        self.placed: list[Any] = [None] * max_rows  # the BlockTable in each row, once there was one
         self.known = [0] * max_rows  # how many blocks of the sequence a row of the device's tables has
         self.changed: set[int] = set()  # rows that may lack some
         self.drawn = torch.zeros(max_rows, dtype=torch.int32, device=self.device)
@@ -148,7 +148,8 @@ class GPURunner:
 
     def refresh_weights(self, model: GPT) -> None:
         """Pack the weights again, into the tensors that the graphs read."""
-        old, new = [self.head, self.embeddings, self.backout], [*self._ends(model)]
+        old: list = [self.head, self.embeddings, self.backout]
+        new: list = [*self._ends(model)]
         for i, layer in enumerate(self.layers):
             old += layer
             new += self._layer(model, i)
@@ -312,7 +313,7 @@ class GPURunner:
         self._draw(*ends.index_select(1, last), sampling, self.read_logits[: shape.prompts], self.read_drawn)
         return ends
 
-    def _blocks(self, tokens, start, count, decoding: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _blocks(self, tokens, start, count, decoding: bool) -> tuple[torch.Tensor, Any, torch.Tensor]:
         """The residual stream after the last block but for its MLP, that MLP's output, and the stream in the middle:
         each (N, C)."""
         idx, source, previous, at, row = tokens

@@ -7,6 +7,7 @@ import json
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -14,7 +15,7 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask_par
 from llguidance.tiktoken import lltokenizer_from_encoding
 
 CACHED_GRAMMARS = 64
-JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+JSON_STYLE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def from_json_schema(schema: dict) -> str:

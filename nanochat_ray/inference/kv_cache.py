@@ -62,7 +62,7 @@ class BlockManager:
         if self.capacity == 0:
             raise ValueError(f"{num_pages} pages of {PAGE} tokens are too few for {config.n_layer} layers")
         self.free = list(range(num_pages - 1, NULL_PAGE, -1))
-        self.found: dict[tuple, Block] = {}
+        self.found: dict[tuple | None, Block] = {}
         self.unused: OrderedDict[Block, None] = OrderedDict()  # full blocks without a holder, oldest first
         self.unused_pages = 0
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ class PackedLinear(nn.Module):
     For one row, and for gates of a few channels, compiled code multiplies and sums instead. That is twice as fast as
     oneDNN on one row, and inductor fuses it with its neighbours.
     """
+
+    weight: torch.Tensor
+    packed: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype):
         super().__init__()
@@ -58,7 +62,7 @@ def for_inference(model: GPT) -> GPT:
     The copy shares embeddings, and all weights that need no cast, with the model. Copy it again after training.
     """
     with torch.device("meta"):
-        copy = GPT(model.config)
+        copy: Any = GPT(model.config)
     copy.load_state_dict({name: weight.detach() for name, weight in model.state_dict().items()}, assign=True)
     copy.cos, copy.sin, dtype = model.cos, model.sin, model.compute_dtype
     copy.eval().requires_grad_(False)
@@ -238,8 +242,8 @@ class ModelRunner:
         """Tokens on which the engine may call tolist() later."""
         return drawn
 
-    def _inputs(self, idx: list[int], previous: list[int], at: list[int], counts: list[int], pages, first, *draws):
-        """The arguments of _forward. counts: the number of tokens of each sequence."""
+    def _inputs(self, idx, previous, at, counts: list[int], pages, first, *draws):
+        """The arguments of _forward. idx, previous, at: a list[int] of all tokens. counts: tokens of each sequence."""
 
         def to_device(*arrays: np.ndarray) -> list[torch.Tensor]:
             return [torch.from_numpy(array.copy()).to(self.device) for array in arrays]

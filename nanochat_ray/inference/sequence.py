@@ -2,10 +2,10 @@
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 from llguidance import LLMatcher
 
-from nanochat_ray.inference.kv_cache import BlockTable
 from nanochat_ray.inference.sampling import SamplingParams
 from nanochat_ray.inference.text import AnswerStream
 
@@ -54,7 +54,7 @@ class Sequence:
     drawn_logprobs: list[float] | None = None  # if requested
     forced: deque[int] = field(default_factory=deque)  # pending tokens of tool output
     code_start: int | None = None  # index in ids of the first token after python_start
-    table: BlockTable | None = None  # its blocks in the KV cache, while it has some
+    table: Any = None  # the BlockTable of its blocks in the KV cache, while it has some
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     in_flight: int = 0  # tokens that launched steps sample and the host has not seen; at most 1 between steps
     slot: int = 0  # its index in the step that was launched last
@@ -110,6 +110,7 @@ class Sequence:
         return self.ids[self.prompt_len :]
 
     def completion(self) -> Completion:
+        assert self.finish_reason
         logprobs = None if self.params.logprobs is None else self.logprobs
         return Completion(
             self.tokens, self.mask, self.finish_reason, logprobs, self.prompt_logprobs, self.drawn_logprobs

@@ -4,12 +4,13 @@ import ast
 import math
 import operator
 import re
+from typing import Any
 
 MAX_LENGTH = 512  # characters of an expression
 MAX_DEPTH = 100  # nested operations
 MAX_BITS = 1024  # of an integer: the range of floats
 
-OPERATORS = {
+OPERATORS: dict = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -37,13 +38,13 @@ def calculate(expression: str) -> str | None:
         return None
 
 
-def _evaluate(node: ast.expr, depth: int) -> int | float:
-    """The value of a node. Raises ValueError or ArithmeticError if it has none."""
+def _evaluate(node: ast.expr, depth: int) -> Any:
+    """The value of a node, an int or a float. Raises ValueError or ArithmeticError if it has none."""
     if depth == 0:
         raise ValueError("nested too deep")
     match node:
-        case ast.Constant(value=value):
-            pass
+        case ast.Constant():
+            value: Any = node.value
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             value = -_evaluate(operand, depth - 1)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:

@@ -48,9 +48,9 @@ def attention(
     if backend == "blocks":
         y = _attention_by_blocks(q, k, v, window)
     elif backend == "flex" and mask is not None:
-        y = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))
+        y = flex_attention(q, k, v, block_mask=mask, enable_gqa=q.size(1) != k.size(1))  # ty: ignore[no-matching-overload]
     else:
-        y = _sdpa(q, k, v, window, mask)
+        y = _sdpa(q, k, v, window, mask)  # ty: ignore[invalid-argument-type]
     return y.transpose(1, 2)
 
 

@@ -10,13 +10,13 @@ import torch
 # Graphs per function. Blocks differ by value embedding, window, gradients and batch size, Muon's stacks by shape.
 # Dynamo's default of 8 is too low. Beyond the limit a function runs uncompiled or, with fullgraph, fails.
 MAX_GRAPHS = 64
-STATIC = {"dynamic": False, "fullgraph": True}  # one graph per shape; a graph break is an error
+STATIC: dict = {"dynamic": False, "fullgraph": True}  # one graph per shape; a graph break is an error
 PROBE_TIMEOUT = 120  # seconds; a first small compile takes some seconds
 
 
 def raise_recompile_limit() -> None:
     """Set Dynamo's limit to MAX_GRAPHS. torch.compile has an option for it only in later versions."""
-    torch._dynamo.config.recompile_limit = MAX_GRAPHS
+    torch._dynamo.config.recompile_limit = MAX_GRAPHS  # ty: ignore[invalid-assignment]
 
 
 def compile_static(function: Callable, **options) -> Callable:

@@ -4,10 +4,11 @@ The same module trains and generates. Weights load from nanochat unchanged.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -91,7 +92,8 @@ class Attention(nn.Module):
         self.c_k = Linear(C, config.n_kv_head * D)
         self.c_v = Linear(C, config.n_kv_head * D)
         self.c_proj = Linear(C, C)
-        self.ve_gate = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if config.has_value_embedding(layer) else None
+        gated = config.has_value_embedding(layer)
+        self.ve_gate: Any = Linear(VALUE_GATE_CHANNELS, config.n_kv_head) if gated else None
 
     def project(self, u):
         return self.c_q(u), self.c_k(u), self.c_v(u)
@@ -136,6 +138,12 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The whole model. It maps token ids (B, T) to logits (B, T, V) in fp32, or to the loss if targets are given."""
+
+    # Any: a type checker doesn't know what a ModuleDict or a ModuleList holds.
+    transformer: Any  # wte: nn.Embedding; h: the blocks
+    value_embeds: Any  # an nn.Embedding for each layer that has one, by the layer's index as a string
+    cos: torch.Tensor
+    sin: torch.Tensor
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -293,7 +301,7 @@ class GPT(nn.Module):
         self.compiled = True
 
     @contextmanager
-    def uncompiled(self) -> Iterator[None]:
+    def uncompiled(self) -> Generator[None]:
         """Run everything in this context uncompiled. Inputs of many lengths need it: each would be compiled."""
         compiled, self.compiled = self.compiled, False
         try:
@@ -309,7 +317,7 @@ class GPT(nn.Module):
         """
         from torchao.float8 import convert_to_float8_training
 
-        def divisible(module: nn.Module, name: str) -> bool:  # false for the gates
+        def divisible(module: nn.Linear, name: str) -> bool:  # false for the gates
             return module.in_features % 16 == 0 and module.out_features % 16 == 0
 
         convert_to_float8_training(self.transformer.h, module_filter_fn=divisible)

@@ -69,7 +69,7 @@ def _chunks(hidden, weight, targets, compiled, grad_hidden=None, grad_weight=Non
             gradient_(logits, valid / total)  # logits now holds its own gradient, except for the targets' part
             logits.scatter_(-1, column, logits.gather(-1, column) - (_slope(target_logits) * valid).to(logits.dtype))
             torch.mm(logits, weight, out=grad_hidden[part])
-            add_product_(grad_weight, logits.T, x)
+            add_product_(grad_weight, logits.T, x)  # ty: ignore[invalid-argument-type]
     return losses
 
 

@@ -6,6 +6,7 @@ sent while the backward still runs, and weights while the next forward runs. A s
 nothing.
 """
 
+import inspect
 import math
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from nanochat_ray.model.compiling import compile_static
 from nanochat_ray.model.gpt import GPT
-from nanochat_ray.model.shards import Matrices, Shard, make_shards
+from nanochat_ray.model.shards import Matrices, Shard, Table, make_shards
 
 # Coefficients of five Polar Express steps (arXiv:2505.16932), safety factor 1.01.
 POLAR_EXPRESS = (
@@ -130,8 +131,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     # Skip PyTorch's decorator of these methods: it imports Dynamo, which takes two seconds even if nothing is compiled.
-    add_param_group = torch.optim.Optimizer.add_param_group.__wrapped__
-    zero_grad = torch.optim.Optimizer.zero_grad.__wrapped__
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(self, groups: list[dict], compute_dtype: torch.dtype = torch.float32):
         super().__init__(groups, defaults={"eps": 1e-10})
@@ -142,7 +143,7 @@ class MuonAdamW(torch.optim.Optimizer):
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
         self.shards = make_shards(self.param_groups, rank, world_size, compute_dtype)
         self.to_reduce = self.shards  # shards whose gradients are not sent yet in this step
-        self.to_gather: list[Shard] = []  # after a step: shards whose weights are still being sent
+        self.to_gather: list[Matrices | Table] = []  # after a step: shards whose weights are still being sent
         self.in_backward, self.in_forward = False, False
         if world_size > 1:
             for shard in self.shards:
@@ -197,7 +198,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if not self.in_forward:
             self.wait()
 
-    def _update(self, shard: Shard, gradients: list[torch.Tensor]) -> None:
+    def _update(self, shard: Matrices | Table, gradients: list) -> None:
         owned = shard.owned()
         if isinstance(shard, Matrices):
             for group, stack, state in zip(shard.groups, shard.stacks, shard.state, strict=True):

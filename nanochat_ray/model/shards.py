@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ MIN_BUCKET_BYTES = 2**25  # bytes of gradients; many small messages would wait f
 UNHIDDEN_COST = 0.05
 
 
-def make_shards(groups: list[dict], rank: int, world_size: int, read_dtype: torch.dtype) -> list["Shard"]:
+def make_shards(groups: list[dict], rank: int, world_size: int, read_dtype: torch.dtype) -> list["Matrices | Table"]:
     """Return the shards of an optimizer's groups, in the order in which a backward computes their gradients.
 
     read_dtype: in which the forward multiplies fp32 weights. The copies for other ranks are sent in it.
@@ -106,7 +107,10 @@ class Shard:
         self.shapes = [[view.shape for view in self.views(list(params.values()), r)] for r in range(world_size)]
         self.length = max(sum(map(math.prod, shapes)) for shapes in self.shapes)  # elements of a piece
         self.waiting_for: set[torch.Tensor] = set()  # parameters whose gradients the backward has not computed yet
-        self.work = self.sent = self.received = None
+        # The collective that runs now, the tensors that it sends, and the one that it fills. Else None.
+        self.work: Any = None
+        self.sent: Any = None
+        self.received: Any = None
 
     def views(self, tensors: list[torch.Tensor], rank: int) -> list[torch.Tensor]:
         """Return a rank's piece of tensors that are shaped like the parameters."""
@@ -129,7 +133,7 @@ class Shard:
         """
         if missing := [name for name, p in self.params.items() if p.grad is None]:
             raise RuntimeError(f"no gradient for {missing[0]}: call backward before step")
-        gradients = [p.grad for p in self.params.values()]
+        gradients: list = [p.grad for p in self.params.values()]
         for p in self.params.values():
             p.grad = None
         self.sent = gradients

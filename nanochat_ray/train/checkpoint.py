@@ -17,12 +17,13 @@ import pickle
 import re
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -189,10 +190,10 @@ class HostCopies:
 
     def __init__(self):
         self.buffers: dict[tuple[str, str], torch.Tensor] = {}
-        self.stream: torch.cuda.Stream | None = None
+        self.stream: Any = None  # a CUDA stream, once tensors of a GPU were copied
         self.event: torch.cuda.Event | None = None  # the newest copies have arrived
 
-    def take(self, files: dict[str, dict[str, torch.Tensor]]) -> tuple[dict, Callable[[], None]]:
+    def take(self, files: Mapping[str, Mapping[str, torch.Tensor]]) -> tuple[dict, Callable[[], None]]:
         """(copies, a function that waits until they have arrived). They are valid until the next call."""
         named = {(file, name): t.detach() for file, tensors in files.items() for name, t in tensors.items()}
         device = next((t.device for t in named.values() if t.is_cuda), None)
@@ -228,7 +229,8 @@ def _write_tensors(uri: str, tensors: dict[str, torch.Tensor], metadata: dict[st
     safetensors' save_file is not used, because this hashes while it writes, and its errors name the full disk. The
     format: the header's length (8 bytes, little endian), the header as JSON, then the tensors' bytes.
     """
-    header, end = {"__metadata__": metadata}, 0
+    header: dict[str, dict] = {"__metadata__": metadata}
+    end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + 4 * tensor.numel()
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
@@ -334,8 +336,8 @@ def prune(run_dir: str, keep_last: int = 2) -> None:
     """Delete all checkpoints except the last ones and the one with the best val/bpb. Damaged ones don't count."""
     folders = checkpoints(run_dir)
     whole = [folder for folder in folders if _has_its_files(folder)]
-    scores = {folder: read_meta(folder).get("val/bpb") for folder in whole}
-    best = min((folder for folder in whole if scores[folder] is not None), key=scores.get, default=None)
+    scores: dict = {folder: read_meta(folder).get("val/bpb") for folder in whole}
+    best = min((f for f in whole if scores[f] is not None), key=lambda f: scores[f], default=None)
     for folder in folders:
         if folder not in (*whole[-keep_last:], best):
             storage.remove(folder)
@@ -439,7 +441,7 @@ def nanochat_config(written: dict) -> GPTConfig:
 
     A field that is newer than the checkpoint gets the value that the model was trained with, not today's default.
     """
-    config = {"n_kv_head": written["n_head"], "window_pattern": "L"} | written
+    config: dict = {"n_kv_head": written["n_head"], "window_pattern": "L"} | written
     if lacking := sorted(config.keys() - written.keys()):
         said = ", ".join(f"{name} {config[name]}" for name in lacking)
         print(

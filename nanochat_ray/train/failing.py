@@ -89,7 +89,7 @@ def shared() -> ActorHandle:
 
 @ray.remote(num_cpus=0, num_gpus=1)
 class Placeholder:
-    def gpu(self) -> str:
+    def gpu(self) -> str | None:
         return own_gpu()
 
 

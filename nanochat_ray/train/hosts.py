@@ -273,7 +273,7 @@ class GoodHosts(ControllerCallback):
         good = good_rooms(free, bad - held)
         if fitting := {node: room for node, room in good.items() if room >= num_workers}:
             small = 2 * num_workers <= max(free.values())  # small and large runs search from opposite ends
-            return {ray._raylet.RAY_NODE_ID_KEY: min(sorted(fitting, reverse=not small), key=fitting.get)}
+            return {ray._raylet.RAY_NODE_ID_KEY: min(sorted(fitting, reverse=not small), key=fitting.__getitem__)}
         failing = ",".join(free.keys() - good.keys())
         return {ray._raylet.RAY_NODE_ID_KEY: f"!in({failing})"} if failing else None
 
@@ -296,7 +296,7 @@ class Failures(DefaultFailurePolicy):
                 WorkerHealthCheckFailedError | WorkerHealthCheckTimeoutError
             )  # other workers fail because these are gone
             dead = [rank for rank, error in failures.items() if isinstance(error, kinds)]
-            if fails_again(*self.actors, dead):
+            if fails_again(*self.actors, dead=dead):
                 return FailureDecision.RAISE
         return decision
 
@@ -319,7 +319,7 @@ class LostHosts(ControllerCallback):
 
     def __setstate__(self, state: dict) -> None:
         """Runs in the controller's process before it first requests hosts."""
-        vars(self).update(state)
+        self.__dict__.update(state)
         autoscaling.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = RESERVATION_SECONDS
 
     def after_controller_state_update(self, previous_state, current_state) -> None:

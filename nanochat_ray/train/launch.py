@@ -139,7 +139,7 @@ class Monitor(Failing):
 
     def begins(self, what: str | None) -> None:
         """Note that work starts that may take long, or with None that it has ended."""
-        self.doing = what and (what, time.monotonic())
+        self.doing = (what, time.monotonic()) if what else None
         if what and what.startswith("measuring "):
             self.begun[what.removeprefix("measuring ")] += 1
 

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -62,7 +62,7 @@ class Lease(threading.Thread):
 
 
 @contextmanager
-def hold(folder: str) -> Iterator[Lease]:
+def hold(folder: str) -> Generator[Lease]:
     """Hold a folder. The same thread may hold it again. Raises ValueError that names another holder.
 
     If the holder may have died on another host, this waits for a sign of it, at most SILENT_SECONDS.

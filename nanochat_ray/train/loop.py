@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import ray
 import ray.train
@@ -74,7 +75,7 @@ class TrainConfig:
     tokenizer: str
     model: dict  # arguments of GPTConfig
     total_batch_size: int  # tokens
-    device_batch_size: int  # rows in one forward pass, at most
+    device_batch_size: Any  # rows in one forward pass, at most; None until launch chooses them
     num_iterations: int
     lrs: dict[str, float]
     weight_decay: float
@@ -230,7 +231,7 @@ def may_pass(error: Exception) -> bool:
 
 def run(c: TrainConfig, monitor, measurement: Measurement | None, learn: Callable[[Worker], Learned]) -> None:
     """Train from the run's newest checkpoint to num_iterations or to a requested stop, and report the end."""
-    left_out = ray.get(monitor.left_out.remote())
+    left_out: set[str] | None = ray.get(monitor.left_out.remote())
     worker = start(c, monitor.say.remote, monitor.begins.remote, learn)
     worker.measurement, worker.left_out = measurement, set(left_out or ())
     progress = worker.progress
@@ -555,6 +556,7 @@ def learn_rows(worker: Worker) -> Learned:
     All learned targets of the step have the same weight, on every rank and in every micro-batch.
     """
     c = worker.config
+    assert worker.loader
     with torch.profiler.record_function("data"):
         idx, targets, learned = worker.loader.step(worker.progress.position)
     count = float(c.total_batch_size)
@@ -629,6 +631,7 @@ def finish_save(worker: Worker, monitor) -> str | None:
 
 def measure(worker: Worker, monitor, log: MetricsLog | None) -> None:
     """Make and log the run's Measurement. It does not count as training time."""
+    assert worker.measurement
     worker.optimizer.wait()
     with worker.model.uncompiled():  # each prompt length would compile again
         measured = worker.measurement.measure(worker.model, worker.tokenizer)

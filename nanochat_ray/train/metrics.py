@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,6 +156,7 @@ class MetricsLog:
 
     def _append(self) -> None:
         """Write the unwritten lines. Raises OSError if that fails; the rest stays in `unwritten`."""
+        assert self.file is not None
         if not os.fstat(self.file).st_nlink and not os.path.exists(self.uri):  # someone has deleted the file
             gone = self.file
             self._put(os.pread(gone, os.fstat(gone).st_size, 0))
@@ -246,7 +248,7 @@ def _start_wandb(run_dir: str, config: dict, say: Callable[[str], None]):
         config=config,
         settings=wandb.Settings(silent=True, console="off", init_timeout=seconds, finish_timeout=seconds),
     )
-    mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
     try:
         run = start(mode=mode)
     except Exception as error:  # don't end the run because W&B does not answer

@@ -1,6 +1,7 @@
 """`nanochat-ray plan`: what a depth implies, before you rent a GPU: sizes, horizon, rates, memory, time and cost."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,7 +165,7 @@ def run(options: PlanOptions) -> Prediction:
     return prediction
 
 
-def plan_shards(config: GPTConfig, workers: int, dtype: torch.dtype) -> list[Shard]:
+def plan_shards(config: GPTConfig, workers: int, dtype: torch.dtype) -> Sequence[Shard]:
     """The optimizer's shards on its first rank, in the order in which the backward pass gives their gradients."""
     with torch.device("meta"):
         model = GPT(config)
@@ -172,14 +173,14 @@ def plan_shards(config: GPTConfig, workers: int, dtype: torch.dtype) -> list[Sha
         return make_shards(groups, 0, workers, dtype)
 
 
-def muon_flops(shards: list[Shard]) -> int:
+def muon_flops(shards: Sequence[Shard]) -> int:
     """FLOPs of Muon on one worker: five iterations on r × c matrices, r ≤ c, are 5 · (4 r² c + 2 r³) FLOPs."""
     matrices = [view.shape for shard in shards if isinstance(shard, Matrices) for view in shard.owned()]
     return sum(5 * (4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3) for s in matrices)
 
 
 def predict_step(
-    shards: list[Shard], nodes: int, compute: float, update: float, passes: int, network: float, latency: float
+    shards: Sequence[Shard], nodes: int, compute: float, update: float, passes: int, network: float, latency: float
 ) -> Step:
     """Predict a step of `compute` seconds on each worker, `update` of which are the optimizer's.
 

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import ray
@@ -127,7 +127,7 @@ def run(options: RlOptions, task: Task) -> TrainResult:
     base = checkpoint.resolve_checkpoint(storage.absolute(o.checkpoint))
     meta = checkpoint.read_meta(base)
     steps = num_steps(o, task)
-    inputs = {name: getattr(o, name) for name in OF_A_STEP} | {
+    inputs: dict = {name: getattr(o, name) for name in OF_A_STEP} | {
         "stage": "rl",
         "init_from": base,
         "questions": storage.fingerprint(*map(_as_json, task.train)),
@@ -215,7 +215,7 @@ class Asker:
 
     def __init__(self, task: Task, options: RlOptions, tokenizer: Tokenizer, device: torch.device):
         self.task, self.o, self.tokenizer, self.device = task, options, tokenizer, device
-        self.engine: Engine | None = None
+        self.engine: Any = None  # an Engine, once weights arrived
 
     @torch.no_grad()
     def take_weights(self, model: GPT) -> None:
@@ -249,7 +249,7 @@ class Asker:
         def answer(i: int, completion: Completion) -> Answer:
             text, reward = self._judge(questions[i][0], completion)
             tokens, drawn, logprobs = completion.tokens, completion.mask, completion.drawn_logprobs
-            return Answer(prompts[i], tokens, drawn, logprobs, text, reward, completion.finish_reason == "length")
+            return Answer(prompts[i], tokens, drawn, logprobs, text, reward, completion.finish_reason == "length")  # ty: ignore[invalid-argument-type]
 
         with ThreadPoolExecutor(machine.available_cpus()) as pool:  # programs are judged side by side
             answers = list(pool.map(answer, of, completions))
@@ -383,7 +383,7 @@ class Policy:
             answers = asker.ask(self.questions(worker.progress.position, step, rank, size), self.o.num_samples)
             seconds = time.perf_counter() - began
             return Asked(answers, step, seconds - sync, sync, waited=seconds)
-        shared = [self.from_actors(worker) if rank == 0 else None]
+        shared: list = [self.from_actors(worker) if rank == 0 else None]
         if checkpoint.several(size):
             dist.broadcast_object_list(shared, src=0)
         first, end = (r * self.o.prompts_per_step // size for r in (rank, rank + 1))
@@ -391,7 +391,7 @@ class Policy:
 
     def questions(self, position: int, step: int, rank: int = 0, world_size: int = 1) -> list[Question]:
         """A rank's share of a step's, in the order of a Loader, each with the seed that its answers are drawn with."""
-        order = Loader(self.task.train, self.o.prompts_per_step, rank, world_size, self.o.seed).indices(position)
+        order = Loader(self.task.train, self.o.prompts_per_step, rank, world_size, self.o.seed).indices(position)  # ty: ignore[invalid-argument-type]
         return [Question(self.task.train[i], seed_of(self.o.seed, step, int(i))) for i in order]
 
     def from_actors(self, worker: Worker) -> Asked:

@@ -15,9 +15,10 @@ test: .venv/ready  ## every test but those of test-cluster
 test-cluster: .venv/ready  ## several nodes and hosts, whole jobs; hosts need root and iproute2, else it says so and skips
 	$(TEST) -rs -m cluster $(ARGS)
 
-check: .venv/ready  ## lint, format and the fast tests
+check: .venv/ready  ## lint, format, types and the fast tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/ty check
 	$(TEST) -m "not slow and not cluster" $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt

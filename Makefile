@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Two processes share the cores: threads that wait for others must not spin meanwhile.
 TEST := OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: speedrun test test-cluster check docs tutorials clean
+.PHONY: speedrun test test-cluster lint check docs tutorials clean
 
 speedrun: .venv/ready  ## raw text to a talking model; e.g. make speedrun ARGS="--depth 6"
 	$(BIN)/python -m experiments.speedrun $(ARGS)
@@ -15,10 +15,12 @@ test: .venv/ready  ## every test but those of test-cluster
 test-cluster: .venv/ready  ## several nodes and hosts, whole jobs; hosts need root and iproute2, else it says so and skips
 	$(TEST) -rs -m cluster $(ARGS)
 
-check: .venv/ready  ## lint, format, types and the fast tests
+lint: .venv/ready  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/ty check
+
+check: lint  ## lint, format, types and the fast tests
 	$(TEST) -m "not slow and not cluster" $(ARGS)
 
 .venv/ready: pyproject.toml constraints.txt

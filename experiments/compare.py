@@ -361,7 +361,10 @@ def score(checkpoint: str, rows: str, options: PretrainOptions) -> float:
     scaling = hosts.scaling_config(1, options.use_gpu)
     device = "cuda" if scaling.use_gpu else "cpu"
     given = bpb.BpbOptions(checkpoint, rows, options.eval_tokens, device=device, dtype=options.dtype)
-    return ray.get(ray.remote(num_cpus=1, num_gpus=int(scaling.use_gpu))(bpb.run).remote(given))["val/bpb"]
+    resources = {"num_cpus": 1, "num_gpus": int(scaling.use_gpu)}
+    # "DEFAULT": the trial's own placement group has no room for it.
+    measured = ray.remote(**resources, scheduling_strategy="DEFAULT")(bpb.run).remote(given)
+    return ray.get(measured)["val/bpb"]
 
 
 def watch(result: ray.ObjectRef, run_dir: str, limits: dict) -> str:

@@ -429,7 +429,8 @@ class Scorers:
             raise ValueError(f"{count} actors on {resources[kind]:.0f} {kind}s: give at most one per {kind}")
         self.kind, self.count = kind, count
         self.model = ray.put(model if device_of(model).type == "cpu" else copy.deepcopy(model).cpu())
-        scorer = Scorer.options(num_cpus=1, num_gpus=1 if kind == "GPU" else 0)
+        # "DEFAULT": in a trial of a sweep they would be placed in the trial's placement group, which has no room.
+        scorer = Scorer.options(num_cpus=1, num_gpus=1 if kind == "GPU" else 0, scheduling_strategy="DEFAULT")
         self.starting = {actor.started.remote(): actor for actor in (scorer.remote() for _ in range(count))}
         self.pool = ActorPool([])
 

@@ -10,13 +10,16 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from experiments import compare
+from experiments import compare, sweep
 from nanochat_ray import storage
 from nanochat_ray.data import sources
 from nanochat_ray.data.tokenizer import Tokenizer
 from nanochat_ray.model.gpt import GPT, GPTConfig
 from nanochat_ray.train import checkpoint
+from nanochat_ray.train.pretrain import PretrainOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -137,6 +140,20 @@ def test_a_change_of_rl_is_judged_by_held_out_questions(golden, nanochat_ray_hom
     assert "num_samples=2 against" in (nanochat_ray_home / "runs" / "rl" / "compare.md").read_text()
     runs = [storage.read_json(str(path)) for path in sorted(nanochat_ray_home.glob("runs/rl/*-s*/result.json"))]
     assert [(run["side"], run["seed"], run["answers"]) for run in runs] == [("baseline", 7, 16), ("candidate", 7, 8)]
+
+
+@pytest.mark.slow
+def test_a_trial_is_scored_outside_of_its_placement_group(rows, ray_session, golden, tmp_path):
+    """Tune places what a trial starts in the trial's group, which has no CPU."""
+    tokenizer = Tokenizer.load(str(golden / "nanochat_d2"))
+    model = GPT(GPTConfig(64, tokenizer.vocab_size, n_layer=1, n_head=1, n_kv_head=1, n_embd=32))
+    trained = checkpoint.save_checkpoint(str(tmp_path / "start"), 1, model, None, tokenizer, {})
+    group = ray.util.placement_group([sweep.HEAD])
+    captures = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    score = ray.remote(num_cpus=0, resources=sweep.HEAD, scheduling_strategy=captures)(compare.score)
+    options = PretrainOptions(eval_tokens=1024, use_gpu=False)
+    assert 1 < ray.get(score.remote(trained, rows, options)) < 20
+    ray.util.remove_placement_group(group)
 
 
 def write_texts(folder: Path, splits: dict[str, list[str]]) -> sources.Source:

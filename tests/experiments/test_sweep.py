@@ -25,6 +25,17 @@ from nanochat_ray.train.metrics import read_metrics
 OPTIONS = {"preset": "cpu", "ratio": 0.05, "depths": [1, 2], "name": "series"}
 
 
+def write_bundle(folder: Path) -> str:
+    """A CORE bundle of one task."""
+    (folder / "eval_data").mkdir(parents=True)
+    examples = [{"context": f"the letter after {a} is", "continuation": b} for a, b in ("ab", "bc", "cd")]
+    (folder / "eval_data" / "next.jsonl").write_text("".join(json.dumps(example) + "\n" for example in examples))
+    entry = {"label": "next", "dataset_uri": "next.jsonl", "num_fewshot": [1], "icl_task_type": "language_modeling"}
+    (folder / "core.yaml").write_text(json.dumps({"icl_tasks": [entry]}))  # JSON is YAML
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nnext,0\n")
+    return str(folder)
+
+
 def last_step(run_dir: Path) -> int:
     return max((line["step"] for line in read_metrics(str(run_dir)) if "train/loss" in line), default=0)
 
@@ -43,8 +54,13 @@ def train_workers() -> list[psutil.Process]:
 @pytest.mark.slow
 def test_a_series_killed_and_started_again_ends_as_one_that_was_not(rows, ray_session, nanochat_ray_home, tmp_path):
     """First its driver is killed, then a worker of the second start."""
-    series = nanochat_ray_home / "runs" / "series"
-    flags = [str(part) for key, value in OPTIONS.items() if key != "depths" for part in (f"--{key}", value)]
+    series, bundle = nanochat_ray_home / "runs" / "series", write_bundle(tmp_path / "bundle")
+    flags = [
+        str(part)
+        for key, value in (OPTIONS | {"bundle": bundle}).items()
+        if key != "depths"
+        for part in (f"--{key}", value)
+    ]
     command = [sys.executable, "-m", "experiments.miniseries", *flags, "--rows", rows, "--depths", "1", "2"]
     environment = os.environ | {"WANDB_MODE": "disabled", "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     with open(tmp_path / "first", "w") as out:
@@ -66,7 +82,7 @@ def test_a_series_killed_and_started_again_ends_as_one_that_was_not(rows, ray_se
 
     thread = threading.Thread(target=kill_worker)
     thread.start()
-    report = miniseries.run(miniseries.MiniseriesOptions(**OPTIONS, rows=rows))
+    report = miniseries.run(miniseries.MiniseriesOptions(**OPTIONS, rows=rows, bundle=bundle))
     thread.join()
     assert reached
     assert (series / "d1" / "result.json").stat().st_mtime_ns == of_d1
@@ -77,6 +93,7 @@ def test_a_series_killed_and_started_again_ends_as_one_that_was_not(rows, ray_se
     d1, d2 = lines
     assert [line["depth"] for line in lines] == ["1", "2"]
     assert float(d2["val_bpb"]) < float(d1["val_bpb"])
+    assert all(0 <= float(line["core_metric"]) <= 1 and not line["notes"] for line in lines)
     plan = plan_run(2, target_param_data_ratio=0.05, sequence_len=64, vocab_size=4096, head_dim=64, window_pattern="L",
                     total_batch_size=2048)  # fmt: skip
     assert int(d2["num_iterations"]) == plan.num_iterations == last_step(series / "d2")

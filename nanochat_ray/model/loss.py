@@ -11,7 +11,9 @@ import torch
 from nanochat_ray.model.compiling import compile_static
 
 LOGIT_SOFTCAP = 15.0
-CHUNK_LOGITS = 2**24  # logits per chunk on a CPU; they should fit its caches
+# Tokens per chunk on a CPU. Fewer read and write the head's gradient too often, and the logits of more don't fit the
+# CPU's caches.
+CHUNK_TOKENS = 512
 GPU_CHUNK_LOGITS = 2**28  # on a GPU; smaller chunks would read and write the head's gradient too often
 IGNORED = -1  # target of a token without loss
 
@@ -75,12 +77,14 @@ def _chunks(hidden, weight, targets, compiled, grad_hidden=None, grad_weight=Non
 
 def chunk_size(vocab_size: int, on_gpu: bool) -> int:
     """Return the number of tokens per chunk."""
-    return max(1, (GPU_CHUNK_LOGITS if on_gpu else CHUNK_LOGITS) // vocab_size)
+    return max(1, GPU_CHUNK_LOGITS // vocab_size) if on_gpu else CHUNK_TOKENS
 
 
 def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add a @ b to total in place. On a GPU the matmul adds to an fp32 total directly, without a product in bf16."""
-    if total.is_cuda and total.dtype != a.dtype:
+    """Add a @ b to total in place. The matmul adds to it directly, except in bf16 on a CPU, where it can't."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b

@@ -5,7 +5,7 @@ not once for each answer to it: the answers attend to its keys and values.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,16 +105,17 @@ class SharedPrompts:
         index = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(answer.prompt) for answer in answers))}
         lengths = torch.tensor([len(prompt) for prompt in index], device=device)
         self.of_each = torch.tensor([index[tuple(answer.prompt)] for answer in answers], device=device)
-        self.prompts = padded([list(prompt) for prompt in index], torch.long, device, left=True)
-        self.answers = padded([answer.ids for answer in answers], torch.long, device)[:, :-1]
-        (self.G, self.P), (self.A, self.R) = self.prompts.shape, self.answers.shape
-        self.idx = self._join(self.prompts, self.answers)
-        before = torch.cat([self.prompts[self.of_each, -1:], self.answers], dim=1)[:, : self.R]
-        self.previous = self._join(F.pad(self.prompts, (1, -1)), before)
+        prompts = padded(list(index), torch.long, device, left=True)
+        ids = padded([answer.ids for answer in answers], torch.long, device)[:, :-1]
+        (self.G, self.P), (self.A, self.R) = prompts.shape, ids.shape
+        self.choice = F.one_hot(self.of_each, self.G)  # (A, G)
+        self.idx = self._join(prompts, ids)
+        before = torch.cat([prompts[self.of_each, -1:], ids], dim=1)[:, : self.R]
+        self.previous = self._join(F.pad(prompts, (1, -1)), before)
         self.places = torch.arange(self.P, device=device) - (self.P - lengths).unsqueeze(1)  # below 0 in the padding
         self.answer_places = lengths[self.of_each].unsqueeze(1) + torch.arange(self.R, device=device)
         self.at = self._join(self.places.clamp(min=0), self.answer_places)
-        self.count = int(lengths.sum()) + sum(len(answer.ids) for answer in answers)  # of tokens, without padding
+        self.count = sum(map(len, index)) + sum(len(answer.ids) for answer in answers)  # tokens without padding
         self.masks: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def _join(self, of_prompts: torch.Tensor, of_answers: torch.Tensor) -> torch.Tensor:
@@ -127,7 +128,7 @@ class SharedPrompts:
 
     def of_answers(self, x: torch.Tensor) -> torch.Tensor:
         """Return the row of each answer's prompt: (G, …) -> (A, …). It is a product, so its gradient is one, too."""
-        return (F.one_hot(self.of_each, self.G).to(x.dtype) @ x.flatten(1)).unflatten(1, x.shape[1:])
+        return (self.choice.to(x.dtype) @ x.flatten(1)).unflatten(1, x.shape[1:])
 
     def visible(self, window: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return whether each token sees each key: (G, P, P) for prompts, and (A, R, P + R) for answers, whose keys are
@@ -152,7 +153,7 @@ class SharedPrompts:
         return self._join(y.transpose(1, 2), own_y.transpose(1, 2))
 
 
-def padded(rows: list[list], dtype: torch.dtype, device: torch.device, left: bool = False) -> torch.Tensor:
+def padded(rows: Sequence[Sequence], dtype: torch.dtype, device: torch.device, left: bool = False) -> torch.Tensor:
     """(rows, length of the longest), with zeros after each row or before it."""
     longest = max(map(len, rows))
     zeros = [[0] * (longest - len(row)) for row in rows]

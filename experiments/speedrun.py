@@ -84,7 +84,7 @@ REHEARSAL = {"minutes": None, "steps": 20, "examples": 16, "eval_tokens": 65_536
 REHEARSED_RL = {"steps": 3, "prompts_per_step": 4, "num_samples": 4, "max_new_tokens": 32, "eval_questions": 4}
 # Steps of SFT and RL per step of pretraining, if `minutes` is set. A step of pretraining takes as long as two of SFT,
 # and a step of RL as long as four of pretraining.
-SFT_SHARE, RL_SHARE = 0.8, 0.1
+SFT_SHARE, RL_SHARE = 0.8, 0.08
 
 
 @dataclass

@@ -211,8 +211,9 @@ class GPT(nn.Module):
     def hidden(self, idx: torch.Tensor, cache=None) -> torch.Tensor:
         """Return the final hidden states (B, T, C), before the head.
 
-        cache: a Step of inference/model_runner.py, for idx (1, N) with the next tokens of several sequences. It has
-        their positions, the ids before them for the smear, and attention over earlier tokens.
+        cache: for idx (1, N) with tokens of several sequences: their positions, the ids before them for the smear, and
+        their attention. The engine's has earlier tokens (Step in inference/model_runner.py); in reinforcement learning
+        answers share their question (SharedPrompts in train/policy_gradient.py).
         Raises ValueError if T is more than ROTARY_REACH · sequence_len.
         """
         T = idx.size(1)

@@ -143,7 +143,7 @@ def limited_to(megabytes: int):
 
 @pytest.mark.slow
 def test_out_of_memory_the_device_batch_is_halved(rows, ray_session, nanochat_ray_home, monkeypatch):
-    monkeypatch.setattr(launch, "train_loop_per_worker", limited_to(1000))
+    monkeypatch.setattr(launch, "train_loop_per_worker", limited_to(500))
     monkeypatch.setattr(sweep, "report_to_tune", lambda options: lambda metrics: None)  # no trial around it
     options = pretrain.PretrainOptions(
         depth=2, rows=rows, run="wide", head_dim=32, total_batch_size=256 * 64, num_iterations=1, eval_tokens=1024,

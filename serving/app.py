@@ -72,7 +72,7 @@ PAGE_HEADERS = {  # the rest of the policy is in the page itself
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-Asked = Conversing | CompletionRequest  # what an engine answers
+Asked = Conversing | CompletionRequest
 CPU_SHARE = 0.5  # CPUs that Ray reserves for an engine: in an update the next engine starts beside the old one
 MAX_ONGOING = 10_000  # requests of a replica in Serve's count; replicas limit themselves
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)

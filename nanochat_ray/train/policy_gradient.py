@@ -98,7 +98,8 @@ class SharedPrompts:
     """The `cache` of one model.hidden call over idx (1, N): G different prompts, and A answers without their last ids.
 
     Prompts (G, P) are padded on the left, answers (A, R) on the right. of_each (A,): the prompt of each answer.
-    at (1, N): the position of each token in its sequence. previous (1, N): the id before it.
+    at (1, N): the position of each token in its sequence. previous (1, N): the id before it. ids (A, R + 1): the
+    answers with their last ids.
     """
 
     def __init__(self, answers: list[Answer], device: torch.device):
@@ -106,11 +107,12 @@ class SharedPrompts:
         lengths = torch.tensor([len(prompt) for prompt in index], device=device)
         self.of_each = torch.tensor([index[tuple(answer.prompt)] for answer in answers], device=device)
         prompts = padded(list(index), torch.long, device, left=True)
-        ids = padded([answer.ids for answer in answers], torch.long, device)[:, :-1]
-        (self.G, self.P), (self.A, self.R) = prompts.shape, ids.shape
+        self.ids = padded([answer.ids for answer in answers], torch.long, device)
+        read = self.ids[:, :-1]
+        (self.G, self.P), (self.A, self.R) = prompts.shape, read.shape
         self.choice = F.one_hot(self.of_each, self.G)  # (A, G)
-        self.idx = self._join(prompts, ids)
-        before = torch.cat([prompts[self.of_each, -1:], ids], dim=1)[:, : self.R]
+        self.idx = self._join(prompts, read)
+        before = torch.cat([prompts[self.of_each, -1:], read], dim=1)[:, : self.R]
         self.previous = self._join(F.pad(prompts, (1, -1)), before)
         self.places = torch.arange(self.P, device=device) - (self.P - lengths).unsqueeze(1)  # below 0 in the padding
         self.answer_places = lengths[self.of_each].unsqueeze(1) + torch.arange(self.R, device=device)
@@ -172,11 +174,11 @@ def policy_loss(
     device, shared = model.cos.device, SharedPrompts(answers, model.cos.device)
     drawn = padded([answer.drawn for answer in answers], torch.bool, device)
     mu = padded([answer.logprobs for answer in answers], torch.float32, device)[drawn]
-    tokens = padded([answer.ids for answer in answers], torch.long, device)[drawn]
     advantage = torch.tensor(advantages, dtype=torch.float32, device=device).unsqueeze(1).expand(drawn.shape)[drawn]
     of_prompts, of_answers = shared.split(model.hidden(shared.idx, shared))
     before = torch.cat([shared.of_answers(of_prompts[:, -1:]), of_answers], dim=1)  # each token comes after one
     head = model.lm_head.weight[: model.config.vocab_size]
+    tokens = shared.ids[drawn]
     loss, now, entropy = _PolicyLoss.apply(before[drawn], head, tokens, mu if stale else None, advantage, params)
     mismatch = torch.where(now.isfinite(), mu - now, 0)  # where top_k does not leave the token out now
     cut = ((now - mu).exp() > MOST_RATIO).sum().item() if stale else 0.0

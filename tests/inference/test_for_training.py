@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nanochat_ray.inference import model_runner
 from nanochat_ray.inference.engine import Engine
 from nanochat_ray.inference.sampling import Controls, SamplingParams, drawn_logprobs
 
@@ -37,12 +38,14 @@ def test_probabilities_are_those_of_the_tokens_that_sample_draws():
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
-def test_refreshed_weights_are_those_of_a_new_engine(lively, random_prompts, compiled):
+def test_refreshed_weights_are_those_of_a_new_engine(lively, random_prompts, compiled, monkeypatch):
     model, prompts, params = lively, random_prompts(70, 70), SamplingParams(10, temperature=0.0)
     prompts[1] = prompts[0]  # the second finds the first's blocks
     before, engine = {name: p.clone() for name, p in model.named_parameters()}, Engine(model, max_batch_size=1)
+    in_torch = model_runner._attend
     if compiled:
         engine.compile_attention()
+        monkeypatch.setattr(model_runner, "_attend", None)  # attention in plain torch would fail
     old = engine.generate(prompts, params)
     assert engine.counts["cached_tokens"] > 0
     try:
@@ -57,6 +60,7 @@ def test_refreshed_weights_are_those_of_a_new_engine(lively, random_prompts, com
         engine.refresh_weights(model)
         assert engine.manager.used_pages == 0 and len(engine.manager.free) == engine.manager.num_pages
         new = engine.generate(prompts, params)
+        monkeypatch.setattr(model_runner, "_attend", in_torch)
         assert new == Engine(model, max_batch_size=1).generate(prompts, params) != old
     finally:
         with torch.no_grad():
